@@ -1,0 +1,1 @@
+"""mutransformer: the muP training stack for JAX. Tune small, train large."""

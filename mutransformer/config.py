@@ -1,0 +1,379 @@
+"""The configuration of a run: frozen dataclasses, read from YAML files and `key=value` overrides.
+
+The only place in which a default is written. Nothing here imports JAX, so that a mistake in a YAML file is reported before JAX
+starts. What can be judged from the numbers alone is judged here; what depends on devices, files or a tokenizer is judged where
+those are first seen.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Activation = Literal["relu", "sqrelu", "gelu", "silu", "swiglu"]
+AttentionActivation = Literal["softmax", "sqrelu", "elu", "norm_sqrelu", "norm_elu"]
+Float = Literal["float32", "bfloat16", "float16"]
+
+
+class ConfigError(ValueError):
+    """A setting that a user can mend: one line that names the key, its value and what would be right."""
+
+
+def check(ok: bool, message: str) -> None:
+    """Raises ConfigError(message) unless ok."""
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Transformer. For transfer over width keep everything but d_model fixed, d_head and d_base included."""
+
+    d_model: int = 128
+    d_base: int = 128  # the width at which the learning rate was tuned
+    d_head: int = 64
+    n_layer: int = 6
+    n_kv_head: Optional[int] = None  # None: one per query head; 1: multi-query; between: grouped
+    ff_multiple: float = 4.0  # feed-forward width / d_model
+    n_vocab: Optional[int] = None  # None: the tokenizer's size
+    vocab_multiple: int = 128  # the vocabulary is padded to a multiple of this; padding never gets probability
+    activation: Activation = "relu"
+    attention_activation: AttentionActivation = "softmax"
+    qk_scale: Optional[float] = None  # attention logits are qk_scale * (q . k); None: 1 / d_head
+    qk_norm: bool = False
+    embed_norm: bool = False
+    gains: Literal["none", "vector", "scalar"] = "none"
+    biases: bool = False
+    rotary_base: float = 10000.0  # 0: no position encoding
+    norm_eps: float = 1e-5
+    q_init: Literal["fan_in", "zero"] = "fan_in"
+    residual_init: Literal["fan_in", "zero"] = "fan_in"  # the projections that write to the residual stream
+    unembed_init: Literal["rule", "mup", "sp", "zero"] = "rule"  # std 1/d_model, 1/sqrt(d_model), 0; rule: as optim.rule says
+    remat: Literal["none", "full"] = "none"  # full: a layer keeps only its input for the backward pass
+
+    def __post_init__(self) -> None:
+        for key in ("d_model", "d_base", "d_head", "n_layer", "vocab_multiple"):
+            check(getattr(self, key) >= 1, f"model.{key} = {getattr(self, key)}: must be at least 1")
+        heads = max(1, self.d_model // self.d_head)
+        check(
+            self.d_model % self.d_head == 0,
+            f"model.d_model = {self.d_model}: not divisible by model.d_head = {self.d_head}; "
+            f"the nearest that fit are {heads * self.d_head} and {(heads + 1) * self.d_head}",
+        )
+        check(
+            self.n_head % self.kv_heads == 0,
+            f"model.n_kv_head = {self.n_kv_head}: must divide the {self.n_head} heads (d_model / d_head)",
+        )
+        check(self.d_head % 2 == 0 or self.rotary_base == 0, f"model.d_head = {self.d_head}: rotary positions need an even size")
+        check(self.d_ff >= 1, f"model.ff_multiple = {self.ff_multiple}: gives a feed-forward width of {self.d_ff}")
+        check(self.n_vocab is None or self.n_vocab >= 2, f"model.n_vocab = {self.n_vocab}: must be at least 2")
+        check(self.qk_scale is None or self.qk_scale > 0, f"model.qk_scale = {self.qk_scale}: must be positive")
+        check(self.rotary_base >= 0, f"model.rotary_base = {self.rotary_base}: must be positive, or 0 for no positions")
+        check(self.norm_eps > 0, f"model.norm_eps = {self.norm_eps}: must be positive")
+
+    @property
+    def n_head(self) -> int:
+        return self.d_model // self.d_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads; an n_kv_head out of range gives a number that divides nothing, so that the check above reports it."""
+        if self.n_kv_head is None:
+            return self.n_head
+        return self.n_kv_head if self.n_kv_head >= 1 else self.n_head + 1
+
+    @property
+    def d_ff(self) -> int:
+        return int(self.ff_multiple * self.d_model)
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor on q . k."""
+        return 1 / self.d_head if self.qk_scale is None else self.qk_scale
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: n_vocab rounded up to vocab_multiple."""
+        if self.n_vocab is None:
+            raise ConfigError("model.n_vocab is not known yet: it comes from the tokenizer, or set it")
+        return -(-self.n_vocab // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on: documents, a tokenizer, and rows of seq_len tokens cut from the documents joined by eos."""
+
+    source: Literal["stdlib", "text"] = "stdlib"  # stdlib: the source code of Python's own library; text: `files`
+    files: list[str] = field(default_factory=list)  # globs of UTF-8 text files, a document each, for source: text
+    tokenizer: Literal["sentencepiece", "bytes"] = "sentencepiece"
+    tokenizer_file: Optional[str] = None  # a SentencePiece .model; None: one is trained on the train split
+    vocab_size: int = 4096  # pieces of the SentencePiece model that is trained
+    validation_share: float = 0.05  # of the documents, chosen by a hash of their name
+    test_share: float = 0.05
+    seq_len: int = 256  # tokens a row
+    batch_size: int = 16  # rows a step, over all devices and processes
+    cache_dir: str = "~/.cache/mutransformer"  # tokenizers and token files
+    threads: int = 2  # that read ahead
+    prefetch: int = 8  # batches read ahead; 0: none, in the main thread
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "threads"):
+            check(getattr(self, key) >= 1, f"data.{key} = {getattr(self, key)}: must be at least 1")
+        check(self.seq_len >= 2, f"data.seq_len = {self.seq_len}: must be at least 2")
+        check(self.prefetch >= 0, f"data.prefetch = {self.prefetch}: must not be negative")
+        check(self.vocab_size >= 300, f"data.vocab_size = {self.vocab_size}: must be at least 300 (256 bytes and some pieces)")
+        for key in ("validation_share", "test_share"):
+            check(0 < getattr(self, key) < 0.5, f"data.{key} = {getattr(self, key)}: must lie between 0 and 0.5")
+        check(
+            self.source != "text" or bool(self.files), "data.files is empty: data.source = text needs at least one file or glob"
+        )
+        check(self.source == "text" or not self.files, "data.files is set: it needs data.source=text")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW or Lion with muP's learning rates. Every rate is lr x rule(weight) x schedule(step)."""
+
+    name: Literal["adamw", "lion"] = "adamw"
+    rule: Literal["sp", "mup", "abs_mup"] = "mup"
+    lr: float = 2**-6
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    eps_scaling: bool = False  # eps follows the learning rate's factor
+    weight_decay: float = 0.0
+    decay: Literal["independent", "coupled"] = "independent"  # shrink by weight_decay x schedule, or by weight_decay x rate
+    decay_vectors: bool = False  # also decay gains and biases
+    clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up, down to schedule_floor at the last step
+    warmup_steps: int = 100  # linear from schedule_floor to 1; a shorter run ends within it
+    schedule_floor: float = 1e-4  # where the schedule starts and ends, as a share of lr
+    accumulate: int = 1  # a batch is worked off in this many parts
+    loss_per: Literal["target", "position"] = "target"  # the loss is the mean over unmasked targets, or over all positions
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, f"optim.lr = {self.lr}: must be positive")
+        for key in ("beta1", "beta2"):
+            check(0 <= getattr(self, key) < 1, f"optim.{key} = {getattr(self, key)}: must lie in [0, 1)")
+        for key in ("eps", "weight_decay", "clip_norm", "warmup_steps"):
+            check(getattr(self, key) >= 0, f"optim.{key} = {getattr(self, key)}: must not be negative")
+        check(0 <= self.schedule_floor <= 1, f"optim.schedule_floor = {self.schedule_floor}: must lie in [0, 1]")
+        check(self.accumulate >= 1, f"optim.accumulate = {self.accumulate}: must be at least 1")
+        check(
+            not (self.eps_scaling and self.rule == "sp"),
+            "optim.eps_scaling = true: the rule sp scales nothing; use mup or abs_mup",
+        )
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Weights and statistics are float32 always."""
+
+    compute: Float = "bfloat16"  # activations, gathered weights
+    reduce: Float = "float32"  # gradients of weights, while they are summed over devices
+    moment1: Float = "float32"  # the optimizer's first moment
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices as an x by y grid: x holds rows of the batch and shards of weights, y holds features."""
+
+    x: int = -1  # -1: all devices that y leaves
+    y: int = 1
+
+    def __post_init__(self) -> None:
+        check(self.x >= 1 or self.x == -1, f"mesh.x = {self.x}: must be at least 1, or -1 for all devices")
+        check(self.y >= 1, f"mesh.y = {self.y}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes as one run (jax.distributed): the same command on each host."""
+
+    enabled: Optional[bool] = (
+        None  # None: if a coordinator is given here or in JAX_COORDINATOR_ADDRESS; true on a TPU pod or SLURM
+    )
+    coordinator: Optional[str] = None  # host:port of process 0; None: found by JAX from the cluster's environment
+    n_process: Optional[int] = None
+    process_id: Optional[int] = None
+    timeout: int = 300  # seconds to wait for the other processes at the start
+
+    def __post_init__(self) -> None:
+        check(
+            self.coordinator is None or ":" in self.coordinator,
+            f"distributed.coordinator = {self.coordinator}: must be host:port",
+        )
+        if self.n_process is not None:
+            check(self.n_process >= 1, f"distributed.n_process = {self.n_process}: must be at least 1")
+            check(
+                self.process_id is None or 0 <= self.process_id < self.n_process,
+                f"distributed.process_id = {self.process_id}: must lie in 0 ... {self.n_process - 1}",
+            )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 200  # steps between evaluations; 0: only at the end
+    batches: int = 16  # of data.batch_size rows, always the same ones
+    final_batches: Optional[int] = None  # at the end of the run; None: the whole validation split
+
+    def __post_init__(self) -> None:
+        check(self.every >= 0, f"eval.every = {self.every}: must not be negative")
+        check(self.batches >= 1, f"eval.batches = {self.batches}: must be at least 1")
+        check(
+            self.final_batches is None or self.final_batches >= 1,
+            f"eval.final_batches = {self.final_batches}: must be at least 1",
+        )
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 10  # steps between lines of numbers
+    tensorboard: bool = True
+    wandb: Optional[str] = None  # a Weights & Biases project: logs there too
+
+    def __post_init__(self) -> None:
+        check(self.every >= 1, f"log.every = {self.every}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 200  # steps between checkpoints; 0: only at the end and when stopped
+    keep: int = 2  # newest checkpoints kept
+    keep_best: int = 1  # checkpoints kept for their validation loss
+    resume: bool = True  # go on from the newest checkpoint in the run's folder; false: the folder must hold none
+
+    def __post_init__(self) -> None:
+        check(self.every >= 0, f"checkpoint.every = {self.every}: must not be negative")
+        check(self.keep >= 1, f"checkpoint.keep = {self.keep}: must be at least 1")
+        check(self.keep_best >= 0, f"checkpoint.keep_best = {self.keep_best}: must not be negative")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A profiler window: steps start ... stop - 1 are traced, for TensorBoard or Perfetto."""
+
+    start: int = 0
+    stop: int = 0  # 0: no trace
+
+    def __post_init__(self) -> None:
+        check(0 <= self.start, f"profile.start = {self.start}: must not be negative")
+        check(
+            self.stop == 0 or self.stop > self.start,
+            f"profile.stop = {self.stop}: must be above profile.start = {self.start}, or 0 for no trace",
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "run"  # of the run's folder; scripts take the first YAML file's name
+    workdir: str = "runs"  # holds the runs' folders
+    seed: int = 0
+    steps: int = 1000  # updates of the weights
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def __post_init__(self) -> None:
+        check(
+            bool(self.name) and not self.name.startswith(".") and not set(self.name) & set("/\\\0"),
+            f"name = {self.name!r}: must be a plain folder name; the place is set by workdir",
+        )
+        check(0 <= self.seed < 2**31, f"seed = {self.seed}: must lie in 0 ... 2^31 - 1")
+        check(self.steps >= 1, f"steps = {self.steps}: must be at least 1")
+        check(
+            self.data.batch_size % self.optim.accumulate == 0,
+            f"optim.accumulate = {self.optim.accumulate}: must divide data.batch_size = {self.data.batch_size}",
+        )
+
+    @property
+    def rundir(self) -> Path:
+        """Holds all that the run writes: checkpoints, TensorBoard events, metrics, the resolved config."""
+        return Path(self.workdir).expanduser() / self.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.data.batch_size * self.data.seq_len
+
+    def with_vocab(self, n_vocab: int) -> "Config":
+        """This config with the tokenizer's size filled in.
+
+        Raises:
+            ConfigError: model.n_vocab is given and too small for the tokenizer.
+        """
+        given = self.model.n_vocab
+        check(
+            given is None or given >= n_vocab,
+            f"model.n_vocab = {given}: the tokenizer gives ids up to {n_vocab - 1}; set {n_vocab}, or leave it out",
+        )
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, n_vocab=given or n_vocab))
+
+
+def load(args: Sequence[str]) -> Config:
+    """Reads YAML files and `key=value` overrides, merged left to right over the defaults.
+
+    Args:
+        args: paths of YAML files and dotted overrides, in any order, e.g. ["configs/small.yaml", "model.d_model=512"].
+
+    Raises:
+        ConfigError: a file is missing or not YAML; a key is unknown or twice there; a value is of the wrong type or out of range.
+    """
+    merged = OmegaConf.structured(Config)
+    for arg in args:
+        merged = _merge(merged, arg)
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    first = next((arg for arg in args if "=" not in arg), None)
+    if first and config.name == Config.name:
+        config = dataclasses.replace(config, name=Path(first).stem)
+    return config
+
+
+def _merge(merged: Any, arg: str) -> Any:
+    try:
+        given = OmegaConf.from_dotlist([arg]) if "=" in arg else OmegaConf.load(arg)
+        check(isinstance(given, DictConfig), f"{arg}: must hold `key: value` lines")
+        return OmegaConf.merge(merged, given)
+    except OmegaConfBaseException as error:
+        key = error.full_key
+        reason = str(error.msg or error).splitlines()[0]
+        at = "" if "=" in arg or not key else f"{key}: "
+        raise ConfigError(f"{arg}: {at}{reason}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f":{mark.line + 1}" if mark and "=" not in arg else ""
+        raise ConfigError(f"{arg}{where}: not valid YAML: {error.problem}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        hint = "" if Path(arg).suffix else "; an override is written key=value"
+        raise ConfigError(f"{arg}: cannot read it: {reason}{hint}") from None
+
+
+def to_yaml(config: Config) -> str:
+    """Every setting as YAML, defaults included: `load` gives the same config back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Every setting as nested plain dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted key, for tables and comparisons."""
+    flat: dict[str, Any] = {}
+    for key, value in to_dict(config).items():
+        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
+    return flat

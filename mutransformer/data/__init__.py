@@ -1,0 +1,1 @@
+"""Text to batches: sources of documents, tokenizers, token files, and the pipeline that serves them."""
