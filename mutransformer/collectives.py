@@ -1,0 +1,76 @@
+"""Every byte that moves between devices: the only file that spells collectives. For use inside shard_map over the axes x and y.
+
+A verb names what happens and on which axis. Which dim of a weight is gathered is read off its spec, never said twice.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import DTypeLike
+
+from mutransformer.spec import Weight
+
+
+def gather_x(w: Array, spec: Weight, compute: DTypeLike, reduce: DTypeLike) -> Array:
+    """A weight as the layer uses it: cast to the compute dtype, then made whole along x.
+
+    Its gradient is cast to `reduce`, summed over x, and scattered to where the weight rests.
+
+    Args:
+        w: this device's shard.
+        spec: tells which dim rests on x. A weight without one is the same on all of x; its gradient is summed just so.
+    """
+    same_on = tuple(axis for axis in ("x", "y") if axis not in spec.axes)
+    # Marked as this device's own copy while still float32: the mark's gradient is the sum over copies.
+    own = lax.pcast(w, same_on, to="varying") if same_on else w
+    return _gather_x(own, spec.dim_on("x"), jnp.dtype(compute), jnp.dtype(reduce))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_x(w: Array, dim: int | None, compute: jnp.dtype, reduce: jnp.dtype) -> Array:
+    w = w.astype(compute)
+    return w if dim is None or lax.axis_size("x") == 1 else lax.all_gather(w, "x", axis=dim, tiled=True)
+
+
+def _gather_x_forward(w: Array, dim: int | None, compute: jnp.dtype, reduce: jnp.dtype) -> tuple[Array, None]:
+    return _gather_x(w, dim, compute, reduce), None
+
+
+def _gather_x_backward(dim: int | None, compute: jnp.dtype, reduce: jnp.dtype, _: None, grad: Array) -> tuple[Array]:
+    grad = grad.astype(reduce)
+    if dim is not None and lax.axis_size("x") > 1:
+        grad = lax.psum_scatter(grad, "x", scatter_dimension=dim, tiled=True)
+    return (grad.astype(jnp.float32),)
+
+
+_gather_x.defvjp(_gather_x_forward, _gather_x_backward)
+
+
+def gather_y(x: Array, dim: int) -> Array:
+    """An activation made whole along y. Gradient: a reduce-scatter over y."""
+    return x if lax.axis_size("y") == 1 else lax.all_gather(x, "y", axis=dim, tiled=True)
+
+
+def scatter_y(x: Array, dim: int) -> Array:
+    """Partial sums over y -> this device's slice of their sum. Gradient: a gather over y."""
+    return x if lax.axis_size("y") == 1 else lax.psum_scatter(x, "y", scatter_dimension=dim, tiled=True)
+
+
+def sum_x(x: Array) -> Array:
+    return lax.psum(x, "x")
+
+
+def sum_y(x: Array) -> Array:
+    return lax.psum(x, "y")
+
+
+def max_y(x: Array) -> Array:
+    """The largest over y, without a gradient."""
+    return lax.pmax(lax.stop_gradient(x), "y")
+
+
+def index_y() -> Array:
+    """This device's place on y."""
+    return lax.axis_index("y")

@@ -1,0 +1,204 @@
+"""The Transformer: what weights it has, and what it computes with them on one device of the mesh.
+
+Modules hold weights only, and a tree of one class holds anything that there is one of per weight: specs, shardings, arrays,
+multipliers. Functions hold the mathematics. Dims and their shards are those of `spec`; the residual stream is [b, T, m].
+"""
+
+from functools import partial
+from typing import Generic, NamedTuple, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from mutransformer import ops
+from mutransformer.collectives import gather_x, gather_y, scatter_y
+from mutransformer.config import Config
+from mutransformer.spec import Init, Weight, weight
+
+T = TypeVar("T")  # Weight, NamedSharding, Array, float, bool, ...
+
+
+class Block(eqx.Module, Generic[T]):
+    """A layer; None where the config has no such weight. g: gain, w: matrix, b: bias.
+
+    a: before attention, q k v o: its projections, f: before the feed-forward part, g i o: its gate, its input and output.
+    """
+
+    w_q: T
+    w_k: T
+    w_v: T
+    w_o: T
+    w_fi: T
+    w_fo: T
+    w_fg: T | None
+    g_a: T | None
+    g_q: T | None
+    g_k: T | None
+    g_f: T | None
+    b_q: T | None
+    b_k: T | None
+    b_v: T | None
+    b_o: T | None
+    b_fi: T | None
+    b_fo: T | None
+    b_fg: T | None
+
+
+class Transformer(eqx.Module, Generic[T]):
+    embed: T
+    blocks: Block[T]  # arrays are stacked over layers in dim 0
+    unembed: T
+    g_e: T | None
+    g_u: T | None
+    b_u: T | None
+
+
+class Batch(NamedTuple):
+    """Attributes:
+    tokens: [B, T] int32; a row is what is to be predicted, from itself shifted right behind bos.
+    mask: [B, T] bool; the targets that count.
+    """
+
+    tokens: Array
+    mask: Array
+
+
+def block_specs(config: Config) -> Block[Weight]:
+    """The weights of one layer."""
+    c = config.model
+    sizes = {"M": c.d_model, "H": c.n_head, "K": c.kv_heads, "D": c.d_head, "F": c.d_ff}
+    w = partial(weight, sizes=sizes)
+    gated = c.activation == "swiglu"
+    # Key/value heads that y cannot divide rest split inside the head, and are gathered after their projection.
+    kv = "K/y D" if c.kv_heads % config.mesh.y == 0 else "K D/y"
+
+    def gain(dim: str) -> Weight | None:
+        return {"none": None, "vector": w(f"-> {dim}", role="gain"), "scalar": w("->", role="gain")}[c.gains]
+
+    def bias(dims: str) -> Weight | None:
+        return w(f"-> {dims}", role="bias") if c.biases else None
+
+    return Block(
+        w_q=w("M/x -> H/y D", init=_start(c.q_init)),
+        w_k=w(f"M/x -> {kv}"),
+        w_v=w(f"M/x -> {kv}"),
+        w_o=w("H/y D -> M/x", init=_start(c.residual_init)),
+        w_fi=w("M/x -> F/y"),
+        w_fo=w("F/y -> M/x", init=_start(c.residual_init)),
+        w_fg=w("M/x -> F/y") if gated else None,
+        g_a=gain("M/y"),
+        g_q=gain("D") if c.qk_norm else None,
+        g_k=gain("D") if c.qk_norm else None,
+        g_f=gain("M/y"),
+        b_q=bias("H/y D"),
+        b_k=bias(kv),
+        b_v=bias(kv),
+        b_o=bias("M/y"),
+        b_fi=bias("F/y"),
+        b_fo=bias("M/y"),
+        b_fg=bias("F/y") if gated else None,
+    )
+
+
+def specs(config: Config) -> Transformer[Weight]:
+    """All weights. Needs no device."""
+    c = config.model
+    w = partial(weight, sizes={"M": c.d_model, "V": c.padded_vocab})
+    gain = {"none": None, "vector": w("-> M/y", role="gain"), "scalar": w("->", role="gain")}[c.gains]
+    return Transformer(
+        embed=w("V/x -> M/y"),
+        blocks=jax.tree.map(lambda s: s.stacked(c.n_layer), block_specs(config)),
+        unembed=w("M/x -> V/y", init=c.unembed_init),
+        g_e=gain if c.embed_norm else None,
+        g_u=gain,
+        b_u=w("-> V/y", role="bias") if c.biases else None,
+    )
+
+
+def _start(choice: str) -> Init:
+    return "zero" if choice == "zero" else "rule"
+
+
+class Forward:
+    """The mathematics of a config, for use inside shard_map on this device's shards."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.c = config.model
+        self.specs = specs(config)
+        self.block_specs = block_specs(config)
+        self.use = partial(gather_x, compute=config.precision.compute, reduce=config.precision.reduce)
+
+    def residual(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> Float[Array, "b T m"]:
+        """The residual stream behind the last layer."""
+        c, s = self.c, self.specs
+        x = jnp.take(self.use(params.embed, s.embed), inputs, axis=0)
+        if c.embed_norm:
+            x = self.norm(x, params.g_e, s.g_e)
+
+        def layer(x: Array, block: Block[Array]) -> tuple[Array, None]:
+            x = x + self.attention(block, x)
+            x = x + self.feed_forward(block, x)
+            return x, None
+
+        if c.remat == "full":
+            layer = jax.checkpoint(layer)
+        return lax.scan(layer, x, params.blocks)[0]
+
+    def attention(self, w: Block[Array], x: Float[Array, "b T m"]) -> Float[Array, "b T m"]:
+        c, s = self.c, self.block_specs
+        h = gather_y(self.norm(x, w.g_a, s.g_a), dim=2)
+        q = jnp.einsum("btm,mhd->bthd", h, self.use(w.w_q, s.w_q))
+        k = jnp.einsum("btm,mkd->btkd", h, self.use(w.w_k, s.w_k))
+        v = jnp.einsum("btm,mkd->btkd", h, self.use(w.w_v, s.w_v))
+        q, k, v = self.bias(q, w.b_q, s.b_q), self.bias(k, w.b_k, s.b_k), self.bias(v, w.b_v, s.b_v)
+        if s.w_k.dims[-1].axis == "y":
+            k, v = (ops.select_kv(gather_y(z, dim=3), q.shape[2], c.n_head) for z in (k, v))
+        if c.qk_norm:
+            q = self.gain(ops.rms_norm(q, c.norm_eps), w.g_q, s.g_q)
+            k = self.gain(ops.rms_norm(k, c.norm_eps), w.g_k, s.g_k)
+        if c.rotary_base:
+            q, k = ops.rotary(q, c.rotary_base), ops.rotary(k, c.rotary_base)
+        o = ops.attention(q, k, v, c.logit_scale, c.attention_activation, c.norm_eps)
+        r = scatter_y(jnp.einsum("bthd,hdm->btm", o, self.use(w.w_o, s.w_o)), dim=2)
+        return self.bias(r, w.b_o, s.b_o)
+
+    def feed_forward(self, w: Block[Array], x: Float[Array, "b T m"]) -> Float[Array, "b T m"]:
+        c, s = self.c, self.block_specs
+        h = gather_y(self.norm(x, w.g_f, s.g_f), dim=2)
+        f = self.bias(jnp.einsum("btm,mf->btf", h, self.use(w.w_fi, s.w_fi)), w.b_fi, s.b_fi)
+        if w.w_fg is None:
+            f = ops.ACTIVATIONS[c.activation](f)
+        else:
+            gate = self.bias(jnp.einsum("btm,mf->btf", h, self.use(w.w_fg, s.w_fg)), w.b_fg, s.b_fg)
+            f = ops.ACTIVATIONS[c.activation](gate) * f
+        r = scatter_y(jnp.einsum("btf,fm->btm", f, self.use(w.w_fo, s.w_fo)), dim=2)
+        return self.bias(r, w.b_fo, s.b_fo)
+
+    def logits(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> Float[Array, "b T v"]:
+        """This device's slice of the padded vocabulary."""
+        s = self.specs
+        h = gather_y(self.norm(self.residual(params, inputs), params.g_u, s.g_u), dim=2)
+        return self.bias(jnp.einsum("btm,mv->btv", h, self.use(params.unembed, s.unembed)), params.b_u, s.b_u)
+
+    def losses(self, params: Transformer[Array], tokens: Int[Array, "b T"], bos_id: int) -> Float[Array, "b T"]:
+        """Cross-entropy of every target, in nats; the same on all of y."""
+        assert self.c.n_vocab is not None
+        return ops.cross_entropy(self.logits(params, ops.shift_right(tokens, bos_id)), tokens, self.c.n_vocab)
+
+    def norm(self, x: Float[Array, "b T m"], g: Array | None, s: Weight | None) -> Float[Array, "b T m"]:
+        return self.gain(ops.rms_norm_y(x, self.c.norm_eps), g, s)
+
+    def gain(self, x: Array, g: Array | None, s: Weight | None) -> Array:
+        return x if g is None or s is None else x * _as_last(self.use(g, s), x)
+
+    def bias(self, x: Array, b: Array | None, s: Weight | None) -> Array:
+        return x if b is None or s is None else x + _as_last(self.use(b, s), x)
+
+
+def _as_last(w: Array, x: Array) -> Array:
+    """w with dims of size 1 in front, so that it meets x's last dims."""
+    return w.reshape((1,) * (x.ndim - w.ndim) + w.shape)

@@ -1,0 +1,63 @@
+"""What a run carries from step to step: its abstract form, its resting places and its start, all from the specs."""
+
+from typing import Generic, NamedTuple, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from mutransformer import mup
+from mutransformer.config import Config
+from mutransformer.mesh import replicated, shardings
+from mutransformer.model import Transformer, specs
+from mutransformer.optim import make_optimizer
+
+T = TypeVar("T")  # Array, ShapeDtypeStruct, NamedSharding
+
+
+class TrainState(eqx.Module, Generic[T]):
+    """Attributes:
+    step: int32 scalar, updates completed.
+    params: float32 master weights.
+    opt: the optimizer's state; moments rest where their weights do.
+    """
+
+    step: T
+    params: Transformer[T]
+    opt: optax.OptState
+
+
+class Plan(NamedTuple):
+    """Attributes:
+    shapes: a TrainState of ShapeDtypeStruct with shardings: what a checkpoint is restored into.
+    shardings: a TrainState of NamedSharding.
+    """
+
+    shapes: TrainState[jax.ShapeDtypeStruct]
+    shardings: TrainState[NamedSharding]
+
+
+def plan(config: Config, mesh: Mesh) -> Plan:
+    """Shapes and shardings of the whole state. Computes nothing."""
+    weights = specs(config)
+    tx = make_optimizer(config, weights)
+    shapes = jax.eval_shape(lambda: _start(config))
+    places = shardings(weights, mesh)
+    # jit of tx.init alone would drop the moments' shardings: they are given, not propagated.
+    opt = optax.tree_map_params(tx, lambda _, place: place, shapes.opt, places, transform_non_params=lambda _: replicated(mesh))
+    state = TrainState(step=replicated(mesh), params=places, opt=opt)
+    return Plan(jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state), state)
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState[Array]:
+    """The state before the first update, drawn in place: bit for bit the same on every mesh."""
+    return jax.jit(lambda: _start(config), out_shardings=plan(config, mesh).shardings)()
+
+
+def _start(config: Config) -> TrainState[Array]:
+    weights = specs(config)
+    params = mup.init(weights, config)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt=make_optimizer(config, weights).init(params))
