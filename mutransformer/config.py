@@ -247,6 +247,7 @@ class CheckpointConfig:
     keep: int = 2  # newest checkpoints kept
     keep_best: int = 1  # checkpoints kept for their validation loss
     resume: bool = True  # go on from the newest checkpoint in the run's folder; false: the folder must hold none
+    allow: list[str] = field(default_factory=list)  # keys that may differ from those of the checkpoint, e.g. [steps]
 
     def __post_init__(self) -> None:
         check(self.every >= 0, f"checkpoint.every = {self.every}: must not be negative")

@@ -5,7 +5,7 @@ multipliers. Functions hold the mathematics. Dims and their shards are those of 
 """
 
 from functools import partial
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -54,16 +54,6 @@ class Transformer(eqx.Module, Generic[T]):
     g_e: T | None
     g_u: T | None
     b_u: T | None
-
-
-class Batch(NamedTuple):
-    """Attributes:
-    tokens: [B, T] int32; a row is what is to be predicted, from itself shifted right behind bos.
-    mask: [B, T] bool; the targets that count.
-    """
-
-    tokens: Array
-    mask: Array
 
 
 def block_specs(config: Config) -> Block[Weight]:
@@ -116,6 +106,17 @@ def specs(config: Config) -> Transformer[Weight]:
         g_u=gain,
         b_u=w("-> V/y", role="bias") if c.biases else None,
     )
+
+
+def flops_per_token(config: Config) -> float:
+    """Forward and backward, by convention: 6 per weight of a matrix that multiplies, and attention over all T positions.
+
+    The embedding is a look-up and does not count; recomputation for remat does not count (Chowdhery et al., arXiv 2204.02311,
+    appendix B).
+    """
+    c = config.model
+    weights = sum(w.size for w in jax.tree.leaves(specs(config)) if w.role in ("hidden", "output"))
+    return 6.0 * weights + 12.0 * c.n_layer * c.n_head * c.d_head * config.data.seq_len
 
 
 def _start(choice: str) -> Init:

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 
 from mutransformer.collectives import sum_x
 from mutransformer.config import Config
-from mutransformer.model import Batch, Forward, Transformer
+from mutransformer.data.pipeline import Batch
+from mutransformer.model import Forward, Transformer
 from mutransformer.ops import masked_sum, shift_right
 from mutransformer.optim import make_optimizer, make_schedule
 from mutransformer.state import TrainState, plan

@@ -1,0 +1,115 @@
+"""What the devices can do, hold and are doing: peak FLOP/s by kind, bytes in use, profiler traces.
+
+Figures only, nothing of the model. A device that is not in the table has no peak: a wrong one would make every MFU wrong.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+
+@runtime_checkable
+class Device(Protocol):
+    """What is asked of a jax.Device."""
+
+    @property
+    def device_kind(self) -> str: ...
+
+    def memory_stats(self) -> Any: ...
+
+
+# Dense bfloat16 FLOP/s with float32 accumulation, from the vendors' data sheets; where a sheet gives the number with sparsity,
+# half of it. Per device as JAX counts them: a TPU v2, v3 or 7x chip is two devices. A pattern must match the whole kind, so that
+# a variant with other clocks (a laptop's GPU, a PCIe card, a slice of a partitioned GPU) is unknown unless it has its own line.
+_PEAK_FLOPS: dict[str, float] = {
+    r"TPU v2": 45e12 / 2,
+    r"TPU v3": 123e12 / 2,
+    r"TPU v4": 275e12,
+    r"TPU v5( ?lite|e)": 197e12,
+    r"TPU v5p?": 459e12,
+    r"TPU v6( ?lite|e)": 918e12,
+    r"TPU ?(v7|7)x": 2307e12 / 2,
+    r"A100-(SXM4?|PCIE)-[48]0GB|A100 80GB PCIe": 312e12,
+    r"A30": 165e12,
+    r"A10": 125e12,
+    r"L4": 121e12,
+    r"L40": 181e12,
+    r"L40S": 362e12,
+    r"H100( SXM5)?( 80GB HBM3)?|GH200( \d+GB)?": 989e12,
+    r"H100 PCIe": 756e12,
+    r"H100 NVL|H200 NVL": 835e12,
+    r"H200( 141GB HBM3e)?": 989e12,
+    r"B200": 2250e12,
+    r"GB200": 2500e12,
+    r"GeForce RTX 3090": 71e12,
+    r"GeForce RTX 4090": 165e12,
+}
+
+
+def peak_flops(device: Device) -> float | None:
+    """Peak bfloat16 FLOP/s of one device, dense; None if its kind is not known, as for a CPU."""
+    kind = device.device_kind.strip().removeprefix("NVIDIA ")
+    return next((flops for pattern, flops in _PEAK_FLOPS.items() if re.fullmatch(pattern, kind, re.IGNORECASE)), None)
+
+
+def memory_in_use(devices: Sequence[Device]) -> dict[str, int] | None:
+    """Memory of the fullest of these devices, in bytes.
+
+    Args:
+        devices: of this process; another's cannot be asked.
+
+    Returns:
+        {"bytes_in_use": now, "peak_bytes": at most since the start}, or None if a device keeps no such numbers, as a CPU.
+    """
+    stats = [device.memory_stats() for device in devices]
+    if not all(stats):
+        return None
+    return {
+        "bytes_in_use": max(each["bytes_in_use"] for each in stats),
+        "peak_bytes": max(each["peak_bytes_in_use"] for each in stats),
+    }
+
+
+@runtime_checkable
+class Window(Protocol):
+    """Steps start ... stop - 1; none if stop is 0. A ProfileConfig is one."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def stop(self) -> int: ...
+
+
+class Profile:
+    """Traces a window of steps on process 0: an .xplane.pb for TensorBoard's profile plugin, a .trace.json.gz for Perfetto."""
+
+    def __init__(self, window: Window, directory: Path) -> None:
+        """directory: traces go below it, to plugins/profile; TensorBoard looks for them in its own folder."""
+        self._window, self._directory, self.running = window, directory, False
+        self._enabled = jax.process_index() == 0
+
+    def step(self, i: int, wait_for: Any = None) -> None:
+        """Starts or stops the trace if step i is the first within or beyond the window.
+
+        Args:
+            i: the step about to be dispatched, or the first of several, counted from 0.
+            wait_for: arrays of the step before; waited for only if the trace starts or stops here, so that it holds whole steps.
+        """
+        within = self._enabled and self._window.start <= i < self._window.stop
+        if within and not self.running:  # a run that is resumed within the window traces what is left of it
+            jax.block_until_ready(wait_for)
+            jax.profiler.start_trace(self._directory)
+            self.running = True
+        elif self.running and not within:
+            self.close(wait_for)
+
+    def close(self, wait_for: Any = None) -> None:
+        """Stops a trace that is still running, after waiting for the arrays in wait_for."""
+        if self.running:
+            self.running = False
+            jax.block_until_ready(wait_for)
+            jax.profiler.stop_trace()

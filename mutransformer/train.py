@@ -1,0 +1,159 @@
+"""A training run: assemble, restore or start, loop, close. The order of events, and nothing else."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mutransformer import __version__
+from mutransformer.checkpoint import Checkpoints
+from mutransformer.config import Config, check, to_yaml
+from mutransformer.data import pipeline
+from mutransformer.data.corpus import Corpus, prepare
+from mutransformer.evaluate import Interrupted, evaluate
+from mutransformer.hardware import Profile
+from mutransformer.mesh import check_fits, data_share, make_mesh, put
+from mutransformer.metrics import Metrics
+from mutransformer.model import flops_per_token, specs
+from mutransformer.state import init_state, plan
+from mutransformer.step import make_eval_step, make_train_step
+
+FINISHED = 0
+STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, all is saved, the same command goes on
+
+
+class Stop:
+    """Whether the run was asked to end early: by SIGTERM or Ctrl-C, or in a job of several processes by its scheduler."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+        self.requested = False
+
+    def at(self, step: int) -> bool:
+        """Asked after each step. Processes agree on the step at which they all stop."""
+        if jax.process_count() > 1:
+            self.requested = self._checkpoints.stop_requested(step)
+        return self.requested
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the signals over; a second Ctrl-C ends the process at once. With several processes JAX itself listens."""
+        if jax.process_count() > 1:
+            yield
+            return
+
+        def request(number: int, _: Any) -> None:
+            self.requested = True
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train(config: Config) -> int:
+    """Trains until `steps` updates are done, or until it is asked to stop.
+
+    Returns:
+        The exit code: FINISHED, or STOPPED with a checkpoint of the last step.
+
+    Raises:
+        ConfigError: a setting does not fit the devices, the data or the checkpoints.
+        NonFiniteLoss: the loss became NaN or infinite; the newest checkpoint is from before.
+    """
+    mesh = make_mesh(config.mesh)
+    corpus = prepare(config.data)
+    config = config.with_vocab(corpus.tokenizer.n_vocab)
+    check_fits(config, mesh)
+    share, n_vocab, bos = data_share(mesh), corpus.tokenizer.n_vocab, corpus.tokenizer.bos_id
+    held_out = corpus.splits["validation"]
+    fingerprint = pipeline.fingerprint(corpus.splits["train"], config.data, config.seed)
+    batches = pipeline.train_batches(corpus.splits["train"], config.data, config.seed, *share, n_vocab)
+
+    with closing(Checkpoints(config)) as checkpoints, closing(batches):
+        start = checkpoints.latest() or 0
+        if start:
+            check(config.checkpoint.resume, f"checkpoint.resume = false: {config.rundir} holds a run; choose another name=...")
+            checkpoints.check_same(start, fingerprint)
+            state, position = checkpoints.restore(start, plan(config, mesh).shapes)
+            batches.set_state(position)
+        else:
+            state = init_state(config, mesh)
+        train_step, eval_step = make_train_step(config, mesh, bos), make_eval_step(config, mesh, bos)
+        profile = Profile(config.profile, config.rundir / "tensorboard")
+        stop = Stop(checkpoints)
+        step, loss, final = start, None, dict[str, float]()
+
+        def validate(n_batches: int | None) -> dict[str, float]:
+            rows = pipeline.eval_batches(held_out, config.data, n_batches, *share, n_vocab)
+            return evaluate(eval_step, state.params, rows, mesh, held_out, stop=lambda: stop.requested)
+
+        with Metrics(config, flops_per_token(config), mesh.size, start) as log, stop.listening():
+            _describe(config, mesh, corpus, start, log)
+            try:
+                while step < config.steps and not stop.requested:
+                    profile.step(step, wait_for=state.step)
+                    state, scalars = train_step(state, put(next(batches), mesh))
+                    step, loss = step + 1, None
+                    log.record(step, scalars)
+                    checkpoints.poll()
+                    if stop.at(step):
+                        break
+                    if _due(step, config.eval.every) or step == config.steps:
+                        with log.pause():
+                            result = validate(config.eval.batches)
+                        loss = result["loss"]
+                        log.scalars(step, _tagged("validation", result))
+                    if _due(step, config.checkpoint.every):
+                        with log.pause():
+                            checkpoints.save(state, batches.get_state(), fingerprint, loss)
+                if not stop.requested:
+                    with log.pause():
+                        final = _tagged("final", validate(config.eval.final_batches))
+            except Interrupted:
+                pass  # the signal came within an evaluation: the state is whole, and is saved like after any other
+            profile.close(wait_for=state.step)
+            log.flush()
+            checkpoints.save(state, batches.get_state(), fingerprint, loss)
+            checkpoints.wait()
+            log.close(final)
+            if not final:
+                log.note(f"stopped after step {step}, all is saved; the same command goes on from there")
+    return FINISHED if final else STOPPED
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _tagged(group: str, result: dict[str, float]) -> dict[str, float]:
+    return {f"{group}/{key}": value for key, value in result.items()}
+
+
+def _describe(config: Config, mesh: Mesh, corpus: Corpus, start: int, log: Metrics) -> None:
+    """What is run on what, for the console; and the resolved config beside the checkpoints."""
+    if jax.process_index() == 0:
+        (config.rundir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    weights = specs(config)
+    total, layers = (sum(w.size for w in jax.tree.leaves(tree)) for tree in (weights, weights.blocks))
+    x, y = mesh.shape["x"], mesh.shape["y"]
+    kind = mesh.devices.flat[0].device_kind
+    text = corpus.splits["train"]
+    epochs = config.steps * config.tokens_per_step / text.n_tokens
+    log.note(f"mutransformer {__version__}, JAX {jax.__version__}, {mesh.size} x {kind} as mesh {x} x {y}")
+    log.note(
+        f"model: width {config.model.d_model}, {config.model.n_layer} layers, {total:,} parameters, {layers:,} of them in layers; "
+        f"{config.optim.rule}, learning rate {config.optim.lr:g} at width {config.model.d_base}"
+    )
+    log.note(
+        f"data: {config.data.source}, {text.n_tokens:,} tokens ({text.n_bytes / text.n_tokens:.2f} bytes each) to train on; "
+        f"{config.tokens_per_step:,} a step, {epochs:.2f} epochs in {config.steps} steps"
+    )
+    log.note(f"run folder: {config.rundir}" + (f"; goes on after step {start}" if start else ""))

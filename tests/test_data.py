@@ -1,0 +1,304 @@
+"""Sources, splits and the cache of token files."""
+
+import errno
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mutransformer.config import ConfigError, DataConfig
+from mutransformer.data import cache, corpus, sources
+from mutransformer.data.corpus import prepare
+from mutransformer.data.sources import SPLITS, assign, cut, documents
+
+PARAGRAPH = "Whan that Aprille with his shoures soote\r\n\tthe droghte of March hath perced — 😀\n\n"
+
+
+def text_config(folder: Path, files: list[str], **settings: Any) -> DataConfig:
+    settings = {"tokenizer": "bytes", "validation_share": 0.1, "test_share": 0.1} | settings
+    return DataConfig(source="text", files=files, cache_dir=str(folder / "cache"), **settings)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DataConfig:
+    """Thirty small files in two folders, in UTF-8 with tabs, CRLF and emoji."""
+    for k in range(30):
+        path = tmp_path / "text" / ("a" if k % 2 else "b") / f"{k}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(f"{k}: {PARAGRAPH * (k % 2 + 1)}".encode())
+    return text_config(tmp_path, [f"{tmp_path}/text/**/*.txt"])
+
+
+def only_entry(config: DataConfig, kind: str = "tokens") -> Path:
+    (folder,) = Path(config.cache_dir).glob(f"{kind}-*")
+    return folder
+
+
+def tokens_of(config: DataConfig) -> dict[str, list[int]]:
+    return {split: file.tokens.tolist() for split, file in prepare(config).splits.items()}
+
+
+# Sources and splits
+
+
+def test_stdlib_is_python_without_tests_and_without_what_a_build_adds() -> None:
+    found = {d.name: d for d in documents(DataConfig())}
+    root = Path(sysconfig.get_path("stdlib"))
+    assert len(found) > 500
+    assert list(found) == sorted(found)
+    assert all(d.data == (root / d.name).read_bytes().removeprefix(b"\xef\xbb\xbf") for d in found.values())
+    assert "json/decoder.py" in found and any(not d.data.isascii() for d in found.values())
+    parts = {part for name in found for part in name.split("/")}
+    assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    assert not any(name.startswith(("_sysconfigdata", "config-")) for name in found)
+    assert {d.split for d in found.values()} == set(SPLITS)
+
+
+def test_a_split_is_decided_by_the_name_alone() -> None:
+    names = [f"{k}.txt" for k in range(400)]
+    splits = dict(zip(names, assign(names, 0.1, 0.2), strict=True))
+    # Written down, since another machine or version must come to the same.
+    assert [name for name in names[:40] if splits[name] == "validation"] == ["1.txt", "18.txt", "20.txt", "27.txt", "39.txt"]
+    assert [name for name in names[:40] if splits[name] == "test"] == ["2.txt", "24.txt", "28.txt", "34.txt"]
+    fewer = names[100:][::-1]
+    assert dict(zip(fewer, assign(fewer, 0.1, 0.2), strict=True)) == {name: splits[name] for name in fewer}
+    counts = {split: list(splits.values()).count(split) for split in SPLITS}
+    assert 20 < counts["validation"] < 60 and 50 < counts["test"] < 110
+
+
+@pytest.mark.parametrize("n", [3, 4, 10])
+@pytest.mark.parametrize("share", [0.001, 0.499])
+def test_no_split_is_empty_from_three_names_on(n: int, share: float) -> None:
+    for start in range(20):
+        assert set(assign([f"{start + k}" for k in range(n)], share, share)) == set(SPLITS)
+
+
+def test_names_and_splits_move_with_the_folder(config: DataConfig, tmp_path: Path) -> None:
+    before = documents(config)
+    (tmp_path / "text").rename(tmp_path / "elsewhere")
+    after = documents(text_config(tmp_path, [f"{tmp_path}/elsewhere/**/*.txt"]))
+    assert before == after
+    assert [d.name for d in before][:3] == ["a/1.txt", "a/11.txt", "a/13.txt"]
+    assert len(before) == 30
+
+
+def test_fingerprint_sees_contents_names_and_splits(config: DataConfig, tmp_path: Path) -> None:
+    prints = [sources.fingerprint(documents(config))]
+    prints.append(sources.fingerprint(documents(text_config(tmp_path, config.files, validation_share=0.4))))
+    file = tmp_path / "text/a/1.txt"
+    file.write_bytes(file.read_bytes().replace(b"soote", b"soota"))
+    prints.append(sources.fingerprint(documents(config)))
+    file.rename(file.with_name("100.txt"))
+    prints.append(sources.fingerprint(documents(config)))
+    assert len(set(prints)) == len(prints)
+
+
+def test_one_long_file_is_divided_among_the_splits(tmp_path: Path) -> None:
+    text = "".join(f"line {k} of the only file\n" for k in range(5000)).encode()
+    (tmp_path / "one.txt").write_bytes(text)
+    found = documents(text_config(tmp_path, [f"{tmp_path}/one.txt"]))
+    assert b"".join(d.data for d in found) == text
+    assert all(d.data.endswith(b"\n") for d in found)
+    # Neighbouring pieces of one split are one document.
+    assert all(a.split != b.split for a, b in zip(found, found[1:], strict=False))
+    held_out = sum(len(d.data) for d in found if d.split != "train") / len(text)
+    assert 0.1 < held_out < 0.3
+    assert found[0].name == "one.txt#0" and {d.split for d in found} == set(SPLITS)
+
+
+def test_a_file_that_dominates_is_cut_and_small_ones_stay_whole(tmp_path: Path) -> None:
+    for k in range(200):
+        (tmp_path / f"{k}.txt").write_text("short\n" * 50)
+    (tmp_path / "big.txt").write_text("long line\n" * 10_000)
+    names = [d.name for d in documents(text_config(tmp_path, [f"{tmp_path}/*.txt"]))]
+    assert {f"{k}.txt" for k in range(200)} < set(names)
+    assert sum(name.startswith("big.txt#") for name in names) > 3
+
+
+@pytest.mark.parametrize("text", ["é😀" * 5000, "a\n" * 3000, "x" * 9999, "line of text\n" * 700 + "€" * 900, "", "€"])
+@pytest.mark.parametrize("size", [1, 64, 1000])
+def test_cut_keeps_all_text_and_every_character(text: str, size: int) -> None:
+    pieces = list(cut(text.encode(), size))
+    assert "".join(piece.decode() for piece in pieces) == text
+    assert all(size <= len(piece) <= 2 * size + 3 for piece in pieces[:-1])
+
+
+def test_bom_is_stripped_empty_files_are_left_out_and_a_file_counts_once(config: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "text/a/bom.txt").write_bytes(b"\xef\xbb\xbfmarked")
+    (tmp_path / "text/a/empty.txt").touch()
+    again = text_config(tmp_path, [*config.files, f"{tmp_path}/text/a/*.txt"])
+    found = documents(again)
+    assert [d.data for d in found if d.name == "a/bom.txt"] == [b"marked"]
+    assert len(found) == 31
+
+
+def test_home_and_brackets_in_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "notes [1].txt").write_text("a line of notes\n" * 100)
+    assert documents(text_config(tmp_path, ["~/notes [1].txt"]))[0].name == "notes [1].txt#0"
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern", "message"),
+    [
+        (b"", "none/*.txt", r"data\.files: .*none/\*\.txt matches no file"),
+        (b"", "missing.txt", r"data\.files: .*missing\.txt matches no file"),
+        (b"", "", r"data\.files: .* is a folder; name its files, e\.g\. .*/\*\*/\*\.txt"),
+        (b"", "file.txt", r"data\.files = .*file\.txt.*: 0 bytes of text are too few"),
+        (b"one line\n", "file.txt", r"data\.files = .*file\.txt.*: 9 bytes of text are too few"),
+        (b"one\ntwo\n\xff\n", "file.txt", r"data\.files: .*file\.txt, line 3, byte 8: not UTF-8 \(invalid start byte\)"),
+        (b"\xef\xbb\xbfa\xe2\x82", "file.txt", r"data\.files: .*file\.txt, line 1, byte 4: not UTF-8 \(unexpected end of data\)"),
+    ],
+)
+def test_bad_files_are_one_line(tmp_path: Path, make: bytes, pattern: str, message: str) -> None:
+    (tmp_path / "file.txt").write_bytes(make)
+    with pytest.raises(ConfigError, match=message) as error:
+        documents(text_config(tmp_path, [f"{tmp_path}/{pattern}"]))
+    assert "\n" not in str(error.value)
+
+
+# Token files
+
+
+def test_token_files_hold_the_documents_each_with_its_eos(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "_SEGMENT", 64)  # so that documents and calls are divided
+    monkeypatch.setattr(corpus, "_CHUNK", 200)
+    prepared = prepare(config)
+    for split, file in prepared.splits.items():
+        mine = [d for d in documents(config) if d.split == split]
+        expected = [i for d in mine for i in [*d.data, prepared.tokenizer.eos_id]]
+        assert file.tokens.tolist() == expected
+        assert file.tokens.dtype == np.uint16
+        assert (file.n_tokens, file.n_documents) == (len(expected), len(mine))
+        assert file.n_bytes == sum(len(d.data) for d in mine)
+    assert len({file.fingerprint for file in prepared.splits.values()}) == 3
+
+
+def test_a_vocabulary_beyond_16_bits_takes_32(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = tokens_of(config)
+    monkeypatch.setattr(corpus.ByteTokenizer, "n_vocab", 70_000)
+    monkeypatch.setattr(corpus.ByteTokenizer, "eos_id", 69_999)
+    monkeypatch.setattr(corpus.ByteTokenizer, "fingerprint", "wide")
+    wide = prepare(config).splits["train"].tokens
+    assert wide.dtype == np.uint32 and wide.max() == 69_999
+    assert [257 if i == 69_999 else i for i in wide.tolist()] == narrow["train"]
+
+
+def test_a_tokenizer_that_leaves_its_vocabulary_is_refused(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus.ByteTokenizer, "n_vocab", 257)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: it gave the ids 9 \.\.\. 257, outside its 257 ids"):
+        prepare(config)
+    assert list(Path(config.cache_dir).iterdir()) == []
+
+
+def test_the_second_time_nothing_is_written(config: DataConfig) -> None:
+    first = tokens_of(config)
+    before = {path: path.stat().st_mtime_ns for path in Path(config.cache_dir).rglob("*")}
+    assert tokens_of(config) == first
+    assert {path: path.stat().st_mtime_ns for path in Path(config.cache_dir).rglob("*")} == before
+    assert len(before) == 5
+
+
+def test_changed_text_is_noticed(config: DataConfig, tmp_path: Path) -> None:
+    before = tokens_of(config)
+    (tmp_path / "text/a/1.txt").write_text("other")
+    assert tokens_of(config) != before
+    assert len(list(Path(config.cache_dir).iterdir())) == 2
+
+
+@pytest.mark.parametrize("file", ["train.bin", "validation.bin", "test.bin", "manifest.json"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "empty", "remove"])
+def test_damage_is_found_and_mended(config: DataConfig, caplog: pytest.LogCaptureFixture, file: str, harm: str) -> None:
+    good = tokens_of(config)
+    path = only_entry(config) / file
+    intact = path.read_bytes()
+    at = intact.find(b'"documents": ') + 13 if file == "manifest.json" else len(intact) // 2
+    damaged = {
+        "flip": intact[:at] + bytes([intact[at] ^ 1]) + intact[at + 1 :],
+        "truncate": intact[:-2],
+        "empty": b"",
+        "remove": b"",
+    }
+    path.unlink() if harm == "remove" else path.write_bytes(damaged[harm])
+    assert tokens_of(config) == good
+    assert path.read_bytes() == intact
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "damaged" in line and file in line
+    assert ("bytes instead of" in line) == (file.endswith(".bin") and harm in ("truncate", "empty"))
+    assert [p.name for p in Path(config.cache_dir).iterdir()] == [path.parent.name]
+
+
+def test_what_a_killed_build_leaves_does_no_harm(config: DataConfig) -> None:
+    good = tokens_of(config)
+    folder = only_entry(config)
+    left = folder.with_name(f".{folder.name}-0123")
+    folder.rename(left)
+    (left / "train.bin").write_bytes(b"half")
+    (left / "manifest.json").unlink()
+    assert tokens_of(config) == good
+    assert only_entry(config) == folder
+
+
+def test_a_slower_process_leaves_the_faster_ones_entry(tmp_path: Path) -> None:
+    def write(name: str, folder: Path) -> dict[str, str]:
+        (folder / "file").write_text("contents")
+        return {"by": name}
+
+    def slow(folder: Path) -> dict[str, str]:
+        cache.entry(tmp_path, "kind", [1], ["file"], lambda at: write("fast", at))
+        return write("slow", folder)
+
+    assert cache.entry(tmp_path, "kind", [1], ["file"], slow).facts == {"by": "fast"}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_entry_that_comes_between_check_and_rename_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(name: str, folder: Path) -> dict[str, str]:
+        (folder / "file").write_text("contents")
+        return {"by": name}
+
+    def before_rename(folder: Path) -> None:
+        monkeypatch.undo()
+        cache.entry(tmp_path, "kind", [1], ["file"], lambda at: write("fast", at))
+
+    monkeypatch.setattr(cache, "_sync", before_rename)
+    assert cache.entry(tmp_path, "kind", [1], ["file"], lambda at: write("slow", at)).facts == {"by": "fast"}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_processes_may_prepare_at_once(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("".join(f"a line with the number {k}\n" for k in range(3000)))
+    program = (
+        "import sys; from mutransformer.config import DataConfig; from mutransformer.data.corpus import prepare\n"
+        "c = DataConfig(source='text', files=[sys.argv[1]], cache_dir=sys.argv[2], vocab_size=300)\n"
+        "sys.stdout.write(' '.join(f.fingerprint for f in prepare(c).splits.values()))"
+    )
+    command = [sys.executable, "-W", "error", "-c", program, str(tmp_path / "one.txt"), str(tmp_path / "cache")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    ended = [(*process.communicate(timeout=60), process.returncode) for process in running]
+    assert [code for *_, code in ended] == [0, 0, 0], ended
+    assert len({out for out, *_ in ended}) == 1 and len(ended[0][0].split()) == 3
+    assert sorted(p.name.split("-")[0] for p in (tmp_path / "cache").iterdir()) == ["tokenizer", "tokens"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ConfigError, match=r"^data\.cache_dir = .*cache: cannot write there: No space left on device$"):
+            prepare(config)
+    assert list(Path(config.cache_dir).iterdir()) == []
+    assert prepare(config).splits["train"].n_tokens > 0
+
+
+def test_a_cache_that_cannot_be_a_folder_is_one_line(config: DataConfig) -> None:
+    Path(config.cache_dir).write_text("a file")
+    with pytest.raises(ConfigError, match=r"^data\.cache_dir = .*cache: cannot write there: (Not a directory|File exists)$"):
+        prepare(config)

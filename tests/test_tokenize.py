@@ -1,0 +1,155 @@
+"""Tokenizers: exact round trips, training, and models that are none."""
+
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from mutransformer.config import ConfigError, DataConfig
+from mutransformer.data.corpus import prepare
+from mutransformer.data.sources import documents
+from mutransformer.data.tokenize import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
+
+SOURCE = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text(encoding="utf-8")
+TEXTS = [
+    "",
+    " ",
+    "\n",
+    "\n\n\n",
+    "def f(x):\n\treturn x\n\n\n    # four\n  \n",
+    "  leading and trailing  ",
+    "dos\r\nlines\r\n",
+    "naïve Ärger 中文 日本 😀👩‍👩‍👧 e\u0301 \u00a0\u3000|",
+    "a NUL \0 and \x01\x7f controls",
+    "the space sign \u2581\u2581 of SentencePiece\u2581",
+    "<s>spelled</s><unk><pad><0x41>",
+    "\ufeffa mark",
+    "1234567890",
+    SOURCE,
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_sentencepiece([SOURCE], 800, path)
+    return SentencePieceTokenizer(path)
+
+
+@pytest.fixture(params=["bytes", "sentencepiece"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return ByteTokenizer() if request.param == "bytes" else request.getfixturevalue("trained")
+
+
+def test_every_text_comes_back_exactly(tokenizer: Tokenizer) -> None:
+    encoded = tokenizer.encode(TEXTS)
+    assert [tokenizer.decode(ids) for ids in encoded] == TEXTS
+    special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
+    assert len(special) == 3 and max(special) < tokenizer.n_vocab
+    for ids in encoded:
+        assert ids.dtype == np.int32 and not special & set(ids.tolist())
+        assert all(0 <= i < tokenizer.n_vocab for i in ids.tolist())
+
+
+def test_special_ids_decode_to_nothing(tokenizer: Tokenizer) -> None:
+    (ids,) = tokenizer.encode(["some text"])
+    framed = [tokenizer.bos_id, *ids.tolist(), tokenizer.eos_id, tokenizer.pad_id]
+    assert tokenizer.decode(framed) == "some text"
+
+
+def test_bytes_that_are_no_text_decode_to_a_replacement() -> None:
+    assert ByteTokenizer().decode([97, 0xFF, 98]) == "a\ufffdb"
+
+
+def test_training_is_deterministic_and_compresses(trained: SentencePieceTokenizer, tmp_path: Path) -> None:
+    train_sentencepiece([SOURCE], 800, tmp_path / "again.model")
+    again = SentencePieceTokenizer(tmp_path / "again.model")
+    assert again.fingerprint == trained.fingerprint and again.n_vocab == 800
+    train_sentencepiece([SOURCE], 801, tmp_path / "other.model")
+    assert SentencePieceTokenizer(tmp_path / "other.model").fingerprint != trained.fingerprint
+    (ids,) = trained.encode([SOURCE])
+    assert len(SOURCE) / len(ids) > 2.5
+    # Indentation is one piece, line ends join what they follow.
+    pieces = [trained.decode([i]) for i in range(trained.n_vocab)]
+    assert " " * 8 in pieces and ":\n" in pieces
+
+
+def test_a_trained_tokenizer_sees_the_train_split_only(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(SOURCE)
+    config = DataConfig(source="text", files=[f"{tmp_path}/text.txt"], cache_dir=str(tmp_path / "cache"), vocab_size=500)
+    corpus = prepare(config)
+    tokenizer = corpus.tokenizer
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    texts = {split: tokenizer.decode(file.tokens.astype(np.int32)) for split, file in corpus.splits.items()}
+    assert sum(map(len, texts.values())) == len(SOURCE)
+    train = [d.data.decode() for d in documents(config) if d.split == "train"]
+    train_sentencepiece(train, 500, tmp_path / "expected.model")
+    assert (tmp_path / "expected.model").read_bytes() == tokenizer.model_file.read_bytes()
+    assert all(file.tokenizer_fingerprint == tokenizer.fingerprint for file in corpus.splits.values())
+
+
+def test_a_given_model_without_bos_and_pad_uses_eos(tmp_path: Path) -> None:
+    path = tmp_path / "given.model"
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+        sentence_iterator=iter(SOURCE.splitlines()),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=300,
+        hard_vocab_limit=False,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (tmp_path / "text.txt").write_text(SOURCE)
+    config = DataConfig(
+        source="text", files=[f"{tmp_path}/text.txt"], tokenizer_file=str(path), cache_dir=str(tmp_path / "cache")
+    )
+    tokenizer = prepare(config).tokenizer
+    assert tokenizer.bos_id == tokenizer.pad_id == tokenizer.eos_id
+    assert not list((tmp_path / "cache").glob("tokenizer-*"))
+    assert tokenizer.decode(tokenizer.encode(["some text"])[0]) == "some text"
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (None, "cannot read it: No such file or directory"),
+        (b"", "an empty file"),
+        (b"no model at all " * 40, "not a SentencePiece model"),
+        (b"\x80\x04cos\nsystem\n", "not a SentencePiece model"),
+    ],
+)
+def test_a_tokenizer_file_that_is_none(tmp_path: Path, contents: bytes | None, message: str) -> None:
+    path = tmp_path / "broken.model"
+    if contents is not None:
+        path.write_bytes(contents)
+    with pytest.raises(ConfigError, match=rf"^data\.tokenizer_file = .*broken\.model: {message}$"):
+        SentencePieceTokenizer(path)
+
+
+def test_a_truncated_model_is_refused(trained: SentencePieceTokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "cut.model"
+    path.write_bytes(trained.model_file.read_bytes()[:2000])
+    with pytest.raises(ConfigError, match=r"data\.tokenizer_file = .*: not a SentencePiece model"):
+        SentencePieceTokenizer(path)
+
+
+def test_a_tokenizer_file_needs_sentencepiece(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(SOURCE)
+    config = DataConfig(source="text", files=[f"{tmp_path}/text.txt"], tokenizer="bytes", tokenizer_file="a.model")
+    with pytest.raises(ConfigError, match=r"data\.tokenizer_file is set: it needs data\.tokenizer=sentencepiece"):
+        prepare(config)
+
+
+def test_a_vocabulary_too_large_names_the_largest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^data\.vocab_size = 60000: the train split gives at most (\d+) pieces") as error:
+        train_sentencepiece([SOURCE], 60_000, tmp_path / "model")
+    most = int(str(error.value).split("at most ")[1].split()[0])
+    train_sentencepiece([SOURCE], most, tmp_path / "model")
+    assert SentencePieceTokenizer(tmp_path / "model").n_vocab == most
+
+
+def test_a_vocabulary_too_small_names_the_smallest(tmp_path: Path) -> None:
+    characters = "".join(map(chr, range(0x4E00, 0x4F00))) * 2
+    with pytest.raises(ConfigError, match=r"^data\.vocab_size = 300: the characters of the train split need at least 5\d\d"):
+        train_sentencepiece([characters], 300, tmp_path / "model")
