@@ -39,13 +39,22 @@ def _gather_x_forward(w: Array, dim: int | None, compute: jnp.dtype, reduce: jnp
 
 
 def _gather_x_backward(dim: int | None, compute: jnp.dtype, reduce: jnp.dtype, _: None, grad: Array) -> tuple[Array]:
-    grad = grad.astype(reduce)
-    if dim is not None and lax.axis_size("x") > 1:
-        grad = lax.psum_scatter(grad, "x", scatter_dimension=dim, tiled=True)
-    return (grad.astype(jnp.float32),)
+    return (_scatter_x(grad, dim, reduce),)
 
 
 _gather_x.defvjp(_gather_x_forward, _gather_x_backward)
+
+
+def scatter_x(grad: Array, spec: Weight, reduce: DTypeLike) -> Array:
+    """The gradient of a whole weight, summed over x in the given dtype -> float32, where the weight rests."""
+    return _scatter_x(grad, spec.dim_on("x"), jnp.dtype(reduce))
+
+
+def _scatter_x(grad: Array, dim: int | None, reduce: jnp.dtype) -> Array:
+    grad = grad.astype(reduce)
+    if dim is not None and lax.axis_size("x") > 1:
+        grad = lax.psum_scatter(grad, "x", scatter_dimension=dim, tiled=True)
+    return grad.astype(jnp.float32)
 
 
 def gather_y(x: Array, dim: int) -> Array:
@@ -74,3 +83,8 @@ def max_y(x: Array) -> Array:
 def index_y() -> Array:
     """This device's place on y."""
     return lax.axis_index("y")
+
+
+def varying(x: Array, *axes: str) -> Array:
+    """A constant marked as this device's own on the given axes, both by default, as what a loop will add to it is."""
+    return lax.pcast(x, axes or ("x", "y"), to="varying")

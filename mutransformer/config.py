@@ -54,10 +54,11 @@ class ModelConfig:
     q_init: Literal["fan_in", "zero"] = "fan_in"
     residual_init: Literal["fan_in", "zero"] = "fan_in"  # the projections that write to the residual stream
     unembed_init: Literal["rule", "mup", "sp", "zero"] = "rule"  # std 1/d_model, 1/sqrt(d_model), 0; rule: as optim.rule says
+    head_chunk: int = 512  # tokens (a device) whose logits exist at a time
     remat: Literal["none", "full"] = "none"  # full: a layer keeps only its input for the backward pass
 
     def __post_init__(self) -> None:
-        for key in ("d_model", "d_base", "d_head", "n_layer", "vocab_multiple"):
+        for key in ("d_model", "d_base", "d_head", "n_layer", "vocab_multiple", "head_chunk"):
             check(getattr(self, key) >= 1, f"model.{key} = {getattr(self, key)}: must be at least 1")
         heads = max(1, self.d_model // self.d_head)
         check(

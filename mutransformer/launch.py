@@ -41,6 +41,9 @@ def launch(main: Callable[[Config], int], description: str, argv: Sequence[str] 
             print(settings.to_yaml(config), end="")
             return 0
         connect(config.distributed)
+        from mutransformer.hardware import keep_freed_memory
+
+        keep_freed_memory()
         return main(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Devices as a grid with axes x and y, and how trees and batches are laid on it."""
 
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from mutransformer.config import Config, ConfigError, MeshConfig, check
 Tree = TypeVar("Tree")
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over the given devices, by default all.
 
     Raises:

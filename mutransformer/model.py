@@ -11,11 +11,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mutransformer import ops
 from mutransformer.collectives import gather_x, gather_y, scatter_y
 from mutransformer.config import Config
+from mutransformer.linear import Head, Precision, head_loss, project
 from mutransformer.spec import Init, Weight, weight
 
 T = TypeVar("T")  # Weight, NamedSharding, Array, float, bool, ...
@@ -131,6 +132,7 @@ class Forward:
         self.c = config.model
         self.specs = specs(config)
         self.block_specs = block_specs(config)
+        self.precision = Precision(config.precision.compute, config.precision.reduce)
         self.use = partial(gather_x, compute=config.precision.compute, reduce=config.precision.reduce)
 
     def residual(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> Float[Array, "b T m"]:
@@ -152,9 +154,9 @@ class Forward:
     def attention(self, w: Block[Array], x: Float[Array, "b T m"]) -> Float[Array, "b T m"]:
         c, s = self.c, self.block_specs
         h = gather_y(self.norm(x, w.g_a, s.g_a), dim=2)
-        q = jnp.einsum("btm,mhd->bthd", h, self.use(w.w_q, s.w_q))
-        k = jnp.einsum("btm,mkd->btkd", h, self.use(w.w_k, s.w_k))
-        v = jnp.einsum("btm,mkd->btkd", h, self.use(w.w_v, s.w_v))
+        q = project(h, w.w_q, s.w_q, self.precision)
+        k = project(h, w.w_k, s.w_k, self.precision)
+        v = project(h, w.w_v, s.w_v, self.precision)
         q, k, v = self.bias(q, w.b_q, s.b_q), self.bias(k, w.b_k, s.b_k), self.bias(v, w.b_v, s.b_v)
         if s.w_k.dims[-1].axis == "y":
             k, v = (ops.select_kv(gather_y(z, dim=3), q.shape[2], c.n_head) for z in (k, v))
@@ -164,31 +166,39 @@ class Forward:
         if c.rotary_base:
             q, k = ops.rotary(q, c.rotary_base), ops.rotary(k, c.rotary_base)
         o = ops.attention(q, k, v, c.logit_scale, c.attention_activation, c.norm_eps)
-        r = scatter_y(jnp.einsum("bthd,hdm->btm", o, self.use(w.w_o, s.w_o)), dim=2)
+        r = scatter_y(project(o, w.w_o, s.w_o, self.precision), dim=2)
         return self.bias(r, w.b_o, s.b_o)
 
     def feed_forward(self, w: Block[Array], x: Float[Array, "b T m"]) -> Float[Array, "b T m"]:
         c, s = self.c, self.block_specs
         h = gather_y(self.norm(x, w.g_f, s.g_f), dim=2)
-        f = self.bias(jnp.einsum("btm,mf->btf", h, self.use(w.w_fi, s.w_fi)), w.b_fi, s.b_fi)
-        if w.w_fg is None:
+        f = self.bias(project(h, w.w_fi, s.w_fi, self.precision), w.b_fi, s.b_fi)
+        if w.w_fg is None or s.w_fg is None:
             f = ops.ACTIVATIONS[c.activation](f)
         else:
-            gate = self.bias(jnp.einsum("btm,mf->btf", h, self.use(w.w_fg, s.w_fg)), w.b_fg, s.b_fg)
+            gate = self.bias(project(h, w.w_fg, s.w_fg, self.precision), w.b_fg, s.b_fg)
             f = ops.ACTIVATIONS[c.activation](gate) * f
-        r = scatter_y(jnp.einsum("btf,fm->btm", f, self.use(w.w_fo, s.w_fo)), dim=2)
+        r = scatter_y(project(f, w.w_fo, s.w_fo, self.precision), dim=2)
         return self.bias(r, w.b_fo, s.b_fo)
+
+    def final(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> Float[Array, "b T M"]:
+        """The normed residual stream that the unembedding reads, whole along y."""
+        return gather_y(self.norm(self.residual(params, inputs), params.g_u, self.specs.g_u), dim=2)
 
     def logits(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> Float[Array, "b T v"]:
         """This device's slice of the padded vocabulary."""
-        s = self.specs
-        h = gather_y(self.norm(self.residual(params, inputs), params.g_u, s.g_u), dim=2)
-        return self.bias(jnp.einsum("btm,mv->btv", h, self.use(params.unembed, s.unembed)), params.b_u, s.b_u)
+        y = project(self.final(params, inputs), params.unembed, self.specs.unembed, self.precision)
+        return self.bias(y, params.b_u, self.specs.b_u)
 
-    def losses(self, params: Transformer[Array], tokens: Int[Array, "b T"], bos_id: int) -> Float[Array, "b T"]:
-        """Cross-entropy of every target, in nats; the same on all of y."""
+    def loss(
+        self, params: Transformer[Array], tokens: Int[Array, "b T"], mask: Bool[Array, "b T"], bos_id: int
+    ) -> Float[Array, ""]:
+        """The sum of this device's rows' losses over unmasked targets, in nats; the same on all of y."""
         assert self.c.n_vocab is not None
-        return ops.cross_entropy(self.logits(params, ops.shift_right(tokens, bos_id)), tokens, self.c.n_vocab)
+        s = self.specs
+        bias = None if params.b_u is None or s.b_u is None else self.use(params.b_u, s.b_u)
+        head = Head(s.unembed, self.precision, self.c.n_vocab, self.c.head_chunk)
+        return head_loss(self.final(params, ops.shift_right(tokens, bos_id)), params.unembed, bias, tokens, mask, head)
 
     def norm(self, x: Float[Array, "b T m"], g: Array | None, s: Weight | None) -> Float[Array, "b T m"]:
         return self.gain(ops.rms_norm_y(x, self.c.norm_eps), g, s)

@@ -6,7 +6,7 @@ sharded changes nothing.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 from zlib import crc32
 
 import jax
@@ -15,8 +15,6 @@ from jax import Array
 
 from mutransformer.config import Config
 from mutransformer.spec import Role, Weight
-
-Tree = TypeVar("Tree")
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def decays(w: Weight, config: Config) -> bool:
     return w.is_matrix or config.optim.decay_vectors
 
 
-def init(specs: Tree, config: Config) -> Tree:
+def init(specs: Any, config: Config) -> Any:
     """Draws every weight, float32, whatever the mesh: a weight's key folds in its name, so that no weight moves another's draw.
 
     Args:

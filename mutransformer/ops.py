@@ -1,6 +1,6 @@
 """The mathematics of a layer, per device and pure: norm, rotary positions, attention, activations, cross-entropy.
 
-Weights do not enter here. Dims are those of `spec`; statistics, softmax and loss are float32 whatever the compute dtype.
+Weights do not enter here. Dims are those of `spec`; statistics, softmax are float32 whatever the compute dtype.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from mutransformer.collectives import index_y, max_y, sum_y
-
-MASKED = -1e30  # a logit that no activation gives weight to, and no arithmetic turns into NaN
+from mutransformer.collectives import index_y, sum_y
+from mutransformer.linear import MASKED, contract, differentiated
 
 
 def rms_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
@@ -32,10 +31,10 @@ def rotary(x: Float[Array, "b T n D"], base: float) -> Float[Array, "b T n D"]:
     """Rotary positions (Su et al., arXiv 2104.09864) on split halves: pair i is (x[i], x[i + D/2]), at base^(-2i/D)."""
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency[None, :]
-    cos, sin = (f(angle)[None, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    low, high = x[..., :half], x[..., half:]
-    return jnp.concatenate([low * cos - high * sin, low * sin + high * cos], axis=-1)
+    angle = (jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency[None, :])[None, :, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, low * sin + high * cos], axis=-1).astype(x.dtype)
 
 
 def sqrelu(x: Array) -> Array:
@@ -57,9 +56,8 @@ def _share(numerator: Array, eps: float) -> Array:
     return numerator / (eps + jnp.sum(numerator, axis=-1, keepdims=True))
 
 
-# Masked float32 logits [..., query, key] and the norm's eps -> weights of the same shape.
+# Masked float32 logits [..., query, key] and the norm's eps -> weights of the same shape. Softmax has a form of its own, below.
 ATTENTION_ACTIVATIONS: dict[str, Callable[[Array, float], Array]] = {
-    "softmax": lambda s, eps: jax.nn.softmax(s, axis=-1),
     "sqrelu": lambda s, eps: sqrelu(s) / s.shape[-1],
     "elu": lambda s, eps: (jax.nn.elu(s) + 1) / s.shape[-1],
     "norm_sqrelu": lambda s, eps: _share(sqrelu(s), eps),
@@ -73,17 +71,79 @@ def attention(
     """Causal attention; query head i reads key/value head i // (h / k).
 
     Args:
+        q: queries.
+        k: keys.
+        v: values.
         scale: the factor on q . k.
-        activation: a key of ATTENTION_ACTIVATIONS.
+        activation: softmax, or a key of ATTENTION_ACTIVATIONS.
         eps: added to the sum of weights by the normalised activations.
     """
+    b, T, h, D = q.shape
     n_kv = k.shape[2]
-    q = q.reshape(*q.shape[:2], n_kv, -1, q.shape[-1])
-    logits = scale * jnp.einsum("bqkgd,bskd->bkgqs", q, k, preferred_element_type=jnp.float32)
-    T = q.shape[1]
-    causal = jnp.tril(jnp.ones((T, T), dtype=bool))[None, None, None]
-    weights = ATTENTION_ACTIVATIONS[activation](jnp.where(causal, logits, MASKED), eps).astype(v.dtype)
-    return jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(q.shape[0], T, -1, q.shape[-1])
+    q = jnp.transpose(q.reshape(b, T, n_kv, h // n_kv, D), (0, 2, 3, 1, 4))
+    k, v = (jnp.transpose(a, (0, 2, 1, 3)) for a in (k, v))
+    if activation == "softmax":
+        o = softmax_attention(q, k, v, scale)
+    else:
+        logits = jnp.where(_causal(0, T, T), scale * contract("bkgqd,bksd->bkgqs", q, k), MASKED)
+        weights = ATTENTION_ACTIVATIONS[activation](logits, eps).astype(v.dtype)
+        o = contract("bkgqs,bksd->bkgqd", weights, v).astype(v.dtype)
+    return jnp.transpose(o, (0, 3, 1, 2, 4)).reshape(b, T, h, D)
+
+
+def _causal(first: int, n: int, m: int) -> Bool[Array, "1 1 1 n m"]:
+    """Which of keys 0 ... m - 1 the queries first ... first + n - 1 may read."""
+    return (first + jnp.arange(n)[:, None] >= jnp.arange(m)[None])[None, None, None]
+
+
+def _query_blocks(T: int) -> list[tuple[int, int]]:
+    """Bounds of blocks of queries: a block reads no keys behind it, so that of the masked half most is never computed."""
+    n = next(n for n in (4, 2, 1) if T % n == 0 and (n == 1 or T // n >= 64))
+    return [(i * T // n, (i + 1) * T // n) for i in range(n)]
+
+
+def _softmax_forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, tuple[Array, Array, Array, Array, Array]]:
+    outs, norms = [], []
+    for first, last in _query_blocks(q.shape[3]):
+        logits = _block_logits(q, k, scale, first, last)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        power = jnp.exp(logits - top)
+        total = jnp.sum(power, axis=-1, keepdims=True)
+        o = contract("bkgqs,bksd->bkgqd", power.astype(v.dtype), v[:, :, :last])
+        outs.append((o / total).astype(v.dtype))
+        norms.append(top + jnp.log(total))
+    o, norm = jnp.concatenate(outs, axis=3), jnp.concatenate(norms, axis=3)
+    return o, (q, k, v, o, norm)
+
+
+def _softmax_backward(scale: float, saved: tuple[Array, Array, Array, Array, Array], grad: Array) -> tuple[Array, Array, Array]:
+    q, k, v, o, norm = saved
+    inner = jnp.sum(grad.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
+    grads_q, grad_k, grad_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for first, last in _query_blocks(q.shape[3]):
+        rows = slice(first, last)
+        p = jnp.exp(_block_logits(q, k, scale, first, last) - norm[:, :, :, rows])
+        grad_p = contract("bkgqd,bksd->bkgqs", grad[:, :, :, rows], v[:, :, :last])
+        grad_s = (scale * p * (grad_p - inner[:, :, :, rows])).astype(q.dtype)
+        grads_q.append(contract("bkgqs,bksd->bkgqd", grad_s, k[:, :, :last]).astype(q.dtype))
+        behind = ((0, 0), (0, 0), (0, q.shape[3] - last), (0, 0))
+        grad_k += jnp.pad(contract("bkgqs,bkgqd->bksd", grad_s, q[:, :, :, rows]), behind)
+        grad_v += jnp.pad(contract("bkgqs,bkgqd->bksd", p.astype(v.dtype), grad[:, :, :, rows]), behind)
+    return jnp.concatenate(grads_q, axis=3), grad_k.astype(k.dtype), grad_v.astype(v.dtype)
+
+
+@differentiated(_softmax_forward, _softmax_backward, static=(3,))
+def softmax_attention(
+    q: Float[Array, "b k g T D"], k: Float[Array, "b k T D"], v: Float[Array, "b k T D"], scale: float
+) -> Float[Array, "b k g T D"]:
+    """Causal softmax attention whose backward pass computes the weights again from their log-normaliser, as in FlashAttention
+    (Dao et al., arXiv 2205.14135): nothing of size T x T is kept."""
+    return _softmax_forward(q, k, v, scale)[0]
+
+
+def _block_logits(q: Array, k: Array, scale: float, first: int, last: int) -> Float[Array, "b k g n m"]:
+    logits = scale * contract("bkgqd,bksd->bkgqs", q[:, :, :, first:last], k[:, :, :last])
+    return jnp.where(_causal(first, last - first, last), logits, MASKED)
 
 
 def select_kv(kv: Float[Array, "b T K D"], n_local: int, n_head: int) -> Float[Array, "b T k D"]:
@@ -100,29 +160,6 @@ def select_kv(kv: Float[Array, "b T K D"], n_local: int, n_head: int) -> Float[A
     return jnp.take(kv, mine, axis=2)
 
 
-def cross_entropy(logits: Float[Array, "b T v"], targets: Int[Array, "b T"], n_vocab: int) -> Float[Array, "b T"]:
-    """-log softmax(logits)[target] in nats, over a vocabulary that is spread over y: three numbers per token move, no logits.
-
-    Args:
-        logits: this device's slice of the padded vocabulary.
-        n_vocab: entries that are real; padding gets no probability.
-    """
-    logits = logits.astype(jnp.float32)
-    v = logits.shape[-1]
-    entry = index_y() * v + jnp.arange(v)
-    if n_vocab != v * lax.axis_size("y"):
-        logits = jnp.where((entry < n_vocab)[None, None], logits, MASKED)
-    top = max_y(jnp.max(logits, axis=-1))
-    norm = jnp.log(sum_y(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))) + top
-    # A comparison, not an index: its gradient is elementwise and fuses, that of an index is a scatter.
-    hit = targets[..., None] == entry[None, None]
-    return norm - sum_y(jnp.sum(jnp.where(hit, logits, 0), axis=-1))
-
-
 def shift_right(tokens: Int[Array, "b T"], bos_id: int) -> Int[Array, "b T"]:
     """What the model reads to predict each token: the row behind bos."""
     return jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=bos_id)
-
-
-def masked_sum(x: Float[Array, "b T"], mask: Bool[Array, "b T"]) -> Float[Array, ""]:
-    return jnp.sum(jnp.where(mask, x, 0))

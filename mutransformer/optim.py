@@ -1,6 +1,7 @@
 """The schedule, and the optimizer as an optax chain with muP's multipliers read off the specs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from mutransformer.config import Config, OptimConfig
 from mutransformer.model import Transformer
 from mutransformer.spec import Weight
 
-Schedule = Callable[[Array | int], Array]
+Schedule = Callable[[Any], Array]
 
 
 def make_schedule(config: OptimConfig, steps: int) -> Schedule:

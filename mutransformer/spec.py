@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, get_args
+from typing import Literal
 
 from jax.sharding import PartitionSpec
 
@@ -39,12 +39,14 @@ class Weight:
 
     Attributes:
         dims: the dims in order, a stack of layers first.
+        n_out: how many of them, from the end, are not contracted.
         fan_in: terms summed into one output; 1 for vectors and for the embedding, whose input is one-hot.
         role: what muP's rules go by.
         init: `rule`: as the parametrization says; else the override.
     """
 
     dims: tuple[Dim, ...]
+    n_out: int
     fan_in: int
     role: Role
     init: Init = "rule"
@@ -93,9 +95,9 @@ def weight(arrow: str, sizes: Mapping[str, int], role: Role | None = None, init:
     if into:
         told = "hidden" if width_in and width_out else "input" if width_out else "output" if width_in else None
     role = role or told
-    assert role in get_args(Role), f"{arrow!r} does not tell its role"
+    assert role is not None, f"{arrow!r} does not tell its role"
     fan_in = prod(d.size for d in into) if width_in else 1
-    return Weight(tuple(into + out), fan_in, role, init)
+    return Weight(tuple(into + out), len(out), fan_in, role, init)
 
 
 def _dim(word: str, sizes: Mapping[str, int]) -> Dim:

@@ -1,6 +1,6 @@
 """What a run carries from step to step: its abstract form, its resting places and its start, all from the specs."""
 
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -45,7 +45,7 @@ def plan(config: Config, mesh: Mesh) -> Plan:
     weights = specs(config)
     tx = make_optimizer(config, weights)
     shapes = jax.eval_shape(lambda: _start(config))
-    places = shardings(weights, mesh)
+    places: Any = shardings(weights, mesh)
     # jit of tx.init alone would drop the moments' shardings: they are given, not propagated.
     opt = optax.tree_map_params(tx, lambda _, place: place, shapes.opt, places, transform_non_params=lambda _: replicated(mesh))
     state = TrainState(step=replicated(mesh), params=places, opt=opt)

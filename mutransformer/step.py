@@ -14,7 +14,7 @@ from mutransformer.collectives import sum_x
 from mutransformer.config import Config
 from mutransformer.data.pipeline import Batch
 from mutransformer.model import Forward, Transformer
-from mutransformer.ops import masked_sum, shift_right
+from mutransformer.ops import shift_right
 from mutransformer.optim import make_optimizer, make_schedule
 from mutransformer.state import TrainState, plan
 
@@ -35,7 +35,7 @@ def make_loss_and_grads(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Tr
         per = count if config.optim.loss_per == "target" else sum_x(jnp.sum(jnp.ones_like(mask), dtype=jnp.float32))
 
         def objective(params: Transformer[Array], part: Batch) -> Array:
-            return sum_x(masked_sum(forward.losses(params, part.tokens, bos_id), part.mask)) / per
+            return sum_x(forward.loss(params, part.tokens, part.mask, bos_id)) / per
 
         if parts == 1:
             value, grads = jax.value_and_grad(objective)(params, Batch(tokens, mask))
@@ -45,7 +45,7 @@ def make_loss_and_grads(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Tr
             def add(total: tuple[Array, Any], part: Batch) -> tuple[tuple[Array, Any], None]:
                 return jax.tree.map(jnp.add, total, jax.value_and_grad(objective)(params, part)), None
 
-            zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+            zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
             (value, grads), _ = lax.scan(add, zero, split)
         return {"loss": value * per / count, "objective": value}, grads
 
@@ -54,10 +54,8 @@ def make_loss_and_grads(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Tr
     return lambda params, batch: mapped(params, batch.tokens, batch.mask)
 
 
-def make_train_step(
-    config: Config, mesh: Mesh, bos_id: int
-) -> Callable[[TrainState[Array], Batch], tuple[TrainState[Array], Metrics]]:
-    """The jitted update. The state is donated: use the one returned.
+def make_train_step(config: Config, mesh: Mesh, bos_id: int) -> jax.stages.Wrapped:
+    """The jitted update: (state, batch) -> (state, metrics). The state is donated: use the one returned.
 
     Metrics, float32 scalars: loss, objective (as above, before the update), learning_rate (the peak rate x schedule),
     gradient_norm (before clipping), parameter_norm and update_norm (after and of the update).
@@ -69,8 +67,9 @@ def make_train_step(
 
     def train_step(state: TrainState[Array], batch: Batch) -> tuple[TrainState[Array], Metrics]:
         metrics, grads = loss_and_grads(state.params, batch)
-        updates, opt = tx.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
+        before: Any = state.params  # optax knows trees of arrays only by dict, list and tuple
+        updates, opt = tx.update(grads, state.opt, before)
+        params: Any = optax.apply_updates(before, updates)
         metrics |= {
             "learning_rate": config.optim.lr * schedule(state.step),
             "gradient_norm": optax.tree.norm(grads),
@@ -87,8 +86,7 @@ def make_eval_step(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transfo
     forward = Forward(config)
 
     def sums(params: Transformer[Array], tokens: Int[Array, "b T"], mask: Array) -> tuple[Array, Array]:
-        losses = forward.losses(params, tokens, bos_id)
-        return sum_x(masked_sum(losses, mask)), sum_x(jnp.sum(mask, dtype=jnp.int32))
+        return sum_x(forward.loss(params, tokens, mask, bos_id)), sum_x(jnp.sum(mask, dtype=jnp.int32))
 
     pspecs = jax.tree.map(lambda w: w.pspec, forward.specs)
     mapped = jax.shard_map(sums, mesh=mesh, in_specs=(pspecs, ROWS, ROWS), out_specs=PartitionSpec())

@@ -149,7 +149,7 @@ def _describe(config: Config, mesh: Mesh, corpus: Corpus, start: int, log: Metri
     epochs = config.steps * config.tokens_per_step / text.n_tokens
     log.note(f"mutransformer {__version__}, JAX {jax.__version__}, {mesh.size} x {kind} as mesh {x} x {y}")
     log.note(
-        f"model: width {config.model.d_model}, {config.model.n_layer} layers, {total:,} parameters, {layers:,} of them in layers; "
+        f"model: width {config.model.d_model}, {config.model.n_layer} layers, {total:,} parameters ({layers:,} in layers); "
         f"{config.optim.rule}, learning rate {config.optim.lr:g} at width {config.model.d_base}"
     )
     log.note(

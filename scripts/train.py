@@ -14,4 +14,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main, __doc__))
+    sys.exit(launch(main, __doc__ or ""))

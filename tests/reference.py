@@ -125,8 +125,8 @@ def read(path: Path) -> Case:
     with np.load(path) as z:
         options = json.loads(str(z["config"]))
         config = load(settings(options))
-        trees = [_tree(z, kind, config) for kind in ("init", "grad0", "final")]
-        return Case(config, options, *trees, z["tokens"], z["logits0"], z["loss_avg"], z["objective"])
+        init, grad0, final = (_tree(z, kind, config) for kind in ("init", "grad0", "final"))
+        return Case(config, options, init, grad0, final, z["tokens"], z["logits0"], z["loss_avg"], z["objective"])
 
 
 def _tree(z: Any, kind: str, config: Config) -> Transformer:

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
 
-from mutransformer.config import DataConfig, check
+from mutransformer.config import ConfigError, DataConfig, check
 from mutransformer.data.corpus import TokenFile
 
 
@@ -31,7 +31,7 @@ class Rows:
     """Random access to a token file as rows of T tokens. Tokens after the last whole row are left out.
 
     Raises:
-        ValueError: on access, if the row has an id outside the vocabulary.
+        ConfigError: on access, if the row has an id outside the vocabulary.
     """
 
     def __init__(self, tokens: TokenFile, seq_len: int, n_vocab: int):
@@ -65,7 +65,7 @@ def train_batches(
 
     Raises:
         ConfigError: the split has fewer rows than a batch, or the batch does not divide among the processes.
-        ValueError: from next(), a token id lies outside the vocabulary.
+        ConfigError: from next(), a token id lies outside the vocabulary.
     """
     rows_here = _rows_here(config, n_process, process)
     rows = Rows(tokens, config.seq_len, n_vocab)
@@ -89,10 +89,10 @@ def train_batches(
 def eval_batches(
     tokens: TokenFile, config: DataConfig, n_batches: Optional[int], n_process: int, process: int, n_vocab: int
 ) -> Iterator[Batch]:
-    """The first n_batches batches of the split in file order, or all: then every token counts in exactly one batch.
+    """n_batches batches of rows evenly spread over the split, or all rows: then every token counts in exactly one batch.
 
-    All batches have the same shape. Beyond the end of the split rows are filled with its last token, an eos, and masked out. A
-    split with less than n_batches gives what it has, at least one; every process gets the same number.
+    Always the same rows. All batches have the same shape: beyond the end of the split rows are filled with its last token, an
+    eos, and masked out. A split with less than n_batches gives what it has, at least one; every process gets the same number.
 
     Args:
         tokens: the split to evaluate on.
@@ -104,14 +104,19 @@ def eval_batches(
 
     Raises:
         ConfigError: the split has no token, or the batch does not divide among the processes.
-        ValueError: from next(), a token id lies outside the vocabulary.
+        ConfigError: from next(), a token id lies outside the vocabulary.
     """
     rows_here = _rows_here(config, n_process, process)
     check(tokens.n_tokens > 0, f"data: the {tokens.split} split has no tokens")
-    in_split = -(-tokens.n_tokens // (config.batch_size * config.seq_len))
-    last = in_split if n_batches is None else min(n_batches, in_split)
-    first_rows = range(process * rows_here, last * config.batch_size, config.batch_size)
-    return (_eval_batch(tokens, range(i, i + rows_here), config.seq_len, n_vocab) for i in first_rows)
+    n_rows = -(-tokens.n_tokens // config.seq_len)
+    in_split = -(-n_rows // config.batch_size)
+    n = in_split if n_batches is None else min(n_batches, in_split)
+    every = 1.0 if n == in_split else n_rows / (n * config.batch_size)
+    first_rows = range(process * rows_here, n * config.batch_size, config.batch_size)
+    return (
+        _eval_batch(tokens, [int(at * every) for at in range(first, first + rows_here)], config.seq_len, n_vocab)
+        for first in first_rows
+    )
 
 
 def loss_mask(tokens: Int32[np.ndarray, "rows T"], eos_id: int, pad_id: int) -> Bool[np.ndarray, "rows T"]:
@@ -145,11 +150,11 @@ def _row(tokens: TokenFile, index: int, seq_len: int, n_vocab: int) -> Int32[np.
     row: Integer[np.ndarray, " t"] = tokens.tokens[index * seq_len : (index + 1) * seq_len]
     if row.size and not (0 <= row.min() and row.max() < n_vocab):
         wrong = row[(row < 0) | (row >= n_vocab)][0]
-        raise ValueError(f"{tokens.path}, row {index}: token id {wrong} is outside the vocabulary of {n_vocab}")
+        raise ConfigError(f"{tokens.path}, row {index}: token id {wrong} is outside the vocabulary of {n_vocab}")
     return row.astype(np.int32)
 
 
-def _eval_batch(tokens: TokenFile, rows: range, seq_len: int, n_vocab: int) -> Batch:
+def _eval_batch(tokens: TokenFile, rows: list[int], seq_len: int, n_vocab: int) -> Batch:
     batch = Batch(
         np.full((len(rows), seq_len), tokens.tokens[-1], np.int32),
         np.zeros((len(rows), seq_len), np.bool_),
