@@ -6,6 +6,7 @@ those are first seen.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,14 @@ def check(ok: bool, message: str) -> None:
     """Raises ConfigError(message) unless ok."""
     if not ok:
         raise ConfigError(message)
+
+
+def _check_path(key: str, path: str) -> None:
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{key} = {path}: there is no such user") from None
+    check("\0" not in path, f"{key} = {path!r}: no path")
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class ModelConfig:
             f"model.n_kv_head = {self.n_kv_head}: must divide the {self.n_head} heads (d_model / d_head)",
         )
         check(self.d_head % 2 == 0 or self.rotary_base == 0, f"model.d_head = {self.d_head}: rotary positions need an even size")
+        check(0 < self.ff_multiple < math.inf, f"model.ff_multiple = {self.ff_multiple}: must be positive and finite")
         check(self.d_ff >= 1, f"model.ff_multiple = {self.ff_multiple}: gives a feed-forward width of {self.d_ff}")
         check(self.n_vocab is None or self.n_vocab >= 2, f"model.n_vocab = {self.n_vocab}: must be at least 2")
         check(self.qk_scale is None or self.qk_scale > 0, f"model.qk_scale = {self.qk_scale}: must be positive")
@@ -134,6 +144,10 @@ class DataConfig:
             self.source != "text" or bool(self.files), "data.files is empty: data.source = text needs at least one file or glob"
         )
         check(self.source == "text" or not self.files, "data.files is set: it needs data.source=text")
+        for pattern in self.files:
+            _check_path("data.files", pattern)
+        _check_path("data.cache_dir", self.cache_dir)
+        _check_path("data.tokenizer_file", self.tokenizer_file or "")
 
 
 @dataclass(frozen=True)
@@ -196,23 +210,24 @@ class MeshConfig:
 class DistributedConfig:
     """Several processes as one run (jax.distributed): the same command on each host."""
 
-    enabled: Optional[bool] = (
-        None  # None: if a coordinator is given here or in JAX_COORDINATOR_ADDRESS; true on a TPU pod or SLURM
-    )
+    enabled: Optional[bool] = None  # None: if a coordinator is given here or in JAX_COORDINATOR_ADDRESS; on a pod or SLURM: true
     coordinator: Optional[str] = None  # host:port of process 0; None: found by JAX from the cluster's environment
     n_process: Optional[int] = None
     process_id: Optional[int] = None
     timeout: int = 300  # seconds to wait for the other processes at the start
 
     def __post_init__(self) -> None:
+        host, _, port = (self.coordinator or "localhost:0").rpartition(":")
+        check(bool(host) and port.isdecimal(), f"distributed.coordinator = {self.coordinator}: must be host:port")
+        check(self.timeout >= 1, f"distributed.timeout = {self.timeout}: must be at least 1")
         check(
-            self.coordinator is None or ":" in self.coordinator,
-            f"distributed.coordinator = {self.coordinator}: must be host:port",
+            self.process_id is None or self.process_id >= 0,
+            f"distributed.process_id = {self.process_id}: must not be negative",
         )
         if self.n_process is not None:
             check(self.n_process >= 1, f"distributed.n_process = {self.n_process}: must be at least 1")
             check(
-                self.process_id is None or 0 <= self.process_id < self.n_process,
+                self.process_id is None or self.process_id < self.n_process,
                 f"distributed.process_id = {self.process_id}: must lie in 0 ... {self.n_process - 1}",
             )
 
@@ -222,6 +237,8 @@ class EvalConfig:
     every: int = 200  # steps between evaluations; 0: only at the end
     batches: int = 16  # of data.batch_size rows, always the same ones
     final_batches: Optional[int] = None  # at the end of the run; None: the whole validation split
+    split: Literal["validation", "test"] = "validation"  # for scripts/evaluate.py, which scores all of it
+    checkpoint: Literal["newest", "best"] = "newest"  # likewise
 
     def __post_init__(self) -> None:
         check(self.every >= 0, f"eval.every = {self.every}: must not be negative")
@@ -293,12 +310,15 @@ class Config:
             bool(self.name) and not self.name.startswith(".") and not set(self.name) & set("/\\\0"),
             f"name = {self.name!r}: must be a plain folder name; the place is set by workdir",
         )
+        _check_path("workdir", self.workdir)
         check(0 <= self.seed < 2**31, f"seed = {self.seed}: must lie in 0 ... 2^31 - 1")
         check(self.steps >= 1, f"steps = {self.steps}: must be at least 1")
         check(
             self.data.batch_size % self.optim.accumulate == 0,
             f"optim.accumulate = {self.optim.accumulate}: must divide data.batch_size = {self.data.batch_size}",
         )
+        for key, value in flatten(self).items():
+            check(not isinstance(value, float) or math.isfinite(value), f"{key} = {value}: must be a finite number")
 
     @property
     def rundir(self) -> Path:
@@ -333,13 +353,19 @@ def load(args: Sequence[str]) -> Config:
         ConfigError: a file is missing or not YAML; a key is unknown or twice there; a value is of the wrong type or out of range.
     """
     merged = OmegaConf.structured(Config)
+    first = next((arg for arg in args if "=" not in arg), None)
+    if first:
+        merged = OmegaConf.merge(merged, {"name": Path(first).stem})
     for arg in args:
         merged = _merge(merged, arg)
-    config = OmegaConf.to_object(merged)
+    for key, items in _flatten(OmegaConf.to_container(merged)).items():  # OmegaConf lets a list within a list of strings pass
+        plain = not isinstance(items, list) or all(isinstance(item, str) for item in items)
+        check(plain, f"{key}: must be a list of strings, not of lists")
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # what `${...}` stands for is looked up here
+        raise ConfigError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from None
     assert isinstance(config, Config)
-    first = next((arg for arg in args if "=" not in arg), None)
-    if first and config.name == Config.name:
-        config = dataclasses.replace(config, name=Path(first).stem)
     return config
 
 
@@ -347,10 +373,14 @@ def _merge(merged: Any, arg: str) -> Any:
     try:
         given = OmegaConf.from_dotlist([arg]) if "=" in arg else OmegaConf.load(arg)
         check(isinstance(given, DictConfig), f"{arg}: must hold `key: value` lines")
+        missing = sorted(OmegaConf.missing_keys(given))
+        check(not missing, f"{arg}: no value for {', '.join(missing)}")
         return OmegaConf.merge(merged, given)
-    except OmegaConfBaseException as error:
-        key = error.full_key
-        reason = str(error.msg or error).splitlines()[0]
+    except (OmegaConfBaseException, TypeError) as error:
+        key = getattr(error, "full_key", None)
+        reason = str(getattr(error, "msg", None) or error).splitlines()[0]
+        if "is not a ListConfig" in reason or "incompatible container" in reason:
+            reason = "must be a list, [a, b]"
         at = "" if "=" in arg or not key else f"{key}: "
         raise ConfigError(f"{arg}: {at}{reason}") from None
     except yaml.MarkedYAMLError as error:
@@ -358,7 +388,7 @@ def _merge(merged: Any, arg: str) -> Any:
         where = f":{mark.line + 1}" if mark and "=" not in arg else ""
         raise ConfigError(f"{arg}{where}: not valid YAML: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         hint = "" if Path(arg).suffix else "; an override is written key=value"
         raise ConfigError(f"{arg}: cannot read it: {reason}{hint}") from None
 
@@ -375,7 +405,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def flatten(config: Config) -> dict[str, Any]:
     """Every setting by its dotted key, for tables and comparisons."""
+    return _flatten(to_dict(config))
+
+
+def _flatten(nested: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key, value in to_dict(config).items():
+    for key, value in nested.items():
         flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
     return flat

@@ -2,16 +2,23 @@
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import closing
+from typing import Any
 
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Integer
 
-from mutransformer.data.corpus import TokenFile
+from mutransformer.checkpoint import Checkpoints
+from mutransformer.config import Config, ConfigError
+from mutransformer.data import pipeline
+from mutransformer.data.corpus import TokenFile, prepare
 from mutransformer.data.pipeline import Batch
-from mutransformer.mesh import put
+from mutransformer.mesh import check_fits, data_share, make_mesh, put
 from mutransformer.model import Transformer
+from mutransformer.state import plan
+from mutransformer.step import make_eval_step
 
 EvalStep = Callable[[Transformer[Array], Batch], tuple[Array, Array]]
 
@@ -56,7 +63,41 @@ def results(loss: float, tokens: TokenFile) -> dict[str, float]:
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}
 
 
-def ngram_losses(train: Int[np.ndarray, " n"], held_out: Int[np.ndarray, " m"], n_vocab: int) -> dict[str, float]:
+def score(config: Config) -> dict[str, Any]:
+    """Scores a run on a whole split, as eval.split and eval.checkpoint say.
+
+    Args:
+        config: the resolved config of the run, which names its folder.
+
+    Raises:
+        ConfigError: the run, its checkpoint or its data are not there or do not fit the config.
+    """
+    mesh = make_mesh(config.mesh)
+    corpus = prepare(config.data)
+    config = config.with_vocab(corpus.tokenizer.n_vocab)
+    check_fits(config, mesh)
+    with closing(Checkpoints(config, read_only=True)) as checkpoints:
+        step = checkpoints.latest() if config.eval.checkpoint == "newest" else checkpoints.best()
+        if step is None:
+            raise ConfigError(f"{checkpoints.directory}: holds no checkpoint, or none with a validation loss")
+        checkpoints.check_same(step, pipeline.fingerprint(corpus.splits["train"], config.data, config.seed))
+        state, _ = checkpoints.restore(step, plan(config, mesh).shapes)
+    held_out, n_vocab = corpus.splits[config.eval.split], corpus.tokenizer.n_vocab
+    batches = pipeline.eval_batches(held_out, config.data, None, *data_share(mesh), n_vocab)
+    model = evaluate(make_eval_step(config, mesh, corpus.tokenizer.bos_id), state.params, batches, mesh, held_out)
+    counted = ngram_losses(corpus.splits["train"].tokens, held_out.tokens, n_vocab)
+    return {
+        "run": str(config.rundir),
+        "step": step,
+        "split": config.eval.split,
+        "tokens": held_out.n_tokens,
+        "bytes": held_out.n_bytes,
+        "model": model,
+        **{name: results(loss, held_out) for name, loss in counted.items()},
+    }
+
+
+def ngram_losses(train: Integer[np.ndarray, " n"], held_out: Integer[np.ndarray, " m"], n_vocab: int) -> dict[str, float]:
     """What counting gives: nats a token on held-out tokens of a unigram and a bigram model of the training tokens.
 
     Unigram counts have one added to each. Bigram counts are smoothed towards the unigram with a Dirichlet prior (MacKay and Peto,

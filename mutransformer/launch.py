@@ -4,12 +4,14 @@ import inspect
 import logging
 import os
 import re
+import socket
 import sys
+import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 
 from mutransformer import config as settings
-from mutransformer.config import Config, ConfigError, DistributedConfig
+from mutransformer.config import Config, ConfigError, DistributedConfig, flatten
 
 MISTAKE = 2  # exit code for what the user can mend
 FAILED = 1
@@ -46,11 +48,16 @@ def launch(main: Callable[[Config], int], description: str, argv: Sequence[str] 
         keep_freed_memory()
         return main(config)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(error)
         return MISTAKE
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(error)
         return FAILED
+
+
+def _complain(error: Exception) -> None:
+    # One line, whatever file name or value of the user's it quotes.
+    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
 
 
 def connect(config: DistributedConfig) -> None:
@@ -59,11 +66,13 @@ def connect(config: DistributedConfig) -> None:
     Raises:
         ConfigError: they could not be reached in time, or JAX cannot tell from the environment who they are.
     """
+    coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if not (coordinator is not None if config.enabled is None else config.enabled):
+        return
+    if coordinator is not None and config.process_id:
+        _wait_for(coordinator, config.timeout)
     import jax
 
-    told = config.coordinator is not None or "JAX_COORDINATOR_ADDRESS" in os.environ
-    if not (told if config.enabled is None else config.enabled):
-        return
     try:
         jax.distributed.initialize(config.coordinator, config.n_process, config.process_id, initialization_timeout=config.timeout)
     except (RuntimeError, ValueError) as error:
@@ -71,16 +80,34 @@ def connect(config: DistributedConfig) -> None:
     logging.getLogger(__name__).info("process %d of %d", jax.process_index(), jax.process_count())
 
 
+def _wait_for(coordinator: str, timeout: int) -> None:
+    """Returns once the coordinator listens. JAX, where it waits in vain, aborts the process with a stack trace."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=max(1, deadline - time.monotonic())):
+                return
+        except (OSError, ValueError, OverflowError) as error:
+            left = deadline - time.monotonic()
+            if left <= 0 or not isinstance(error, OSError):
+                reason = getattr(error, "strerror", None) or str(error)
+                raise ConfigError(
+                    f"distributed.coordinator = {coordinator}: not reached within distributed.timeout = {timeout} s: {reason}"
+                ) from None
+        time.sleep(min(0.5, left))
+
+
 def describe() -> str:
-    """Every setting with its default and its comment, as they stand in the source."""
+    """Every setting with its default, and its comment as it stands in the source."""
+    comments, owner = {}, ""
+    for line in inspect.getsource(settings).splitlines():
+        if found := re.match(r"class (\w+)Config\b|class Config\b", line):
+            owner = f"{found[1].lower()}." if found[1] else ""
+        elif found := re.match(r"    (\w+): .*?  # (.*)", line):
+            comments[owner + found[1]] = re.sub(r"\bNone\b", "null", found[2])
     lines = []
-    for section in (Config, *(f for f in vars(settings).values() if inspect.isclass(f) and f.__name__.endswith("Config"))):
-        if section is Config and lines:
-            continue
-        prefix = "" if section is Config else section.__name__.removesuffix("Config").lower() + "."
-        for line in inspect.getsource(section).splitlines():
-            if found := re.match(r"    (\w+): [^=]+ = (?!field\(default_factory=\w+Config)(.*?)(?:  # (.*))?$", line):
-                name, default, comment = found.groups()
-                default = default.replace("field(default_factory=list)", "[]").replace("None", "null").strip('"')
-                lines.append(f"  {prefix}{name} = {default}" + (f"\n      {comment}" if comment else ""))
+    for key, default in flatten(Config()).items():
+        value = {"None": "null", "True": "true", "False": "false"}.get(str(default), default)
+        lines += [f"  {key} = {value}", *([f"      {comments[key]}"] if key in comments else [])]
     return "\n".join(lines)

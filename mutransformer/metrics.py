@@ -41,6 +41,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     logger = logging.getLogger("mutransformer")
     logger.setLevel(level)
     logger.propagate = False  # libraries put handlers of their own on the root
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what its caller asked for
     if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
         logger.addHandler(_ConsoleHandler())
 

@@ -1,0 +1,22 @@
+"""Scores a checkpoint: python scripts/evaluate.py runs/small/config.yaml [eval.split=test] [eval.checkpoint=best]
+
+The whole split counts. Beside the model's loss stand those of a unigram and a bigram model of the same training tokens.
+"""
+
+import json
+import sys
+
+from mutransformer.launch import launch
+
+
+def main(config):
+    from mutransformer.evaluate import score
+    from mutransformer.metrics import setup_logging
+
+    setup_logging()
+    print(json.dumps(score(config), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch(main, __doc__ or ""))

@@ -1,0 +1,64 @@
+"""Runs of the real program as processes of their own: what a user does, small enough for a test."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "model.d_model=64",
+    "model.d_head=16",
+    "model.n_layer=2",
+    "model.n_vocab=384",
+    "data.source=text",
+    "data.tokenizer=bytes",
+    "data.seq_len=32",
+    "data.batch_size=8",
+    "optim.warmup_steps=3",
+    "eval.batches=2",
+    "log.every=1",
+]
+
+
+def settings(folder: Path, *more: str) -> list[str]:
+    """TINY on text of its own, all below one folder."""
+    text = folder / "text.txt"
+    if not text.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        text.write_text("\n".join(f"{i}: the {i * i} of {i} is {i * i % 97}" for i in range(400)), encoding="utf-8")
+    return [*TINY, f"data.files=[{text}]", f"data.cache_dir={folder / 'cache'}", f"workdir={folder / 'runs'}", *more]
+
+
+def start(script: str, args: list[str], devices: int = 1) -> subprocess.Popen[str]:
+    """Starts a script on simulated CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, ROOT / script, *args], env=env, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+
+
+def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
+    """Waits, checks the exit code, and gives what was printed."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == expect, f"exit code {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
+    return out
+
+
+def metrics(run: Path) -> dict[int, dict[str, float]]:
+    """metrics.jsonl by step; what is written only half at the moment is left out."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    whole = [json.loads(line) for line in lines if line.endswith("}")]
+    return {line["step"]: line for line in whole}
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Returns once a running process has logged a step."""
+    deadline = time.monotonic() + 120
+    while max(metrics(run), default=0) < step:
+        assert process.poll() is None, f"ended before step {step}: {process.communicate()}"
+        assert time.monotonic() < deadline, f"no step {step} within two minutes"
+        time.sleep(0.01)

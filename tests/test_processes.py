@@ -1,0 +1,48 @@
+"""Two processes of four devices are one process of eight: the same global batches exactly, the same losses to float error."""
+
+import socket
+from pathlib import Path
+
+import pytest
+from runs import finish, metrics, settings, start
+
+LENGTH = ["steps=6", "eval.every=3", "precision.compute=float32"]
+MESHES = {"4x2": ["mesh.x=4", "mesh.y=2"], "1x8": ["mesh.x=1", "mesh.y=8", "model.d_head=8"]}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(script: str, args: list[str], n_process: int) -> list[str]:
+    """What each process printed."""
+    shared = [f"distributed.coordinator=127.0.0.1:{free_port()}", f"distributed.n_process={n_process}"]
+    of = [[*args, *(shared if n_process > 1 else []), f"distributed.process_id={i}"] for i in range(n_process)]
+    started = [start(script, each, devices=8 // n_process) for each in (of if n_process > 1 else [args])]
+    outputs = [finish(process) for process in started]
+    return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out in outputs]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_same_losses(tmp_path: Path, mesh: str) -> None:
+    args = settings(tmp_path, *LENGTH, *MESHES[mesh])
+    for n_process in (1, 2):
+        run("scripts/train.py", [*args, f"name=of{n_process}"], n_process)
+    one, two = (metrics(tmp_path / "runs" / f"of{n}") for n in (1, 2))
+    assert list(one) == list(two) == list(range(1, 7))
+    for step, line in one.items():
+        for tag in {"train/loss", "norm/gradient", "validation/loss", "final/loss"} & set(line):
+            assert two[step][tag] == pytest.approx(line[tag], rel=1e-5), f"{tag} at step {step}"
+    assert one[6]["final/loss"] != one[6]["train/loss"]
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "1x8"])
+def test_same_global_batches(tmp_path: Path, mesh: str) -> None:
+    x, y = mesh.split("x")
+    args = ["50", *settings(tmp_path), f"mesh.x={x}", f"mesh.y={y}"]
+    one, *_ = run("tests/global_batches.py", args, 1)
+    both = run("tests/global_batches.py", args, 2)
+    assert len(set(one.splitlines())) == 50, "batches repeat: nothing is shown"
+    assert both == [one, one]

@@ -1,0 +1,83 @@
+"""A run that was killed and started again is the run that was not: every later loss, weight and moment is equal bit for bit."""
+
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from runs import finish, metrics, settings, start, wait_for_step
+
+from mutransformer.checkpoint import Checkpoints
+from mutransformer.config import load
+from mutransformer.mesh import make_mesh
+from mutransformer.state import TrainState, plan
+
+# An epoch is some 40 batches: the run goes through more than one, and is killed within one.
+LENGTH = ["steps=60", "checkpoint.every=7", "eval.every=20"]
+TRAIN = "scripts/train.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Path:
+    finish(start(TRAIN, settings(folder, *LENGTH, "name=whole")))
+    return folder / "runs" / "whole"
+
+
+def final_state(run: Path) -> TrainState:
+    config = load([str(run / "config.yaml")])
+    checkpoints = Checkpoints(config, read_only=True)
+    step = checkpoints.latest()
+    assert step == config.steps
+    state, position = checkpoints.restore(step, plan(config, make_mesh(config.mesh, jax.devices()[:1])).shapes)
+    assert position == {"next_index": config.steps}
+    return state
+
+
+def compare(run: Path, whole: Path) -> None:
+    ours, theirs = metrics(run), metrics(whole)
+    assert list(ours) == list(theirs) == list(range(1, 61))
+    tags = {tag for tag in theirs[60] if not tag.startswith(("speed/", "memory/", "time"))}
+    assert {"train/loss", "norm/update", "validation/loss", "final/loss"} <= tags
+    for step, line in theirs.items():
+        same = {tag for tag in tags & set(line) if line[tag] == ours[step].get(tag)}
+        assert same == tags & set(line), f"step {step}"
+    jax.tree.map(np.testing.assert_array_equal, final_state(run), final_state(whole))
+
+
+def test_killed_run_goes_on_bit_for_bit(folder: Path, uninterrupted: Path) -> None:
+    args = settings(folder, *LENGTH, "name=killed")
+    run = folder / "runs" / "killed"
+    for step in (17, 44):  # between checkpoints, in the first and in the second epoch
+        process = start(TRAIN, args)
+        wait_for_step(process, run, step)
+        process.send_signal(signal.SIGKILL)
+        finish(process, expect=-signal.SIGKILL)
+    out = finish(start(TRAIN, args))
+    assert "goes on after step" in out
+    compare(run, uninterrupted)
+
+
+def test_sigterm_saves_the_step_and_says_so(folder: Path, uninterrupted: Path) -> None:
+    args = settings(folder, *LENGTH, "name=asked")
+    run = folder / "runs" / "asked"
+    process = start(TRAIN, args)
+    wait_for_step(process, run, 10)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process, expect=75)
+    saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    assert f"stopped after step {saved}" in out and saved >= 10
+    out = finish(start(TRAIN, args))
+    assert f"goes on after step {saved}" in out
+    compare(run, uninterrupted)
+
+
+def test_another_seed_is_another_run(folder: Path, uninterrupted: Path) -> None:
+    finish(start(TRAIN, settings(folder, "steps=3", "name=other", "seed=1")))
+    ours, theirs = metrics(folder / "runs" / "other"), metrics(uninterrupted)
+    assert all(ours[step]["train/loss"] != theirs[step]["train/loss"] for step in ours)
