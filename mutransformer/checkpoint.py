@@ -1,10 +1,22 @@
-"""What a run saves and goes on from: {state, data position, resolved config} as one Orbax checkpoint, or none of it."""
+"""What a run saves and goes on from: {state, data position, resolved config} as one Orbax checkpoint, or none of it.
 
+Orbax makes a checkpoint appear whole or not at all. It does not notice what happens to it on the disk afterwards, be it a flipped
+bit: so each is sealed with the hashes of its files once it is written, and goes unused if they differ.
+"""
+
+import hashlib
+import json
 import logging
+import os
+import time
+from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from mutransformer.config import Config, ConfigError, check, flatten
@@ -14,14 +26,16 @@ from mutransformer.state import TrainState
 FREE = {
     "name",
     "workdir",
-    "data.cache_dir",
-    "data.threads",
-    "data.prefetch",
     "model.remat",
+    "model.head_chunk",
     "optim.accumulate",
     *(f"{section}." for section in ("mesh", "distributed", "eval", "log", "checkpoint", "profile")),
+    "data.",  # but for the two below: what they decide is in the fingerprints of tokens and tokenizer
 }
+BOUND = {"data.seq_len", "data.batch_size"}
 ITEMS = ("state", "run")  # the folders in a checkpoint
+SEAL = "sha256.json"  # in a checkpoint: the hash of each of its other files
+UNSEALED = (SEAL, "_CHECKPOINT_METADATA")  # Orbax writes times into the latter at the very end
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +50,7 @@ class Checkpoints:
         Raises:
             ConfigError: the folder cannot be made or read.
         """
-        self._config = config
+        self._config, self._read_only = config, read_only
         self.directory = (config.rundir / "checkpoints").absolute()
         keep: list[Any] = [LatestN(config.checkpoint.keep)]
         if config.checkpoint.keep_best:
@@ -47,12 +61,15 @@ class Checkpoints:
                 keep_checkpoints_without_metrics=False,
             )
             keep.append(by_loss)
-        check(not read_only or self.directory.is_dir(), f"{self.directory}: no checkpoints here")
+        exists = self.directory.is_dir()
+        check(exists or not read_only, f"{self.directory}: no checkpoints here")
+        check(exists or not os.path.lexists(self.directory), f"{self.directory}: is in the way, checkpoints need a folder there")
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(keep),
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             create=not read_only,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -60,19 +77,32 @@ class Checkpoints:
             raise ConfigError(f"{self.directory}: cannot be used for checkpoints: {_first_line(error)}") from None
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint, by updates completed; None if there never was one.
+        """The newest undamaged checkpoint, by updates completed; None if there never was one.
+
+        Newer ones that are damaged are told of, and unless read_only renamed, so that their steps can be saved again.
 
         Raises:
-            ConfigError: there are checkpoints, and all lack parts.
+            ConfigError: there are checkpoints, and all are damaged.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
-            missing = [item for item in ITEMS if not (self.directory / str(step) / item).is_dir()]
-            if not missing:
-                return step
-            _log.warning("%s: incomplete, lacks %s; trying the one before", self.directory / str(step), ", ".join(missing))
-        check(not steps, f"{self.directory}: every checkpoint here is incomplete; move the folder away to start from scratch")
-        return None
+        found = -1
+        if jax.process_index() == 0:  # reads and hashes the files for all
+            damaged = {}
+            for step in steps:
+                damage = _damage(self.directory / str(step))
+                if damage is None:
+                    found = step
+                    break
+                damaged[step] = damage
+            for step, damage in damaged.items():
+                _log.warning("%s is damaged: %s", self.directory / str(step), damage)
+                if found >= 0 and not self._read_only:
+                    (self.directory / str(step)).rename(self.directory / f"damaged-{step}-{time.time_ns()}")
+        if jax.process_count() > 1:
+            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        check(found >= 0 or not steps, f"{self.directory}: every checkpoint here is damaged; move it away to start from scratch")
+        self._manager.reload()
+        return found if found >= 0 else None
 
     def best(self) -> int | None:
         """The checkpoint with the lowest validation loss, if any was evaluated."""
@@ -92,13 +122,16 @@ class Checkpoints:
         """
         saved = self._run(step)
         config = self._config
-        ours = flatten(config) | {f"fingerprint of {key}": value for key, value in data.items()}
-        theirs = saved["config"] | {f"fingerprint of {key}": value for key, value in saved["data"].items()}
+        ours, theirs = flatten(config), saved["config"]
+        for key in ("tokens", "tokenizer"):  # what else is in a fingerprint has a key of its own
+            ours[f"fingerprint.{key}"], theirs[f"fingerprint.{key}"] = data[key], saved["data"].get(key)
         differing = [
             f"{key} was {theirs.get(key)}, is {ours.get(key)}"
             for key in sorted(ours.keys() | theirs.keys())
             if ours.get(key) != theirs.get(key) and not _is_free(key) and key not in config.checkpoint.allow
         ]
+        unknown = sorted(set(config.checkpoint.allow) - ours.keys())
+        check(not unknown, f"checkpoint.allow: no such key: {', '.join(unknown)}")
         check(
             not differing,
             f"{self.directory / str(step)} belongs to another run: {'; '.join(differing)}. "
@@ -157,10 +190,14 @@ class Checkpoints:
         self._manager.close()
 
     def _run(self, step: int) -> dict[str, Any]:
+        """What stands beside the state: config, data, position."""
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
-        except (OSError, ValueError, KeyError) as error:
+            run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+            assert isinstance(run["config"], dict) and isinstance(run["data"], dict)
+            assert isinstance(run["position"]["next_index"], int)
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise ConfigError(f"{self.directory / str(step)}: cannot be read: {_first_line(error)}") from None
+        return run
 
     def _guard(self, action: Any) -> None:
         try:
@@ -168,9 +205,39 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.directory}: saving a checkpoint failed: {_first_line(error)}") from None
 
+    def _seal(self) -> None:
+        """Called by Orbax, in its thread, when all files of a checkpoint are written and before it gets its final name."""
+        if jax.process_index() == 0:
+            for folder in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                (folder / SEAL).write_text(json.dumps(_hashes(folder)), encoding="utf-8")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.relative_to(folder).as_posix() in UNSEALED:
+            continue
+        with path.open("rb") as file:
+            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if nothing is to be seen."""
+    missing = [item for item in ITEMS if not (folder / item).is_dir()]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    try:
+        told = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        found = _hashes(folder)
+        differing = sorted(name for name in told if found.get(name) != told[name])
+    except (OSError, ValueError, TypeError) as error:
+        return _first_line(error)
+    return f"{differing[0]} is not as it was written" if differing else None
+
 
 def _is_free(key: str) -> bool:
-    return key in FREE or key.partition(".")[0] + "." in FREE
+    return key not in BOUND and (key in FREE or key.partition(".")[0] + "." in FREE)
 
 
 def _first_line(error: Exception) -> str:

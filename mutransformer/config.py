@@ -165,7 +165,7 @@ class OptimConfig:
     decay: Literal["independent", "coupled"] = "independent"  # shrink by weight_decay x schedule, or by weight_decay x rate
     decay_vectors: bool = False  # also decay gains and biases
     clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up, down to schedule_floor at the last step
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up, down to schedule_floor
     warmup_steps: int = 100  # linear from schedule_floor to 1; a shorter run ends within it
     schedule_floor: float = 1e-4  # where the schedule starts and ends, as a share of lr
     accumulate: int = 1  # a batch is worked off in this many parts
@@ -353,7 +353,7 @@ def load(args: Sequence[str]) -> Config:
         ConfigError: a file is missing or not YAML; a key is unknown or twice there; a value is of the wrong type or out of range.
     """
     merged = OmegaConf.structured(Config)
-    first = next((arg for arg in args if "=" not in arg), None)
+    first = next((arg for arg in args if _is_file(arg)), None)
     if first:
         merged = OmegaConf.merge(merged, {"name": Path(first).stem})
     for arg in args:
@@ -369,9 +369,13 @@ def load(args: Sequence[str]) -> Config:
     return config
 
 
+def _is_file(arg: str) -> bool:
+    return "=" not in arg or Path(arg).is_file()  # a run may be called lr=0.1
+
+
 def _merge(merged: Any, arg: str) -> Any:
     try:
-        given = OmegaConf.from_dotlist([arg]) if "=" in arg else OmegaConf.load(arg)
+        given = OmegaConf.load(arg) if _is_file(arg) else OmegaConf.from_dotlist([arg])
         check(isinstance(given, DictConfig), f"{arg}: must hold `key: value` lines")
         missing = sorted(OmegaConf.missing_keys(given))
         check(not missing, f"{arg}: no value for {', '.join(missing)}")

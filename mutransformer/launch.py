@@ -26,7 +26,8 @@ def launch(main: Callable[[Config], int], description: str, argv: Sequence[str] 
         argv: None for the command line.
 
     Returns:
-        The exit code: main's, MISTAKE for a ConfigError, FAILED for a loss that is not finite.
+        The exit code: main's; MISTAKE for a ConfigError or a file that cannot be read or written; FAILED for a loss that is not
+        finite.
     """
     parser = ArgumentParser(
         description=description,
@@ -49,6 +50,9 @@ def launch(main: Callable[[Config], int], description: str, argv: Sequence[str] 
         return main(config)
     except ConfigError as error:
         _complain(error)
+        return MISTAKE
+    except OSError as error:  # the disk is full, a file is not ours to write
+        _complain(ConfigError(f"{error.filename}: {error.strerror}") if error.filename else error)
         return MISTAKE
     except FloatingPointError as error:
         _complain(error)

@@ -223,7 +223,7 @@ class _JsonLines:
 
     def __init__(self, path: Path, start_step: int) -> None:
         whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""  # a killed process may leave half a line
-        kept = [line + b"\n" for line in whole.splitlines() if json.loads(line)["step"] <= start_step]
+        kept = [line + b"\n" for line in whole.splitlines() if _step_of(line) <= start_step]
         new = path.with_suffix(".new")
         new.write_bytes(b"".join(kept))
         os.replace(new, path)
@@ -243,6 +243,14 @@ class _JsonLines:
 
     def close(self, final: Mapping[str, float]) -> None:
         self._file.close()
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics.jsonl; infinite for what is no such line."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class _TensorBoard:

@@ -31,7 +31,7 @@ def make_loss_and_grads(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Tr
     forward, parts = Forward(config), config.optim.accumulate
 
     def grads_of(params: Transformer[Array], tokens: Int[Array, "b T"], mask: Array) -> tuple[Metrics, Any]:
-        count = sum_x(jnp.sum(mask, dtype=jnp.float32))
+        count = jnp.maximum(1, sum_x(jnp.sum(mask, dtype=jnp.float32)))
         per = count if config.optim.loss_per == "target" else sum_x(jnp.sum(jnp.ones_like(mask), dtype=jnp.float32))
 
         def objective(params: Transformer[Array], part: Batch) -> Array:

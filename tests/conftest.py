@@ -4,7 +4,8 @@ import os
 
 # Before JAX starts. The persistent caches and any accelerator of the machine stay out of the tests.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# LLVM's optimisation is skipped: compiling is most of the time of a test. Tests that start the program itself keep it.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 import jax
 import pytest

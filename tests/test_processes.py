@@ -20,7 +20,7 @@ def run(script: str, args: list[str], n_process: int) -> list[str]:
     """What each process printed."""
     shared = [f"distributed.coordinator=127.0.0.1:{free_port()}", f"distributed.n_process={n_process}"]
     of = [[*args, *(shared if n_process > 1 else []), f"distributed.process_id={i}"] for i in range(n_process)]
-    started = [start(script, each, devices=8 // n_process) for each in (of if n_process > 1 else [args])]
+    started = [start(script, each, devices=8 // n_process, optimize=False) for each in (of if n_process > 1 else [args])]
     outputs = [finish(process) for process in started]
     return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out in outputs]
 

@@ -1,5 +1,6 @@
 """A run that was killed and started again is the run that was not: every later loss, weight and moment is equal bit for bit."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from runs import finish, metrics, settings, start, wait_for_step
 
-from mutransformer.checkpoint import Checkpoints
+from mutransformer.checkpoint import SEAL, Checkpoints
 from mutransformer.config import load
 from mutransformer.mesh import make_mesh
 from mutransformer.state import TrainState, plan
@@ -33,7 +34,7 @@ def final_state(run: Path) -> TrainState:
     config = load([str(run / "config.yaml")])
     checkpoints = Checkpoints(config, read_only=True)
     step = checkpoints.latest()
-    assert step == config.steps
+    assert step is not None and step == config.steps
     state, position = checkpoints.restore(step, plan(config, make_mesh(config.mesh, jax.devices()[:1])).shapes)
     assert position == {"next_index": config.steps}
     return state
@@ -81,3 +82,16 @@ def test_another_seed_is_another_run(folder: Path, uninterrupted: Path) -> None:
     finish(start(TRAIN, settings(folder, "steps=3", "name=other", "seed=1")))
     ours, theirs = metrics(folder / "runs" / "other"), metrics(uninterrupted)
     assert all(ours[step]["train/loss"] != theirs[step]["train/loss"] for step in ours)
+
+
+def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_it_goes_on(folder: Path, uninterrupted: Path) -> None:
+    run = folder / "runs" / "flipped"
+    shutil.copytree(uninterrupted, run)
+    files = [path for path in (run / "checkpoints" / "60").rglob("*") if path.is_file() and path.name != SEAL]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 4
+    largest.write_bytes(data)
+    out = finish(start(TRAIN, settings(folder, *LENGTH, "name=flipped")))
+    assert "60 is damaged" in out and "goes on after step 56" in out
+    compare(run, uninterrupted)

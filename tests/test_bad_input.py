@@ -1,0 +1,378 @@
+"""Mistakes as a user meets them: the command itself, one line on stderr, exit code 2, and nothing touched."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from mutransformer import hardware
+from mutransformer.checkpoint import SEAL, Checkpoints, _hashes
+from mutransformer.config import load
+from mutransformer.data.corpus import prepare
+from mutransformer.data.pipeline import fingerprint
+from mutransformer.launch import MISTAKE, launch
+from mutransformer.mesh import make_mesh
+from mutransformer.state import init_state
+from mutransformer.train import train
+
+ROOT = Path(__file__).parents[1]
+TEXT = "".join(f"line {i} of a small text, number {i * i}\n" for i in range(60))
+EIGHT = "--xla_force_host_platform_device_count=8"
+# On an idle machine a mistake is told within 2 s, and within 0.5 s if JAX is not needed. The bound is for loaded machines.
+SECONDS = 4.0
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Of the smallest run; a later setting of the same key wins."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    return small_run(tmp_path)
+
+
+def small_run(folder: Path) -> list[str]:
+    return [
+        "data.source=text",
+        f"data.files=[{folder}/text.txt]",
+        "data.tokenizer=bytes",
+        f"data.cache_dir={folder}/cache",
+        f"workdir={folder}/runs",
+        *("model.d_model=64", "model.n_layer=1", "data.seq_len=16", "data.batch_size=8", "steps=2", "log.tensorboard=false"),
+    ]
+
+
+def command(folder: Path, *args: str, xla_flags: str = "") -> Outcome:
+    """Runs the user's command in an empty folder, in which it must leave nothing."""
+    cwd = folder / "cwd"
+    cwd.mkdir(exist_ok=True)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/train.py"), *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=50
+    )
+    seconds = time.perf_counter() - start
+    assert not list(cwd.iterdir())
+    return Outcome(done.returncode, done.stdout, done.stderr, seconds)
+
+
+def within(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> Outcome:
+    """The same in this process, which has eight devices and JAX at hand."""
+
+    monkeypatch.setattr(hardware, "keep_freed_memory", lambda: None)  # a setting of the whole process
+    code = launch(train, "", args)
+    captured = capsys.readouterr()
+    return Outcome(code, captured.out, captured.err, 0.0)
+
+
+def check_told(outcome: Outcome, message: str, seconds: float = SECONDS) -> None:
+    assert "Traceback" not in outcome.out + outcome.err
+    assert re.fullmatch(r"error: .+\n", outcome.err), outcome.err
+    assert re.search(message, outcome.err), outcome.err
+    assert outcome.code == MISTAKE == 2
+    assert outcome.seconds < seconds
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """A hash of each file below the folder, and the folders."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["model.d_modle=64"], r"model.d_modle=64: Key 'd_modle' not in 'ModelConfig'. Did you mean: 'd_model'\?"),
+        (["steps=many"], r"steps=many: Value 'many' of type 'str' could not be converted to Integer"),
+        (["optim.lr=-1"], r"optim.lr = -1.0: must be positive"),
+        (["model.d_head=48"], r"model.d_model = 64: not divisible by model.d_head = 48; the nearest that fit are 48 and 96"),
+        (["none.yaml"], r"none.yaml: cannot read it: No such file or directory"),
+        (["twice.yaml"], r"twice.yaml:2: not valid YAML: found duplicate key steps"),
+        (["distributed.coordinator=localhost"], r"distributed.coordinator = localhost: must be host:port"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_settings(args, message, settings, tmp_path):
+    (tmp_path / "twice.yaml").write_text("steps: 3\nsteps: 4\n")
+    args = [str(tmp_path / arg) if arg.endswith(".yaml") else arg for arg in args]
+    check_told(command(tmp_path, *settings, *args), message)
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "flags", "message"),
+    [
+        ("mesh.x=3", "", r"mesh.x = 3, mesh.y = 1: need 3 devices, here are 1"),
+        ("data.batch_size=12", EIGHT, r"data.batch_size = 12 .*not divisible by mesh.x = 8"),
+        ("mesh.y=2 model.d_model=64", EIGHT, r"model.d_model / model.d_head: heads = 1: not divisible by mesh.y = 2"),
+    ],
+)
+def test_mesh(args, flags, message, settings, tmp_path):
+    check_told(command(tmp_path, *settings, *args.split(), xla_flags=flags), message)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("mesh.y=3", r"mesh.y = 3: does not divide the 8 devices"),
+        ("mesh.y=16", r"mesh.y = 16: does not divide the 8 devices"),
+        ("mesh.x=4 mesh.y=1", r"mesh.x = 4, mesh.y = 1: need 4 devices, here are 8"),
+        ("data.batch_size=8 optim.accumulate=8", r"optim.accumulate = 8: rows at a time = 1: not divisible by mesh.x = 8"),
+        ("model.d_model=60 model.d_head=60", r"model.d_model = 60: not divisible by mesh.x = 8"),
+        ("mesh.x=1 mesh.y=8 model.d_head=8 model.ff_multiple=0.8", r"feed-forward .* = 51: not divisible by mesh.y = 8"),
+        ("model.vocab_multiple=1", r"vocabulary padded to model.vocab_multiple = 259: not divisible by mesh.x = 8"),
+    ],
+)
+def test_other_meshes(args, message, settings, tmp_path, capsys, monkeypatch):
+    check_told(within(capsys, monkeypatch, *settings, *args.split()), message)
+    assert not (tmp_path / "runs").exists()
+
+
+FOLDER = "<folder>"  # stands for the test's own
+DATA = [
+    (f"data.files=[{FOLDER}/none.txt]", r"data.files: .*/none.txt matches no file"),
+    (f"data.files=[{FOLDER}/latin.txt]", r"data.files: .*/latin.txt, line 2, byte 9: not UTF-8 \(invalid"),
+]
+
+
+@pytest.mark.parametrize(("arg", "message"), DATA, ids=["missing file", "not UTF-8"])
+def test_data(arg, message, settings, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"line one\n\xe9t\xe9\n")
+    check_told(command(tmp_path, *settings, arg.replace(FOLDER, str(tmp_path))), message)
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
+
+
+MORE_DATA = [
+    (f"data.files=[{FOLDER}/*.none]", r"data.files: .*/\*.none matches no file"),
+    (f"data.files=[{FOLDER}]", r"data.files: .* is a folder; name its files"),
+    (f"data.files=[{FOLDER}/empty.txt]", r"empty.txt'\]: 0 bytes of text are too few"),
+    (f"data.files=[{FOLDER}/tiny.txt]", r"tiny.txt'\]: 1 bytes of text are too few"),
+    ("data.seq_len=4096", r"data.batch_size = 8, data.seq_len = 4096: the train split has \d+ tokens, a batch needs 32768"),
+    ("model.n_vocab=258", r"model.n_vocab = 258: the tokenizer gives ids up to 258; set 259, or leave it out"),
+    (f"data.tokenizer_file={FOLDER}/text.txt", r"data.tokenizer_file is set: it needs data.tokenizer=sentencepiece"),
+    (f"data.cache_dir={FOLDER}/text.txt", r"data.cache_dir = .*/text.txt: cannot write there: Not a directory"),
+    (
+        f"data.tokenizer=sentencepiece data.tokenizer_file={FOLDER}/none",
+        r"data.tokenizer_file = .*/none: cannot read it: No such",
+    ),
+    (
+        f"data.tokenizer=sentencepiece data.tokenizer_file={FOLDER}/text.txt",
+        r"data.tokenizer_file = .*: not a SentencePiece model",
+    ),
+    (f"data.tokenizer=sentencepiece data.tokenizer_file={FOLDER}/empty.txt", r"data.tokenizer_file = .*: an empty file"),
+    ("data.tokenizer=sentencepiece data.vocab_size=9000", r"data.vocab_size = 9000: the train split gives at most \d+ pieces"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), MORE_DATA, ids=[args for args, _ in MORE_DATA])
+def test_other_data_and_tokenizers(args, message, settings, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "tiny.txt").write_text("x")
+    check_told(within(capsys, monkeypatch, *settings, *args.replace(FOLDER, str(tmp_path)).split()), message)
+    assert not (tmp_path / "runs").exists()
+    if (tmp_path / "cache").exists():
+        assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]  # half an entry
+
+
+def test_token_outside_the_vocabulary(settings, tmp_path, capsys, monkeypatch):
+    """A token file that is whole by its checksums and yet wrong: told with file, row and id when the row is read."""
+    file = prepare(load(settings).data).splits["train"].path
+    tokens = np.fromfile(file, "<u2")
+    tokens[:] = 259
+    tokens.tofile(file)
+    manifest = file.with_name("manifest.json")
+    entry = json.loads(manifest.read_bytes())["entry"]
+    entry["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    whole = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+    manifest.write_text(json.dumps({"entry": entry, "sha256": whole}))
+    outcome = within(capsys, monkeypatch, *settings)
+    check_told(outcome, r"train.bin, row \d+: token id 259 is outside the vocabulary of 259")
+    assert not list((tmp_path / "runs/run/checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with the checkpoint of a run that has ended, made without the time to compile a step; only to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "text.txt").write_text(TEXT)
+    config = load(small_run(folder))
+    corpus = prepare(config.data)
+    config = config.with_vocab(corpus.tokenizer.n_vocab)
+    state = init_state(config, make_mesh(config.mesh))
+    with closing(Checkpoints(config)) as checkpoints:
+        data = fingerprint(corpus.splits["train"], config.data, config.seed)
+        checkpoints.save(dataclasses.replace(state, step=state.step + config.steps), {"next_index": config.steps}, data, loss=5.5)
+        checkpoints.wait()
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of that run's folder, which `goes_on` goes on from."""
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    return tmp_path / "runs/run"
+
+
+@pytest.fixture
+def goes_on(finished, settings):
+    return [*settings, f"data.files=[{finished}/text.txt]"]  # its place is a setting that must agree
+
+
+def seal(checkpoint):
+    """As if it had been written so."""
+    (checkpoint / SEAL).write_text(json.dumps(_hashes(checkpoint)))
+
+
+def damage_step(run: Path, what: str) -> None:
+    newest = run / "checkpoints/2"
+    match what:
+        case "an empty checkpoint":
+            shutil.rmtree(newest)
+            (run / "checkpoints/5").mkdir()
+        case "a file instead of the checkpoints":
+            shutil.rmtree(newest.parent)
+            newest.parent.touch()
+        case "an emptied state":
+            shutil.rmtree(newest / "state")
+            (newest / "state").mkdir()
+        case "a state that lacks a file":
+            largest = max(
+                (path for path in newest.joinpath("state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+            )
+            largest.unlink()
+        case "a state cut in half":
+            for path in newest.joinpath("state/d").iterdir():
+                os.truncate(path, path.stat().st_size // 2)
+            for path in newest.joinpath("state/ocdbt.process_0/d").iterdir():
+                os.truncate(path, path.stat().st_size // 2)
+        case "a broken run record":
+            (newest / "run/metadata").write_text('{"config": ')
+        case "a run record that is no record":
+            (newest / "run/metadata").write_text("[1, 2]")
+            seal(newest)
+        case "a run record without its parts":
+            (newest / "run/metadata").write_text("{}")
+            seal(newest)
+        case "a run record without a position":
+            record = json.loads((newest / "run/metadata").read_bytes())
+            (newest / "run/metadata").write_text(json.dumps(record | {"position": {}}))
+            seal(newest)
+        case "no run record":
+            shutil.rmtree(newest / "run")
+        case _:
+            raise AssertionError(what)
+
+
+DAMAGE = {
+    "an empty checkpoint": r"checkpoints: every checkpoint here is damaged",
+    "a file instead of the checkpoints": r"checkpoints: is in the way, checkpoints need a folder there",
+    "an emptied state": r"checkpoints: every checkpoint here is damaged",
+    "a state that lacks a file": r"checkpoints: every checkpoint here is damaged",
+    "a state cut in half": r"checkpoints: every checkpoint here is damaged",
+    "a broken run record": r"checkpoints: every checkpoint here is damaged",
+}
+
+
+@pytest.mark.parametrize(("what", "message"), DAMAGE.items())
+def test_damaged_checkpoints(what, message, run, goes_on, tmp_path):
+    damage_step(run, what)
+    before = contents(run)
+    check_told(command(tmp_path, *goes_on), message)
+    assert contents(run) == before
+
+
+MORE_DAMAGE = {
+    "a run record that is no record": r"checkpoints/2: cannot be read",
+    "a run record without its parts": r"checkpoints/2: cannot be read",
+    "a run record without a position": r"checkpoints/2: cannot be read",
+    "no run record": r"checkpoints: every checkpoint here is damaged",
+}
+
+
+@pytest.mark.parametrize(("what", "message"), MORE_DAMAGE.items())
+def test_otherwise_damaged_checkpoints(what, message, run, goes_on, capsys, monkeypatch):
+    damage_step(run, what)
+    before = contents(run)
+    check_told(within(capsys, monkeypatch, *goes_on), message)
+    assert contents(run) == before
+
+
+def test_checkpoint_of_another_run(run, settings, tmp_path):
+    """All that differs is listed, old and new, and what may differ is not."""
+    (tmp_path / "text.txt").write_text(TEXT + "one more line\n")  # the command's own, not that of the checkpoint
+    before = contents(run)
+    changed = ["model.n_layer=2", "optim.lr=0.5", "data.seq_len=8", "eval.every=7", "data.prefetch=1", "log.every=3"]
+    outcome = command(tmp_path, *settings, *changed)
+    check_told(outcome, r"checkpoints/2 belongs to another run: .*checkpoint.allow")
+    for difference in (
+        r"model.n_layer was 1, is 2",
+        r"optim.lr was 0.015625, is 0.5",
+        r"data.seq_len was 16, is 8",
+        r"fingerprint.tokens was [0-9a-f]{64}, is [0-9a-f]{64}",
+    ):
+        assert re.search(difference, outcome.err)
+    assert not re.search(r"eval.every|prefetch|log.every|workdir|cache_dir|optim.beta1|data.files|fingerprint.seed", outcome.err)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["steps=3"], r"another run: steps was 2, is 3\. "),
+        (["seed=1"], r"another run: seed was 0, is 1\. "),
+        (["optim.lr=0.5", "seed=1", "checkpoint.allow=[seed]"], r"run: optim.lr was 0.015625, is 0.5\. "),
+        (["model.n_kv_head=1"], r"another run: model.n_kv_head was None, is 1\. "),
+        (["checkpoint.allow=[sede]"], r"checkpoint.allow: no such key: sede$"),
+        (["optim.name=lion"], r"another run: optim.name was adamw, is lion\. "),
+        (["checkpoint.resume=false"], r"checkpoint.resume = false: .*/runs/run holds a run; choose another name="),
+    ],
+)
+def test_other_differences_to_a_checkpoint(args, message, goes_on, run, capsys, monkeypatch):
+    before = contents(run)
+    check_told(within(capsys, monkeypatch, *goes_on, *args), message)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("blocked", ["runs", "runs/run"])
+def test_work_directory_that_cannot_be_written(blocked, settings, tmp_path):
+    """A file in its place: permissions would not stop root, whom tests may run as."""
+    path = tmp_path / blocked
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    check_told(command(tmp_path, *settings), rf"{path}/.*: .*Not a directory")
+    assert path.read_bytes() == b""
+
+
+def test_coordinator_that_cannot_be_reached(settings, tmp_path):
+    """Port 1 is reserved and never listened on."""
+    other = ["distributed.coordinator=127.0.0.1:1", "distributed.n_process=2", "distributed.process_id=1"]
+    outcome = command(tmp_path, *settings, *other, "distributed.timeout=2")
+    message = r"distributed.coordinator = 127.0.0.1:1: not reached within distributed.timeout = 2 s: Connection refused"
+    check_told(outcome, message, SECONDS + 2)
+    assert outcome.seconds > 2 and not (tmp_path / "runs").exists()
+
+
+def test_coordinator_that_is_not_told(settings, tmp_path):
+    outcome = command(tmp_path, *settings, "distributed.enabled=true")
+    check_told(outcome, r"distributed: cannot join the other processes: coordinator_address should be defined")
+    assert not (tmp_path / "runs").exists()
