@@ -1,20 +1,14 @@
-"""The configuration of a run: frozen dataclasses, read from YAML files and `key=value` overrides.
+"""The configuration of a run: frozen dataclasses, and the only place in which a default is written.
 
-The only place in which a default is written. Nothing here imports JAX, so that a mistake in a YAML file is reported before JAX
-starts. What can be judged from the numbers alone is judged here; what depends on devices, files or a tokenizer is judged where
-those are first seen.
+Nothing here imports JAX, so that a mistake is reported before JAX starts. What can be judged from the numbers alone is judged
+here; what depends on devices, files or a tokenizer is judged where those are first seen.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
-
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 Activation = Literal["relu", "sqrelu", "gelu", "silu", "swiglu"]
 AttentionActivation = Literal["softmax", "sqrelu", "elu", "norm_sqrelu", "norm_elu"]
@@ -343,65 +337,6 @@ class Config:
         return dataclasses.replace(self, model=dataclasses.replace(self.model, n_vocab=given or n_vocab))
 
 
-def load(args: Sequence[str]) -> Config:
-    """Reads YAML files and `key=value` overrides, merged left to right over the defaults.
-
-    Args:
-        args: paths of YAML files and dotted overrides, in any order, e.g. ["configs/small.yaml", "model.d_model=512"].
-
-    Raises:
-        ConfigError: a file is missing or not YAML; a key is unknown or twice there; a value is of the wrong type or out of range.
-    """
-    merged = OmegaConf.structured(Config)
-    first = next((arg for arg in args if _is_file(arg)), None)
-    if first:
-        merged = OmegaConf.merge(merged, {"name": Path(first).stem})
-    for arg in args:
-        merged = _merge(merged, arg)
-    for key, items in _flatten(OmegaConf.to_container(merged)).items():  # OmegaConf lets a list within a list of strings pass
-        plain = not isinstance(items, list) or all(isinstance(item, str) for item in items)
-        check(plain, f"{key}: must be a list of strings, not of lists")
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # what `${...}` stands for is looked up here
-        raise ConfigError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from None
-    assert isinstance(config, Config)
-    return config
-
-
-def _is_file(arg: str) -> bool:
-    return "=" not in arg or Path(arg).is_file()  # a run may be called lr=0.1
-
-
-def _merge(merged: Any, arg: str) -> Any:
-    try:
-        given = OmegaConf.load(arg) if _is_file(arg) else OmegaConf.from_dotlist([arg])
-        check(isinstance(given, DictConfig), f"{arg}: must hold `key: value` lines")
-        missing = sorted(OmegaConf.missing_keys(given))
-        check(not missing, f"{arg}: no value for {', '.join(missing)}")
-        return OmegaConf.merge(merged, given)
-    except (OmegaConfBaseException, TypeError) as error:
-        key = getattr(error, "full_key", None)
-        reason = str(getattr(error, "msg", None) or error).splitlines()[0]
-        if "is not a ListConfig" in reason or "incompatible container" in reason:
-            reason = "must be a list, [a, b]"
-        at = "" if "=" in arg or not key else f"{key}: "
-        raise ConfigError(f"{arg}: {at}{reason}") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f":{mark.line + 1}" if mark and "=" not in arg else ""
-        raise ConfigError(f"{arg}{where}: not valid YAML: {error.problem}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        hint = "" if Path(arg).suffix else "; an override is written key=value"
-        raise ConfigError(f"{arg}: cannot read it: {reason}{hint}") from None
-
-
-def to_yaml(config: Config) -> str:
-    """Every setting as YAML, defaults included: `load` gives the same config back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
 def to_dict(config: Config) -> dict[str, Any]:
     """Every setting as nested plain dictionaries."""
     return dataclasses.asdict(config)
@@ -409,10 +344,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def flatten(config: Config) -> dict[str, Any]:
     """Every setting by its dotted key, for tables and comparisons."""
-    return _flatten(to_dict(config))
+    return flatten_nested(to_dict(config))
 
 
-def _flatten(nested: Any) -> dict[str, Any]:
+def flatten_nested(nested: Any) -> dict[str, Any]:
+    """The same for nested dictionaries."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})

@@ -1,17 +1,15 @@
 """From a command line to a function of a Config: arguments, help, one-line errors, and jax.distributed."""
 
-import inspect
 import logging
 import os
-import re
 import socket
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 
-from mutransformer import config as settings
-from mutransformer.config import Config, ConfigError, DistributedConfig, flatten
+from mutransformer import settings
+from mutransformer.config import Config, ConfigError, DistributedConfig
 
 MISTAKE = 2  # exit code for what the user can mend
 FAILED = 1
@@ -31,7 +29,7 @@ def launch(main: Callable[[Config], int], description: str, argv: Sequence[str] 
     """
     parser = ArgumentParser(
         description=description,
-        epilog="settings and their defaults:\n\n" + describe(),
+        epilog="settings and their defaults:\n\n" + settings.describe(),
         formatter_class=RawDescriptionHelpFormatter,
         usage="%(prog)s [--print-config] [FILE.yaml ...] [key=value ...]",
     )
@@ -100,18 +98,3 @@ def _wait_for(coordinator: str, timeout: int) -> None:
                     f"distributed.coordinator = {coordinator}: not reached within distributed.timeout = {timeout} s: {reason}"
                 ) from None
         time.sleep(min(0.5, left))
-
-
-def describe() -> str:
-    """Every setting with its default, and its comment as it stands in the source."""
-    comments, owner = {}, ""
-    for line in inspect.getsource(settings).splitlines():
-        if found := re.match(r"class (\w+)Config\b|class Config\b", line):
-            owner = f"{found[1].lower()}." if found[1] else ""
-        elif found := re.match(r"    (\w+): .*?  # (.*)", line):
-            comments[owner + found[1]] = re.sub(r"\bNone\b", "null", found[2])
-    lines = []
-    for key, default in flatten(Config()).items():
-        value = {"None": "null", "True": "true", "False": "false"}.get(str(default), default)
-        lines += [f"  {key} = {value}", *([f"      {comments[key]}"] if key in comments else [])]
-    return "\n".join(lines)

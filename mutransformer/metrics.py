@@ -21,9 +21,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
-from mutransformer.config import Config, ConfigError, flatten, to_dict, to_yaml
+from mutransformer.config import Config, ConfigError, flatten, to_dict
 from mutransformer.hardware import Profile as Profile
 from mutransformer.hardware import memory_in_use, peak_flops
+from mutransformer.settings import to_yaml
 
 _TAGS = {"loss": "train/loss", "learning_rate": "optim/learning_rate"}
 _TAGS |= {f"{name}_norm": f"norm/{name}" for name in ("gradient", "parameter", "update")}

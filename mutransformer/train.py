@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from mutransformer import __version__
 from mutransformer.checkpoint import Checkpoints
-from mutransformer.config import Config, check, to_yaml
+from mutransformer.config import Config, check
 from mutransformer.data import pipeline
 from mutransformer.data.corpus import Corpus, prepare
 from mutransformer.evaluate import Interrupted, evaluate
@@ -18,6 +18,7 @@ from mutransformer.hardware import Profile
 from mutransformer.mesh import check_fits, data_share, make_mesh, put
 from mutransformer.metrics import Metrics
 from mutransformer.model import flops_per_token, specs
+from mutransformer.settings import to_yaml
 from mutransformer.state import init_state, plan
 from mutransformer.step import make_eval_step, make_train_step
 

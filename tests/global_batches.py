@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mutransformer.config import load
 from mutransformer.data import pipeline
 from mutransformer.data.corpus import prepare
 from mutransformer.launch import connect
 from mutransformer.mesh import data_share, make_mesh, put
+from mutransformer.settings import load
 
 config = load(sys.argv[2:])
 connect(config.distributed)

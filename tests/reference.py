@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mutransformer.config import Config, load
+from mutransformer.config import Config
 from mutransformer.model import Transformer, specs
+from mutransformer.settings import load
 
 # Reference option -> our key. Values carry over unless a table below translates them.
 KEYS = {

@@ -18,11 +18,11 @@ import pytest
 
 from mutransformer import hardware
 from mutransformer.checkpoint import SEAL, Checkpoints, _hashes
-from mutransformer.config import load
 from mutransformer.data.corpus import prepare
 from mutransformer.data.pipeline import fingerprint
 from mutransformer.launch import MISTAKE, launch
 from mutransformer.mesh import make_mesh
+from mutransformer.settings import load
 from mutransformer.state import init_state
 from mutransformer.train import train
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from mutransformer.config import Config, ConfigError, flatten, load, to_dict, to_yaml
-from mutransformer.launch import MISTAKE, describe, launch
+from mutransformer.config import Config, ConfigError, flatten, to_dict
+from mutransformer.launch import MISTAKE, launch
+from mutransformer.settings import describe, load, to_yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -373,7 +374,7 @@ def test_the_exit_code_is_that_of_main():
 
 
 def test_settings_do_not_need_jax():
-    code = "import sys, mutransformer.config, mutransformer.launch; mutransformer.config.load(['steps=3']);"
+    code = "import sys, mutransformer.config, mutransformer.launch; from mutransformer.settings import load; load(['steps=3']);"
     code += "print(*sorted({'jax', 'numpy', 'equinox', 'grain'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 from mutransformer import mup
-from mutransformer.config import Config, flatten, load
+from mutransformer.config import Config, flatten
 from mutransformer.data.pipeline import Batch
 from mutransformer.mesh import check_fits, make_mesh
 from mutransformer.model import specs
+from mutransformer.settings import load
 from mutransformer.state import plan
 from mutransformer.step import make_eval_step, make_train_step
 

@@ -10,12 +10,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mutransformer.collectives import gather_x, scatter_y, sum_x, sum_y
-from mutransformer.config import MeshConfig, load
+from mutransformer.config import MeshConfig
 from mutransformer.data.pipeline import Batch
 from mutransformer.linear import Head, Precision, _dot_rows, _dot_rows_cpu, dot_rows, head_loss, project
 from mutransformer.mesh import check_fits, make_mesh, put
 from mutransformer.model import specs
 from mutransformer.mup import init_std
+from mutransformer.settings import load
 from mutransformer.spec import weight
 from mutransformer.state import TrainState, plan
 from mutransformer.step import make_train_step

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from mutransformer import mup
-from mutransformer.config import Config, load
+from mutransformer.config import Config
 from mutransformer.data.pipeline import Batch
 from mutransformer.mesh import make_mesh
 from mutransformer.model import flops_per_token, specs
+from mutransformer.settings import load
 from mutransformer.step import make_eval_step, make_logits, make_loss_and_grads
 
 BOS, B, T, V = 0, 2, 128, 257  # as many ids as a batch has positions; T takes attention in more than one block

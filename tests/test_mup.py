@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from mutransformer.config import Config, load
+from mutransformer.config import Config
 from mutransformer.model import Transformer, block_specs, specs
 from mutransformer.mup import RULES, decays, eps_multiplier, init, init_std, lr_multiplier
+from mutransformer.settings import load
 from mutransformer.spec import Weight
 
 M, P, F, HD = 96, 64, 144, 96  # width, base width, feed-forward width, heads x their width

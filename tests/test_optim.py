@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from mutransformer import mup
-from mutransformer.config import Config, load
+from mutransformer.config import Config
 from mutransformer.model import specs
 from mutransformer.optim import make_optimizer, make_schedule
+from mutransformer.settings import load
 
 
 def make(*args: str) -> Config:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from reference import KEYS, Case, read, settings
 
-from mutransformer.config import load
 from mutransformer.data.pipeline import Batch, loss_mask
 from mutransformer.mesh import make_mesh, put
 from mutransformer.model import specs
 from mutransformer.optim import make_optimizer
+from mutransformer.settings import load
 from mutransformer.state import TrainState, plan
 from mutransformer.step import make_logits, make_loss_and_grads, make_train_step
 

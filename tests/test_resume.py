@@ -10,8 +10,8 @@ import pytest
 from runs import finish, metrics, settings, start, wait_for_step
 
 from mutransformer.checkpoint import SEAL, Checkpoints
-from mutransformer.config import load
 from mutransformer.mesh import make_mesh
+from mutransformer.settings import load
 from mutransformer.state import TrainState, plan
 
 # An epoch is some 40 batches: the run goes through more than one, and is killed within one.

@@ -8,10 +8,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from mutransformer import collectives
-from mutransformer.config import Config, load
+from mutransformer.config import Config
 from mutransformer.data.pipeline import Batch
 from mutransformer.mesh import check_fits, make_mesh, put
 from mutransformer.model import Transformer, specs
+from mutransformer.settings import load
 from mutransformer.spec import Weight
 from mutransformer.state import init_state
 from mutransformer.step import make_loss_and_grads, make_train_step

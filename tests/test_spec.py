@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mutransformer.config import load
 from mutransformer.model import block_specs, specs
+from mutransformer.settings import load
 from mutransformer.spec import WIDTH_DIMS, Weight, weight
 
 SIZES = {"M": 48, "H": 6, "K": 2, "D": 8, "F": 72, "V": 100}
