@@ -117,7 +117,7 @@ def train(config: Config) -> int:
                             checkpoints.save(state, batches.get_state(), fingerprint, loss)
                 if not stop.requested:
                     with log.pause():
-                        final = _tagged("final", validate(config.eval.final_batches))
+                        final = _tagged("validation_whole", validate(config.eval.final_batches))
             except Interrupted:
                 pass  # the signal came within an evaluation: the state is whole, and is saved like after any other
             profile.close(wait_for=state.step)

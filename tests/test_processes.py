@@ -1,10 +1,11 @@
 """Two processes of four devices are one process of eight: the same global batches exactly, the same losses to float error."""
 
+import signal
 import socket
 from pathlib import Path
 
 import pytest
-from runs import finish, metrics, settings, start
+from runs import finish, metrics, settings, start, wait_for_step
 
 LENGTH = ["steps=6", "eval.every=3", "precision.compute=float32"]
 MESHES = {"4x2": ["mesh.x=4", "mesh.y=2"], "1x8": ["mesh.x=1", "mesh.y=8", "model.d_head=8"]}
@@ -33,9 +34,9 @@ def test_same_losses(tmp_path: Path, mesh: str) -> None:
     one, two = (metrics(tmp_path / "runs" / f"of{n}") for n in (1, 2))
     assert list(one) == list(two) == list(range(1, 7))
     for step, line in one.items():
-        for tag in {"train/loss", "norm/gradient", "validation/loss", "final/loss"} & set(line):
+        for tag in {"train/loss", "norm/gradient", "validation/loss", "validation_whole/loss"} & set(line):
             assert two[step][tag] == pytest.approx(line[tag], rel=1e-5), f"{tag} at step {step}"
-    assert one[6]["final/loss"] != one[6]["train/loss"]
+    assert one[6]["validation_whole/loss"] != one[6]["train/loss"]
 
 
 @pytest.mark.parametrize("mesh", ["8x1", "1x8"])
@@ -46,3 +47,15 @@ def test_same_global_batches(tmp_path: Path, mesh: str) -> None:
     both = run("tests/global_batches.py", args, 2)
     assert len(set(one.splitlines())) == 50, "batches repeat: nothing is shown"
     assert both == [one, one]
+
+
+def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:
+    shared = [f"distributed.coordinator=127.0.0.1:{free_port()}", "distributed.n_process=2"]
+    args = [*settings(tmp_path, "steps=100000", "eval.every=0", "name=asked"), *shared]
+    started = [start("scripts/train.py", [*args, f"distributed.process_id={i}"], devices=2, optimize=False) for i in range(2)]
+    wait_for_step(started[0], tmp_path / "runs" / "asked", 3)
+    started[1].send_signal(signal.SIGTERM)
+    outputs = [finish(process, expect=75) for process in started]
+    last = max(metrics(tmp_path / "runs" / "asked"))
+    assert f"stopped after step {last}, all is saved" in outputs[0]
+    assert (tmp_path / "runs" / "asked" / "checkpoints" / str(last)).is_dir()

@@ -44,7 +44,7 @@ def compare(run: Path, whole: Path) -> None:
     ours, theirs = metrics(run), metrics(whole)
     assert list(ours) == list(theirs) == list(range(1, 61))
     tags = {tag for tag in theirs[60] if not tag.startswith(("speed/", "memory/", "time"))}
-    assert {"train/loss", "norm/update", "validation/loss", "final/loss"} <= tags
+    assert {"train/loss", "norm/update", "validation/loss", "validation_whole/loss"} <= tags
     for step, line in theirs.items():
         same = {tag for tag in tags & set(line) if line[tag] == ours[step].get(tag)}
         assert same == tags & set(line), f"step {step}"

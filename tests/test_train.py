@@ -1,0 +1,80 @@
+"""The whole program within this process, so that shapes are checked all along: what it writes, and how it ends."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from runs import metrics, settings
+
+from mutransformer import train as training
+from mutransformer.evaluate import score
+from mutransformer.launch import FAILED, launch
+from mutransformer.settings import load
+from mutransformer.train import FINISHED, STOPPED, train
+
+SHORT = ["steps=6", "eval.every=2", "checkpoint.every=4", "mesh.x=4", "mesh.y=2", "checkpoint.keep=1"]
+
+
+def test_a_run_writes_what_it_should(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load(settings(tmp_path, *SHORT, "name=whole", "model.activation=swiglu", "profile.start=2", "profile.stop=3"))
+    assert train(config) == FINISHED
+    run = tmp_path / "runs" / "whole"
+    assert load([str(run / "config.yaml")]) == config
+    lines = metrics(run)
+    assert list(lines) == [1, 2, 3, 4, 5, 6]
+    assert {step for step, line in lines.items() if "validation/loss" in line} == {2, 4, 6}
+    assert lines[6]["train/loss"] < lines[1]["train/loss"]
+    assert list((run / "tensorboard").rglob("*.xplane.pb"))
+    kept = {int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()}
+    losses = {step: line["validation/loss"] for step, line in lines.items() if step in (4, 6)}
+    assert kept == {6, min(losses, key=losses.__getitem__)}, "the newest and the best are kept"
+    out = capsys.readouterr().out
+    assert "8 x cpu as mesh 4 x 2" in out and "step 6/6  validation_whole loss" in out
+
+    assert train(config) == FINISHED  # nothing is left to do but to score
+    assert metrics(run)[6]["train/loss"] == lines[6]["train/loss"]
+
+    found = score(config)
+    assert found["model"]["loss"] == pytest.approx(lines[6]["validation_whole/loss"], rel=1e-6)
+    assert found["step"] == 6 and found["unigram"]["loss"] > found["bigram"]["loss"] > 0
+
+
+def test_a_run_of_no_number_fails_and_keeps_no_checkpoint_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hot = settings(tmp_path, "steps=9", "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0", "name=hot")
+    assert launch(train, "", hot) == FAILED
+    assert "the loss is nan" in capsys.readouterr().err
+    assert not list((tmp_path / "runs" / "hot" / "checkpoints").iterdir())
+
+
+def test_a_signal_within_an_evaluation_leaves_no_result_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = settings(tmp_path, "steps=6", "eval.every=3", "name=cut")
+
+    def interrupted(*given: object, **more: object) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*given, **more)  # pyright: ignore[reportArgumentType]
+
+    evaluate = training.evaluate
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(training, "evaluate", interrupted)
+    assert train(load(args)) == STOPPED
+    assert signal.getsignal(signal.SIGTERM) == before
+    run = tmp_path / "runs" / "cut"
+    assert list(metrics(run)) == [1, 2, 3] and "validation/loss" not in metrics(run)[3]
+    assert (run / "checkpoints" / "3").is_dir()
+    monkeypatch.undo()
+    assert train(load(args)) == FINISHED
+    assert list(metrics(run)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(load(settings(tmp_path, "steps=3", "name=shown")))
+    run = tmp_path / "runs" / "shown"
+    shown = EventAccumulator(str(run / "tensorboard")).Reload()
+    for tag in ("train/loss", "optim/learning_rate", "norm/update", "validation/bits_per_byte"):
+        told = {step: line[tag] for step, line in metrics(run).items() if tag in line}
+        assert {e.step: e.value for e in shown.Scalars(tag)} == pytest.approx(told)
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
