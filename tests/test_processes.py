@@ -26,7 +26,7 @@ def run(script: str, args: list[str], n_process: int) -> list[str]:
     return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out in outputs]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ["4x2", pytest.param("1x8", marks=pytest.mark.slow)])
 def test_same_losses(tmp_path: Path, mesh: str) -> None:
     args = settings(tmp_path, *LENGTH, *MESHES[mesh])
     for n_process in (1, 2):

@@ -78,12 +78,6 @@ def test_sigterm_saves_the_step_and_says_so(folder: Path, uninterrupted: Path) -
     compare(run, uninterrupted)
 
 
-def test_another_seed_is_another_run(folder: Path, uninterrupted: Path) -> None:
-    finish(start(TRAIN, settings(folder, "steps=3", "name=other", "seed=1")))
-    ours, theirs = metrics(folder / "runs" / "other"), metrics(uninterrupted)
-    assert all(ours[step]["train/loss"] != theirs[step]["train/loss"] for step in ours)
-
-
 def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_it_goes_on(folder: Path, uninterrupted: Path) -> None:
     run = folder / "runs" / "flipped"
     shutil.copytree(uninterrupted, run)

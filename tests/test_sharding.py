@@ -126,8 +126,7 @@ def test_start_is_the_same_bit_for_bit_on_every_mesh() -> None:
     assert start(1, 1, "seed=1") != start(1, 1)
 
 
-@pytest.mark.parametrize(("x", "y"), [(4, 2), (2, 4)])
-@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+@pytest.mark.parametrize(("x", "y", "optimizer"), [(4, 2, "adamw"), (2, 4, "lion")])
 def test_every_matrix_and_its_moments_rest_once(x: int, y: int, optimizer: str) -> None:
     overrides = [*TINY, *MODELS["all options"], f"mesh.x={x}", f"mesh.y={y}", f"optim.name={optimizer}"]
     config = load(overrides)
