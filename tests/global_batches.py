@@ -1,7 +1,11 @@
-"""Prints a hash of each of the first global batches of a run: python global_batches.py COUNT key=value ..."""
+"""Writes a hash of each of a run's first 50 global batches: python global_batches.py FOLDER key=value ...
+
+Into a file per process and not to standard output, where Gloo's threads write into each other's lines.
+"""
 
 import hashlib
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,9 +23,11 @@ mesh = make_mesh(config.mesh)
 corpus = prepare(config.data)
 n_vocab = corpus.tokenizer.n_vocab
 batches = pipeline.train_batches(corpus.splits["train"], config.data, config.seed, *data_share(mesh), n_vocab)
-for _ in range(int(sys.argv[1])):
+lines = []
+for _ in range(50):
     tokens = multihost_utils.process_allgather(put(next(batches), mesh).tokens, tiled=True)
-    print(hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest(), tokens.shape)
+    lines.append(f"{hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()} {tokens.shape}")
 batches.close()
+(Path(sys.argv[1]) / f"process{jax.process_index()}").write_text("\n".join(lines))
 if jax.process_count() > 1:
     jax.distributed.shutdown()
