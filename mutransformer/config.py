@@ -31,6 +31,7 @@ def _check_path(key: str, path: str) -> None:
     except RuntimeError:
         raise ConfigError(f"{key} = {path}: there is no such user") from None
     check("\0" not in path, f"{key} = {path!r}: no path")
+    check("://" not in path, f"{key} = {path}: only local paths can be read and written so far")
 
 
 @dataclass(frozen=True)

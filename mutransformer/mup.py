@@ -66,9 +66,12 @@ def init_std(w: Weight, config: Config) -> float:
 
 def lr_multiplier(w: Weight, config: Config) -> float:
     """The factor on optim.lr."""
-    rule = RULES[config.optim.rule]
-    # The ratio of widths is exact; the ratio of two fan-ins would feel the rounding of ff_multiple x d_model.
-    n = config.model.d_model / config.model.d_base if rule.relative else w.fan_in
+    rule, c = RULES[config.optim.rule], config.model
+    # Widths as they are meant: neither a ratio of widths nor a fan-in feels that ff_multiple x d_model was rounded.
+    if rule.relative:
+        n = c.d_model / c.d_base
+    else:
+        n = c.ff_multiple * c.d_model if any(dim.name == "F" for dim in w.dims[: -w.n_out]) else w.fan_in
     return n ** rule.roles[w.role].lr
 
 

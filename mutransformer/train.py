@@ -149,12 +149,8 @@ def _describe(config: Config, mesh: Mesh, corpus: Corpus, start: int, log: Metri
     text = corpus.splits["train"]
     epochs = config.steps * config.tokens_per_step / text.n_tokens
     log.note(f"mutransformer {__version__}, JAX {jax.__version__}, {mesh.size} x {kind} as mesh {x} x {y}")
-    log.note(
-        f"model: width {config.model.d_model}, {config.model.n_layer} layers, {total:,} parameters ({layers:,} in layers); "
-        f"{config.optim.rule}, learning rate {config.optim.lr:g} at width {config.model.d_base}"
-    )
-    log.note(
-        f"data: {config.data.source}, {text.n_tokens:,} tokens ({text.n_bytes / text.n_tokens:.2f} bytes each) to train on; "
-        f"{config.tokens_per_step:,} a step, {epochs:.2f} epochs in {config.steps} steps"
-    )
-    log.note(f"run folder: {config.rundir}" + (f"; goes on after step {start}" if start else ""))
+    log.note(f"model: width {config.model.d_model}, {config.model.n_layer} layers, {total:,} parameters ({layers:,} in layers)")
+    log.note(f"rule: {config.optim.rule}, learning rate {config.optim.lr:g} at width {config.model.d_base}")
+    log.note(f"data: {config.data.source}, {text.n_tokens:,} tokens to train on, {text.n_bytes / text.n_tokens:.2f} bytes each")
+    log.note(f"run: {config.steps:,} steps of {config.tokens_per_step:,} tokens, {epochs:.2f} epochs")
+    log.note(f"folder: {config.rundir}" + (f"; goes on after step {start}" if start else ""))

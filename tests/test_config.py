@@ -202,6 +202,7 @@ RANGES: list[tuple[str, str]] = [
     ("profile.start=5 profile.stop=5", r"profile.stop = 5: must be above profile.start = 5"),
     *((f"name={name}", r"name = .*: must be a plain folder name") for name in ("''", "..", ".hidden", "../x", "a/b", "a\\b")),
     ("workdir=~no-such-user", r"workdir = ~no-such-user: there is no such user"),
+    ("workdir=gs://bucket/runs", r"workdir = gs://bucket/runs: only local paths can be read and written so far"),
     ("seed=-1", r"seed = -1: must lie in 0 ... 2\^31 - 1"),
     ("seed=2147483648", r"seed = 2147483648: must lie"),
     ("steps=0", r"steps = 0: must be at least 1"),

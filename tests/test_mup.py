@@ -187,3 +187,11 @@ def test_a_tree_of_one_kind_gives_a_tree_of_another():
     tree: Transformer[Any] = jax.tree.map(lambda w: lr_multiplier(w, config), specs(config))
     assert tree.embed == 1.0 and tree.blocks.w_q == pytest.approx(P / M)
     assert block_specs(config).w_fg is None and tree.blocks.w_fg is None
+
+
+def test_absolute_rates_know_no_rounding_of_the_feed_forward_width() -> None:
+    config = load(["model.d_model=64", "model.d_head=16", "model.ff_multiple=2.67", "model.n_vocab=64", "optim.rule=abs_mup"])
+    blocks = specs(config).blocks
+    assert blocks.w_fo.fan_in == 170
+    assert 1 / lr_multiplier(blocks.w_fo, config) == pytest.approx(2.67 * 64)
+    assert 1 / lr_multiplier(blocks.w_fi, config) == pytest.approx(64)
