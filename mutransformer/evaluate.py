@@ -1,6 +1,7 @@
 """One pass over held-out rows, and what a model must beat there: unigram and bigram counts of the same tokens."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
@@ -21,6 +22,9 @@ from mutransformer.state import plan
 from mutransformer.step import make_eval_step
 
 EvalStep = Callable[[Transformer[Array], Batch], tuple[Array, Array]]
+
+
+AHEAD = 4  # batches that may wait for the device: enough to keep it busy, few enough to hold in memory
 
 
 class Interrupted(Exception):
@@ -48,13 +52,22 @@ def evaluate(
     Raises:
         Interrupted: stop() was true.
     """
-    sums: list[tuple[Array, Array]] = []
+    nats, counts, ahead = list[float](), list[int](), deque[tuple[Array, Array]]()
+
+    def read() -> None:
+        total, count = ahead.popleft()
+        nats.append(float(total))
+        counts.append(int(count))
+
     for batch in batches:
         if stop():
             raise Interrupted
-        sums.append(eval_step(params, put(batch, mesh)))
-    nats = math.fsum(float(s) for s, _ in sums)
-    return results(nats / sum(int(n) for _, n in sums), tokens)
+        ahead.append(eval_step(params, put(batch, mesh)))
+        if len(ahead) > AHEAD:
+            read()
+    while ahead:
+        read()
+    return results(math.fsum(nats) / sum(counts), tokens)
 
 
 def results(loss: float, tokens: TokenFile) -> dict[str, float]:

@@ -37,14 +37,29 @@ def rotary(x: Float[Array, "b T n D"], base: float) -> Float[Array, "b T n D"]:
     return jnp.concatenate([low * cos - high * sin, low * sin + high * cos], axis=-1).astype(x.dtype)
 
 
+def _relu_forward(x: Array) -> tuple[Array, Array]:
+    y = relu(x)
+    return y, y
+
+
+def _relu_backward(y: Array, grad: Array) -> tuple[Array]:
+    return (jnp.where(y > 0, grad, 0),)
+
+
+@differentiated(_relu_forward, _relu_backward, static=())
+def relu(x: Array) -> Array:
+    """max(x, 0). Its gradient is read off the result, which the next projection keeps anyway; that of jax.nn.relu keeps a mask."""
+    return jnp.maximum(x, 0)
+
+
 def sqrelu(x: Array) -> Array:
     """Squared ReLU (So et al., Primer, arXiv 2109.08668)."""
-    return jnp.square(jax.nn.relu(x))
+    return jnp.square(relu(x))
 
 
 # swiglu gates: its activation is silu, on a second projection (Shazeer, arXiv 2002.05202).
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
+    "relu": relu,
     "sqrelu": sqrelu,
     "gelu": jax.nn.gelu,
     "silu": jax.nn.silu,
