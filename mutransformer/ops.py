@@ -48,7 +48,7 @@ def _relu_backward(y: Array, grad: Array) -> tuple[Array]:
 
 @differentiated(_relu_forward, _relu_backward, static=())
 def relu(x: Array) -> Array:
-    """max(x, 0). Its gradient is read off the result, which the next projection keeps anyway; that of jax.nn.relu keeps a mask."""
+    """max(x, 0). Its gradient is read off the result, which the next projection keeps anyway; jax.nn.relu keeps a mask."""
     return jnp.maximum(x, 0)
 
 
