@@ -4,6 +4,7 @@ Modules hold weights only, and a tree of one class holds anything that there is 
 multipliers. Functions hold the mathematics. Dims and their shards are those of `spec`; the residual stream is [b, T, m].
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -66,9 +67,6 @@ def block_specs(config: Config) -> Block[Weight]:
     # Key/value heads that y cannot divide rest split inside the head, and are gathered after their projection.
     kv = "K/y D" if c.kv_heads % config.mesh.y == 0 else "K D/y"
 
-    def gain(dim: str) -> Weight | None:
-        return {"none": None, "vector": w(f"-> {dim}", role="gain"), "scalar": w("->", role="gain")}[c.gains]
-
     def bias(dims: str) -> Weight | None:
         return w(f"-> {dims}", role="bias") if c.biases else None
 
@@ -80,10 +78,10 @@ def block_specs(config: Config) -> Block[Weight]:
         w_fi=w("M/x -> F/y"),
         w_fo=w("F/y -> M/x", init=_start(c.residual_init)),
         w_fg=w("M/x -> F/y") if gated else None,
-        g_a=gain("M/y"),
-        g_q=gain("D") if c.qk_norm else None,
-        g_k=gain("D") if c.qk_norm else None,
-        g_f=gain("M/y"),
+        g_a=_gain(config, w, "M/y"),
+        g_q=_gain(config, w, "D") if c.qk_norm else None,
+        g_k=_gain(config, w, "D") if c.qk_norm else None,
+        g_f=_gain(config, w, "M/y"),
         b_q=bias("H/y D"),
         b_k=bias(kv),
         b_v=bias(kv),
@@ -98,13 +96,12 @@ def specs(config: Config) -> Transformer[Weight]:
     """All weights. Needs no device."""
     c = config.model
     w = partial(weight, sizes={"M": c.d_model, "V": c.padded_vocab})
-    gain = {"none": None, "vector": w("-> M/y", role="gain"), "scalar": w("->", role="gain")}[c.gains]
     return Transformer(
         embed=w("V/x -> M/y"),
         blocks=jax.tree.map(lambda s: s.stacked(c.n_layer), block_specs(config)),
         unembed=w("M/x -> V/y", init=c.unembed_init),
-        g_e=gain if c.embed_norm else None,
-        g_u=gain,
+        g_e=_gain(config, w, "M/y") if c.embed_norm else None,
+        g_u=_gain(config, w, "M/y"),
         b_u=w("-> V/y", role="bias") if c.biases else None,
     )
 
@@ -120,6 +117,10 @@ def flops_per_token(config: Config) -> float:
     return 6.0 * weights + 12.0 * c.n_layer * c.n_head * c.d_head * config.data.seq_len
 
 
+def _gain(config: Config, w: Callable[..., Weight], dim: str) -> Weight | None:
+    return {"none": None, "vector": w(f"-> {dim}", role="gain"), "scalar": w("->", role="gain")}[config.model.gains]
+
+
 def _start(choice: str) -> Init:
     return "zero" if choice == "zero" else "rule"
 
@@ -128,9 +129,9 @@ class Forward:
     """The mathematics of a config, for use inside shard_map on this device's shards."""
 
     def __init__(self, config: Config):
-        self.config = config
         self.c = config.model
         self.specs = specs(config)
+        self.pspecs = jax.tree.map(lambda w: w.pspec, self.specs)
         self.block_specs = block_specs(config)
         self.precision = Precision(config.precision.compute, config.precision.reduce)
         self.use = partial(gather_x, compute=config.precision.compute, reduce=config.precision.reduce)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from mutransformer.collectives import sum_x
 from mutransformer.config import Config
 from mutransformer.data.pipeline import Batch
-from mutransformer.model import Forward, Transformer
+from mutransformer.model import Forward, Transformer, specs
 from mutransformer.ops import shift_right
 from mutransformer.optim import make_optimizer, make_schedule
 from mutransformer.state import TrainState, plan
@@ -49,8 +49,9 @@ def make_loss_and_grads(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Tr
             (value, grads), _ = lax.scan(add, zero, split)
         return {"loss": value * per / count, "objective": value}, grads
 
-    pspecs = jax.tree.map(lambda w: w.pspec, forward.specs)
-    mapped = jax.shard_map(grads_of, mesh=mesh, in_specs=(pspecs, ROWS, ROWS), out_specs=(PartitionSpec(), pspecs))
+    mapped = jax.shard_map(
+        grads_of, mesh=mesh, in_specs=(forward.pspecs, ROWS, ROWS), out_specs=(PartitionSpec(), forward.pspecs)
+    )
     return lambda params, batch: mapped(params, batch.tokens, batch.mask)
 
 
@@ -61,7 +62,7 @@ def make_train_step(config: Config, mesh: Mesh, bos_id: int) -> jax.stages.Wrapp
     gradient_norm (before clipping), parameter_norm and update_norm (after and of the update).
     """
     loss_and_grads = make_loss_and_grads(config, mesh, bos_id)
-    tx = make_optimizer(config, Forward(config).specs)
+    tx = make_optimizer(config, specs(config))
     schedule = make_schedule(config.optim, config.steps)
     places = plan(config, mesh).shardings
 
@@ -88,19 +89,17 @@ def make_eval_step(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transfo
     def sums(params: Transformer[Array], tokens: Int[Array, "b T"], mask: Array) -> tuple[Array, Array]:
         return sum_x(forward.loss(params, tokens, mask, bos_id)), sum_x(jnp.sum(mask, dtype=jnp.int32))
 
-    pspecs = jax.tree.map(lambda w: w.pspec, forward.specs)
-    mapped = jax.shard_map(sums, mesh=mesh, in_specs=(pspecs, ROWS, ROWS), out_specs=PartitionSpec())
+    mapped = jax.shard_map(sums, mesh=mesh, in_specs=(forward.pspecs, ROWS, ROWS), out_specs=PartitionSpec())
     return jax.jit(lambda params, batch: mapped(params, batch.tokens, batch.mask))
 
 
 def make_logits(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transformer[Array], Array], Float[Array, "B T V"]]:
     """The jitted logits of rows of tokens [B, T], over the padded vocabulary; position t has read the tokens before t."""
     forward = Forward(config)
-    pspecs = jax.tree.map(lambda w: w.pspec, forward.specs)
     mapped = jax.shard_map(
         lambda params, tokens: forward.logits(params, shift_right(tokens, bos_id)),
         mesh=mesh,
-        in_specs=(pspecs, ROWS),
+        in_specs=(forward.pspecs, ROWS),
         out_specs=PartitionSpec("x", None, "y"),
     )
     return jax.jit(mapped)
