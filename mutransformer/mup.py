@@ -12,6 +12,7 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Int
 
 from mutransformer.config import Config
 from mutransformer.spec import Role, Weight
@@ -84,16 +85,18 @@ def decays(w: Weight, config: Config) -> bool:
     return w.is_matrix or config.optim.decay_vectors
 
 
-def init(specs: Any, config: Config) -> Any:
+def init(specs: Any, config: Config, seed: Int[Array, ""] | int | None = None) -> Any:
     """Draws every weight, float32, whatever the mesh: a weight's key folds in its name, so that no weight moves another's draw.
 
     Args:
         specs: a tree of Weight.
+        config: of the run.
+        seed: where it is an array; None: the config's.
 
     Returns:
         The same tree of arrays.
     """
-    root = jax.random.key(config.seed)
+    root = jax.random.key(config.seed if seed is None else seed)
 
     def draw(path: tuple, w: Weight) -> Array:
         if w.role == "gain":

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jaxtyping import Float
 
 from mutransformer import mup
 from mutransformer.config import Config, OptimConfig
@@ -29,14 +30,22 @@ def make_schedule(config: OptimConfig, steps: int) -> Schedule:
     return lambda step: jnp.asarray(joined(step), jnp.float32)
 
 
-def make_optimizer(config: Config, specs: Transformer[Weight]) -> optax.GradientTransformation:
+def make_optimizer(
+    config: Config, specs: Transformer[Weight], lr: Float[Array, ""] | float | None = None
+) -> optax.GradientTransformation:
     """Clip by global norm, AdamW or Lion, learning rates by weight, decay, schedule.
 
     Updates see global arrays, so that norms and moments are exact on any mesh. Coupled decay shrinks a weight by its own learning
     rate x weight_decay, independent decay by weight_decay alone (Wortsman et al., arXiv 2309.14322); both follow the schedule.
+
+    Args:
+        config: of the run.
+        specs: of its weights.
+        lr: the base learning rate, where it is an array; None: optim.lr.
     """
     c = config.optim
-    rates = jax.tree.map(lambda w: c.lr * mup.lr_multiplier(w, config), specs)
+    base = c.lr if lr is None else lr
+    rates = jax.tree.map(lambda w: base * mup.lr_multiplier(w, config), specs)
     mask = jax.tree.map(lambda w: mup.decays(w, config), specs)
     decay = optax.add_decayed_weights(c.weight_decay, mask) if c.weight_decay else optax.identity()
     shrink = optax.add_decayed_weights(-c.weight_decay, mask) if c.weight_decay else optax.identity()
