@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from mutransformer import ops
+from mutransformer import mup, ops
 from mutransformer.collectives import gather_x, gather_y, scatter_y
 from mutransformer.config import Config
 from mutransformer.linear import Head, Precision, head_loss, project
-from mutransformer.spec import Init, Weight, weight
+from mutransformer.spec import Init, Role, Weight, weight
 
 T = TypeVar("T")  # Weight, NamedSharding, Array, float, bool, ...
 
@@ -74,14 +74,14 @@ def block_specs(config: Config) -> Block[Weight]:
         w_q=w("M/x -> H/y D", init=_start(c.q_init)),
         w_k=w(f"M/x -> {kv}"),
         w_v=w(f"M/x -> {kv}"),
-        w_o=w("H/y D -> M/x", init=_start(c.residual_init)),
+        w_o=w("H/y D -> M/x", role="residual", init=_start(c.residual_init)),
         w_fi=w("M/x -> F/y"),
-        w_fo=w("F/y -> M/x", init=_start(c.residual_init)),
+        w_fo=w("F/y -> M/x", role="residual", init=_start(c.residual_init)),
         w_fg=w("M/x -> F/y") if gated else None,
-        g_a=_gain(config, w, "M/y"),
-        g_q=_gain(config, w, "D") if c.qk_norm else None,
-        g_k=_gain(config, w, "D") if c.qk_norm else None,
-        g_f=_gain(config, w, "M/y"),
+        g_a=_gain(config, w, "M/y", "gain"),
+        g_q=_gain(config, w, "D", "qk_gain") if c.qk_norm else None,
+        g_k=_gain(config, w, "D", "qk_gain") if c.qk_norm else None,
+        g_f=_gain(config, w, "M/y", "gain"),
         b_q=bias("H/y D"),
         b_k=bias(kv),
         b_v=bias(kv),
@@ -100,9 +100,9 @@ def specs(config: Config) -> Transformer[Weight]:
         embed=w("V/x -> M/y"),
         blocks=jax.tree.map(lambda s: s.stacked(c.n_layer), block_specs(config)),
         unembed=w("M/x -> V/y", init=c.unembed_init),
-        g_e=_gain(config, w, "M/y") if c.embed_norm else None,
-        g_u=_gain(config, w, "M/y"),
-        b_u=w("-> V/y", role="bias") if c.biases else None,
+        g_e=_gain(config, w, "M/y", "outer_gain") if c.embed_norm else None,
+        g_u=_gain(config, w, "M/y", "outer_gain"),
+        b_u=w("-> V/y", role="outer_bias") if c.biases else None,
     )
 
 
@@ -113,12 +113,12 @@ def flops_per_token(config: Config) -> float:
     appendix B).
     """
     c = config.model
-    weights = sum(w.size for w in jax.tree.leaves(specs(config)) if w.role in ("hidden", "output"))
+    weights = sum(w.size for w in jax.tree.leaves(specs(config)) if w.is_matrix and w.role != "input")
     return 6.0 * weights + 12.0 * c.n_layer * c.n_head * c.d_head * config.data.seq_len
 
 
-def _gain(config: Config, w: Callable[..., Weight], dim: str) -> Weight | None:
-    return {"none": None, "vector": w(f"-> {dim}", role="gain"), "scalar": w("->", role="gain")}[config.model.gains]
+def _gain(config: Config, w: Callable[..., Weight], dim: str, role: Role) -> Weight | None:
+    return {"none": None, "vector": w(f"-> {dim}", role=role), "scalar": w("->", role=role)}[config.model.gains]
 
 
 def _start(choice: str) -> Init:
@@ -129,7 +129,7 @@ class Forward:
     """The mathematics of a config, for use inside shard_map on this device's shards."""
 
     def __init__(self, config: Config):
-        self.c = config.model
+        self.config, self.c = config, config.model
         self.specs = specs(config)
         self.pspecs = jax.tree.map(lambda w: w.pspec, self.specs)
         self.block_specs = block_specs(config)
@@ -144,8 +144,8 @@ class Forward:
             x = self.norm(x, params.g_e, s.g_e)
 
         def layer(x: Array, block: Block[Array]) -> tuple[Array, None]:
-            x = x + self.attention(block, x)
-            x = x + self.feed_forward(block, x)
+            x = x + self.times(self.attention(block, x), self.block_specs.w_o)
+            x = x + self.times(self.feed_forward(block, x), self.block_specs.w_fo)
             return x, None
 
         if c.remat == "full":
@@ -184,7 +184,8 @@ class Forward:
 
     def final(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> Float[Array, "b T M"]:
         """The normed residual stream that the unembedding reads, whole along y."""
-        return gather_y(self.norm(self.residual(params, inputs), params.g_u, self.specs.g_u), dim=2)
+        x = gather_y(self.norm(self.residual(params, inputs), params.g_u, self.specs.g_u), dim=2)
+        return self.times(x, self.specs.unembed)
 
     def logits(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> Float[Array, "b T v"]:
         """This device's slice of the padded vocabulary."""
@@ -200,6 +201,11 @@ class Forward:
         bias = None if params.b_u is None or s.b_u is None else self.use(params.b_u, s.b_u)
         head = Head(s.unembed, self.precision, self.c.n_vocab, self.c.head_chunk)
         return head_loss(self.final(params, ops.shift_right(tokens, bos_id)), params.unembed, bias, tokens, mask, head)
+
+    def times(self, x: Float[Array, "b T _"], s: Weight) -> Float[Array, "b T _"]:
+        """x times a weight's forward multiplier."""
+        factor = mup.multiplier(s, self.config)
+        return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
     def norm(self, x: Float[Array, "b T m"], g: Array | None, s: Weight | None) -> Float[Array, "b T m"]:
         return self.gain(ops.rms_norm_y(x, self.c.norm_eps), g, s)
