@@ -24,8 +24,7 @@ def launch(main: Callable[[Config], int], description: str, argv: Sequence[str] 
         argv: None for the command line.
 
     Returns:
-        The exit code: main's; MISTAKE for a ConfigError or a file that cannot be read or written; FAILED for a loss that is not
-        finite.
+        The exit code, as guarded gives it.
     """
     parser = ArgumentParser(
         description=description,
@@ -36,7 +35,8 @@ def launch(main: Callable[[Config], int], description: str, argv: Sequence[str] 
     parser.add_argument("args", nargs="*", metavar="FILE.yaml | key=value", help="merged left to right over the defaults")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
     given = parser.parse_args(argv)
-    try:
+
+    def run() -> int:
         config = settings.load(given.args)
         if given.print_config:
             print(settings.to_yaml(config), end="")
@@ -46,6 +46,19 @@ def launch(main: Callable[[Config], int], description: str, argv: Sequence[str] 
 
         keep_freed_memory()
         return main(config)
+
+    return guarded(run)
+
+
+def guarded(main: Callable[[], int]) -> int:
+    """Calls main, and tells of a user's mistake in one line on stderr.
+
+    Returns:
+        The exit code: main's; MISTAKE for a ConfigError or a file that cannot be read or written; FAILED for a loss that is not
+        finite.
+    """
+    try:
+        return main()
     except ConfigError as error:
         _complain(error)
         return MISTAKE
