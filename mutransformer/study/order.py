@@ -102,7 +102,8 @@ def _pair(narrow: int, wide: int, narrows: Mapping[int, Run], wides: Mapping[int
         differences = np.array([training_losses(wides[s], steps) - training_losses(narrows[s], steps) for s in seeds])
         told = ~np.all(np.isnan(differences), axis=0)
         differences, steps = differences[:, told], steps[told]
-        mean = np.nanmean(differences, axis=0)
+        mean = np.nanmean(differences, axis=0)  # NaN: in one seed the wider diverged, in another the narrower
+        mean = np.where(np.isnan(mean), math.inf, mean)
     finite = np.isfinite(differences).all(axis=0)
     variance = np.var(differences[:, finite], axis=0, ddof=1) if len(seeds) > 1 and finite.any() else np.zeros(1)
     return Pair(narrow, wide, [int(step) for step in steps], mean, float(np.sqrt(variance.mean() / len(seeds))), len(seeds))
