@@ -105,9 +105,9 @@ def _section(variant: Variant) -> list[str]:
         f"{count(len(variant.seeds), 'seed')}, {count(variant.diverged, 'run')} diverged:",
         _losses(variant),
         _optima(variant),
-        f"In short: {_plain(drift_in_words(variant))}; signed, {ends}: {between(*drift.signed, drift.signed_stderr)}. "
+        f"{_sentence(drift_in_words(variant))}; signed, {ends}: {between(*drift.signed, drift.signed_stderr)}. "
         f"The best of the grid {same} the same at every width.",
-        f"And {_plain(order_in_words(order))}.",
+        f"{_sentence(order_in_words(order))}.",
         *([_pairs(order)] if order.pairs else []),
     ]
 
@@ -131,15 +131,16 @@ def _cell(cell: Cell) -> str:
 def _optima(variant: Variant) -> str:
     rows = []
     for width in variant.widths:
-        optimum, best = variant.optima[width], variant.best[width]
+        optimum, best, stderr = variant.optima[width], variant.best[width], variant.stderr[width]
+        alone = "no ±: a seed alone has no optimum" if stderr is None and optimum.found and len(variant.seeds) > 1 else ""
         rows.append(
             [
                 str(width),
-                between(optimum.low, optimum.high, variant.stderr[width]),
+                between(optimum.low, optimum.high, stderr),
                 "none" if best is None else _rate(best),
                 _loss(variant.best_loss(width)),
                 _penalty(variant, width),
-                optimum.why,
+                optimum.why or alone,
             ]
         )
     return _table(["width", "optimum, log2", "best of the grid", "its loss", "zero-shot penalty", ""], rows)
@@ -185,7 +186,7 @@ def _settings(runs: Sequence[Run]) -> str:
     keys = setting_keys(runs)
     common = [f"- `{key}` = {_plain(value[0])}" for key in keys if len(value := setting_values(runs, key)) == 1]
     rest = [key for key in keys if len(setting_values(runs, key)) > 1]
-    rows = [[f"`{key}`", *(_plain(", ".join(setting_values(some, key))) for some in of.values())] for key in rest]
+    own = [f"- {_plain(name)}: {', '.join(_own_setting(some, key) for key in rest)}" for name, some in of.items()]
     steps = " or ".join(map(str, sorted({run.steps for run in runs})))
     hours = sum(run.seconds for run in runs) / 3600
     return "\n\n".join(
@@ -193,9 +194,13 @@ def _settings(runs: Sequence[Run]) -> str:
             f"{count(len(runs), 'run')} of {steps} steps, {hours:.2f} hours in all, compilation included. "
             "Settings other than the defaults, the same in all runs:",
             "\n".join(common or ["- none"]),
-            *(["And those that are not:", _table(["setting", *map(_plain, of)], rows)] if rows else []),
+            *(["And those that are not:", "\n".join(own)] if rest else []),
         ]
     )
+
+
+def _own_setting(runs: Sequence[Run], key: str) -> str:
+    return f"`{key}` = {_plain(' or '.join(setting_values(runs, key)))}"
 
 
 def _penalty(variant: Variant, width: int) -> str:
@@ -213,6 +218,10 @@ def _loss(loss: float) -> str:
 
 def _rate(rate: float) -> str:
     return f"{rate:.4g}"
+
+
+def _sentence(text: str) -> str:
+    return _plain(text[0].upper() + text[1:])
 
 
 def _plain(text: str) -> str:

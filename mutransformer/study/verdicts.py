@@ -108,14 +108,14 @@ def order_in_words(order: Order) -> str:
     if order.rate is None:
         return f"wider is better: cannot tell: {order.why}"
     said = f"wider is {'' if order.better else 'not always '}better at learning rate 2^{order.rate:.4g}"
-    held = f"{order.held} of {order.compared} comparisons hold (logged steps x neighbouring widths)"
-    parts = [f"{said}: {held}"]
+    parts = [f"{said}: in {order.held} of {order.compared} comparisons"]
     told = [pair for pair in order.pairs if pair.steps]
     if told:
         pair = max(told, key=lambda pair: float(pair.difference.max()) - 2 * pair.noise)
         worst = int(np.argmax(pair.difference))
+        allowed = f"noise allows {nats(2 * pair.noise)}" if pair.seeds > 1 else "one seed allows none above 0"
         where = f"at step {pair.steps[worst]}, width {pair.wide} less {pair.narrow}"
-        parts.append(f"worst {nats(pair.difference[worst])} {where}, where noise allows {2 * pair.noise:.4f}")
+        parts.append(f"{'closest' if order.better else 'worst'} {where}: {nats(pair.difference[worst])} ({allowed})")
     return "; ".join(parts + [order.why] * bool(order.why))
 
 
