@@ -17,6 +17,7 @@ from sweeps import LOGGED, RATES, WIDTHS, make_run, sweep
 from mutransformer.config import ConfigError
 from mutransformer.study import plots
 from mutransformer.study.fit import Variant, analyse, locate, vertex
+from mutransformer.study.order import Pair, training_losses
 from mutransformer.study.records import FILE, Run, append
 from mutransformer.study.report import page, write
 from mutransformer.study.verdicts import judge, transfers
@@ -74,6 +75,20 @@ def test_the_uncertainty_is_that_of_the_seeds_own_optima():
     paired = [own[128, seed] - own[64, seed] for seed in range(3)]
     assert variant.drift.signed[0] == pytest.approx(np.mean(paired), abs=1e-9)
     assert variant.drift.signed_stderr == pytest.approx(np.std(paired, ddof=1) / math.sqrt(3))
+
+
+def test_a_seed_without_an_optimum_of_its_own_leaves_no_uncertainty():
+    own = {0: -9.4, 1: -9.4, 2: -9.6}  # the last one's best is the edge, and the mean's is not
+    runs = [
+        make_run("mup", width, rate, s, 5 + 0.1 * (rate - at) ** 2)
+        for width in (64, 128)
+        for s, at in own.items()
+        for rate in RATES
+    ]
+    variant = only(runs)
+    assert variant.optima[64].low == pytest.approx(np.mean(list(own.values())), abs=1e-9)
+    assert variant.stderr[64] is None and variant.drift.stderr is None
+    assert "no ±: a seed alone has no optimum" in page([variant], runs, [], 0.5)
 
 
 def test_one_seed_has_no_uncertainty():
@@ -209,6 +224,11 @@ def test_one_crossing_at_one_step_is_caught(seeds):
     )
 
 
+def test_twice_the_noise_is_the_bound():
+    assert Pair(64, 128, [1, 11, 21], np.array([0.19, 0.21, math.inf]), 0.1, 2).holds.tolist() == [True, False, False]
+    assert Pair(64, 128, [1, 11], np.array([0.0, 1e-9]), 0.0, 1).holds.tolist() == [True, False]
+
+
 def test_what_noise_explains_is_no_crossing():
     def noisy(size: float):
         return lambda width, step, seed: 5.0 + size * float(np.random.default_rng([width, step, seed]).normal()) - 1e-3 * width
@@ -229,6 +249,12 @@ def test_a_wider_run_that_diverges_is_worse_and_a_narrower_one_is_not():
     assert "wider diverged" in said(runs)
     both = only(sweep(diverges_above=lambda width: -6.5 if width > 128 else 0)).order
     assert both.pairs[2].steps == LOGGED[:3]  # where both diverged there is nothing to compare
+
+
+def test_losses_after_a_divergence_mean_nothing():
+    run = make_run("mup", 64, -6, 0, math.inf, diverged_at=31)
+    run.train_loss[:] = [5.0] * len(LOGGED)
+    assert training_losses(run, LOGGED).tolist() == [5.0] * 3 + [math.inf] * (len(LOGGED) - 3)
 
 
 def test_the_rate_to_compare_at_can_be_chosen():

