@@ -94,9 +94,32 @@ def read(path: Path) -> list[Run]:
     return [_parse(line, f"{path}:{at}", last=at == len(lines)) for at, line in enumerate(lines, start=1)]
 
 
+def join(paths: Iterable[Path]) -> list[Run]:
+    """The runs of several files or folders as one sweep, in the order of the files; a run that is there twice counts once.
+
+    Raises:
+        ConfigError: as read does; a run is there twice and its losses differ. Names the run and both files.
+    """
+    found: dict[tuple[str, int, float, int], tuple[Run, Path]] = {}
+    for path in paths:
+        for run in read(path):
+            known, where = found.setdefault(run.key, (run, path))
+            check(
+                _outcome(known) == _outcome(run),
+                f"{path}: {run.variant}, width {run.width}, lr {run.lr}, seed {run.seed} is there twice with different losses"
+                + ("" if where == path else f"; the other is in {where}"),
+            )
+    return [run for run, _ in found.values()]
+
+
+def _outcome(run: Run) -> dict[str, Any]:
+    # The time a run took is no part of it: the same sweep, repeated, gives the same losses.
+    return {**asdict(run), "seconds": 0.0, "settings": {}}
+
+
 def _parse(line: str, where: str, last: bool) -> Run:
     try:
-        given: Mapping[str, Any] = json.loads(line)
+        given: Mapping[str, Any] = json.loads(line, parse_constant=_refuse)
     except ValueError as error:
         hint = "cut short; the same sweep, run again, mends it" if last else f"not JSON: {error}"
         raise ConfigError(f"{where}: {hint}") from None
@@ -105,7 +128,51 @@ def _parse(line: str, where: str, last: bool) -> Run:
         isinstance(given, dict) and given.keys() == names,
         f"{where}: not a run: needs exactly the keys {', '.join(sorted(names))}",
     )
+    wrong = sorted(name for name in names if not _fits(name, given[name]))
+    check(not wrong, f"{where}: not a run: not the kind of value that it needs: {', '.join(wrong)}")
     run = Run(**given)
-    numbers = isinstance(run.logged, list) and isinstance(run.train_loss, list) and len(run.logged) == len(run.train_loss)
-    check(numbers and bool(run.logged), f"{where}: needs as many losses as logged steps, and at least one")
+    check(
+        len(run.logged) == len(run.train_loss) and bool(run.logged),
+        f"{where}: needs as many losses as logged steps, and at least one",
+    )
+    check(run.logged == sorted(set(run.logged)), f"{where}: logged: the steps must ascend")
     return run
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a field can have this value: files are edited by hand, and a text for a number would end in a traceback."""
+    match name:
+        case "variant":
+            return isinstance(value, str)
+        case "status":
+            return value in ("finished", "diverged")
+        case "settings":
+            return isinstance(value, dict)
+        case "width" | "steps":
+            return _whole(value) and value > 0
+        case "seed":
+            return _whole(value)
+        case "diverged_at":
+            return value is None or _whole(value)
+        case "logged":
+            return isinstance(value, list) and all(map(_whole, value))
+        case "lr":
+            return _finite(value) and value > 0
+        case "train_loss":
+            return isinstance(value, list) and all(loss is None or _finite(loss) for loss in value)
+        case "validation_loss":
+            return value is None or _finite(value)
+        case _:
+            return _finite(value)
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int  # true and false are integers to Python
+
+
+def _finite(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)  # 1e999 is read as infinity
