@@ -75,6 +75,11 @@ def sum_y(x: Array) -> Array:
     return lax.psum(x, "y")
 
 
+def mean_xy(x: Array) -> Array:
+    """The mean over all devices of x and y, of what differs on both."""
+    return lax.pmean(x, ("x", "y"))
+
+
 def max_y(x: Array) -> Array:
     """The largest over y, without a gradient."""
     return lax.pmax(lax.stop_gradient(x), "y")

@@ -44,7 +44,14 @@ class Hyper(NamedTuple):
 class Fleet:
     """R runs that share a config but for optim.lr and seed, in lockstep. R must be a multiple of the number of devices."""
 
-    def __init__(self, config: Config, bos_id: int, runs: Sequence[tuple[float, int]], devices: Sequence[Any] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        bos_id: int,
+        runs: Sequence[tuple[float, int]],
+        devices: Sequence[Any] | None = None,
+        one_by_one: bool | None = None,
+    ):
         """Compiles nothing yet.
 
         Args:
@@ -52,6 +59,7 @@ class Fleet:
             bos_id: of the tokenizer.
             runs: (base learning rate, seed) of each.
             devices: None for all.
+            one_by_one: whether a device computes its runs one after another, or vectorised; None: as is faster there.
         """
         devices = jax.devices() if devices is None else devices
         assert len(runs) % len(devices) == 0, f"{len(runs)} runs on {len(devices)} devices"
@@ -59,29 +67,29 @@ class Fleet:
         self.data_share = 1, 0  # every process reads whole batches
         self.seeds = sorted({seed for _, seed in runs})  # one batch each
         self.mesh = jax.make_mesh((len(devices), 1, 1), ("run", "x", "y"), axis_types=(AxisType.Auto,) * 3, devices=devices)
-        self._one_by_one = devices[0].platform == "cpu"
+        self._one_by_one = devices[0].platform == "cpu" if one_by_one is None else one_by_one
         spread = NamedSharding(self.mesh, RUNS)
-        self._hyper = Hyper(
+        self.hyper = Hyper(
             lr=_put(np.array([lr for lr, _ in runs], np.float32), spread),
             seed=_put(np.array([seed for _, seed in runs], np.int32), spread),
             data=_put(np.array([self.seeds.index(seed) for _, seed in runs], np.int32), spread),
         )
-        pspecs = jax.tree.map(lambda spec: PartitionSpec("run", *spec), Forward(config).pspecs)
-        shapes = jax.eval_shape(self._start, self._hyper)
+        self.pspecs = jax.tree.map(lambda spec: PartitionSpec("run", *spec), Forward(config).pspecs)
+        shapes = jax.eval_shape(self._start, self.hyper)
         places: Any = jax.tree.map(lambda _: spread, shapes)
         self.shapes: Any = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spread), shapes)
         self._init = jax.jit(self._start, out_shardings=places)
-        grads = self._map(device_grads(config, bos_id), (pspecs, BATCHES, BATCHES, RUNS), (RUNS, pspecs))
-        sums = self._map(device_sums(config, bos_id), (pspecs, BATCHES, BATCHES, RUNS), RUNS)
+        grads = self.map(device_grads(config, bos_id), self.pspecs, (RUNS, self.pspecs))
+        sums = self.map(device_sums(config, bos_id), self.pspecs, RUNS)
 
         def step(state: TrainState[Array], batches: Batch, hyper: Hyper) -> tuple[TrainState[Array], Array]:
-            metrics, gradients = grads(state.params, batches.tokens, batches.mask, hyper.data)
+            metrics, gradients = grads(state.params, batches, hyper.data)
             one = lambda s, m, g, lr: update(config, s, m, g, lr)  # noqa: E731  # typed nowhere: vmap's tracers are not arrays [R]
             state, metrics = jax.vmap(one)(state, metrics, gradients, hyper.lr)
             return state, metrics["loss"]
 
         self._step: Any = jax.jit(step, donate_argnums=0, out_shardings=(places, spread))
-        self._sums = jax.jit(lambda params, batch: sums(params, batch.tokens, batch.mask, jnp.zeros_like(self._hyper.data)))
+        self._sums = jax.jit(lambda params, batch: sums(params, batch, jnp.zeros_like(self.hyper.data)))
         # Losses rest where their runs do; only here do they meet, so that every process can read them.
         self._gather = jax.jit(jnp.stack, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
         self._batches = NamedSharding(self.mesh, BATCHES)
@@ -89,21 +97,34 @@ class Fleet:
     def _start(self, hyper: Hyper) -> TrainState[Array]:
         return jax.vmap(lambda seed: start(self.config, seed))(hyper.seed)
 
-    def _map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """A per-device function of one run's (params, tokens, mask) -> one of stacked params, the batches of all seeds, and for
-        each run which batch is its own."""
+    def map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[[Any, Batch, Array], Any]:
+        """A per-device function of one run's (weights, tokens, mask) -> one of all runs.
 
-        def here(params: Any, tokens: Array, mask: Array, data: Array) -> Any:
+        Args:
+            function: as step.device_grads gives them.
+            in_specs: of the stacked weights, or whatever tree function takes in their place.
+            out_specs: of its results, stacked.
+
+        Returns:
+            A function of (stacked weights, the batches of all seeds, for each run [R] which batch is its own). Not jitted.
+        """
+
+        def here(weights: Any, batches: Batch, data: Array) -> Any:
             def one(run: tuple[Any, Array]) -> Any:
-                return function(run[0], tokens[run[1]], mask[run[1]])
+                weights, own = run
+                return function(weights, batches.tokens[own], batches.mask[own])
 
-            return jax.lax.map(one, (params, data)) if self._one_by_one else jax.vmap(lambda *run: one(run))(params, data)
+            return jax.lax.map(one, (weights, data)) if self._one_by_one else jax.vmap(lambda *run: one(run))(weights, data)
 
-        return jax.shard_map(here, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+        return jax.shard_map(here, mesh=self.mesh, in_specs=(in_specs, Batch(BATCHES, BATCHES), RUNS), out_specs=out_specs)
+
+    def place(self, batches: Sequence[Batch]) -> Batch:
+        """One batch of host arrays [B, T] for each of `seeds` -> arrays [seeds, B, T] on the devices."""
+        return jax.tree.map(lambda *a: _put(np.stack(a), self._batches), *batches)
 
     def init(self) -> TrainState[Array]:
         """The state of every run before its first update, stacked: bit for bit what each would start with alone."""
-        return self._init(self._hyper)
+        return self._init(self.hyper)
 
     def step(self, state: TrainState[Array], batches: Sequence[Batch]) -> tuple[TrainState[Array], Array]:
         """One update of every run.
@@ -115,8 +136,7 @@ class Fleet:
         Returns:
             The new state, and the losses [R] before the update in nats a token, still on the devices.
         """
-        stacked = jax.tree.map(lambda *a: _put(np.stack(a), self._batches), *batches)
-        return self._step(state, stacked, self._hyper)
+        return self._step(state, self.place(batches), self.hyper)
 
     def read(self, losses: Sequence[Array]) -> Float[np.ndarray, "n R"]:
         """Losses of several steps on the host."""
@@ -126,8 +146,7 @@ class Fleet:
         """The mean loss of each run over the unmasked targets of batches, in nats a token."""
         sums = []
         for batch in batches:
-            placed = jax.tree.map(lambda a: _put(a[None], self._batches), batch)
-            sums.append(self._sums(state.params, placed))
+            sums.append(self._sums(state.params, self.place([batch])))
         totals = self.read([total for total, _ in sums]).astype(np.float64).sum(axis=0)
         counts = self.read([count for _, count in sums]).astype(np.float64).sum(axis=0)
         return totals / counts
@@ -136,7 +155,7 @@ class Fleet:
         """Compiles the step, and tells its peak memory on one device in bytes by the compiler's own account."""
         b, t = self.config.data.batch_size, self.config.data.seq_len
         rows = [jax.ShapeDtypeStruct((len(self.seeds), b, t), d, sharding=self._batches) for d in (jnp.int32, jnp.bool_)]
-        compiled = self._step.lower(self.shapes, Batch(*rows), self._hyper).compile()
+        compiled = self._step.lower(self.shapes, Batch(*rows), self.hyper).compile()
         self._step = compiled
         told: Any = compiled.memory_analysis()
         return told.argument_size_in_bytes + told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes

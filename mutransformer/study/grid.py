@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from mutransformer import settings
 from mutransformer.config import Config, ConfigError, check, flatten
@@ -49,6 +49,23 @@ def jobs(args: Sequence[str], widths: Sequence[int], sets: Sequence[str], label:
     names = {(job.variant, job.width) for job in found}
     check(len(names) == len(found), "--set: two of the combinations are called the same; sweep optim.rule without --label")
     return found
+
+
+def along(args: Sequence[str], axis: Literal["width", "depth"], at: Sequence[int], label: str | None = None) -> list[Job]:
+    """A job for each width or depth.
+
+    Args:
+        args: YAML files and overrides, as for training.
+        axis: whether `at` are values of model.d_model or model.n_layer.
+        at: the values.
+        label: what to call these settings; None: by the parametrization.
+
+    Raises:
+        ConfigError: a setting is wrong, or does not go with a size.
+    """
+    key = {"width": "model.d_model", "depth": "model.n_layer"}[axis]
+    configs = [settings.load([*args, f"{key}={size}"]) for size in at]
+    return [Job(label or config.optim.rule, config) for config in configs]
 
 
 def _values(text: str) -> list[str]:

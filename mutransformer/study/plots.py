@@ -36,10 +36,10 @@ EDGE = 0.97  # how high in a panel stands what lies beyond it
 WRONG = "#d6272a"
 
 
-def save(draw: Callable[[Sequence[Variant]], Figure], variants: Sequence[Variant], path: Path) -> None:
-    """Draws, and writes path.png and path.svg; the same variants give the same bytes."""
+def save(draw: Callable[..., Figure], *what: Any, path: Path) -> None:
+    """Draws what, and writes path.png and path.svg; the same numbers give the same bytes."""
     with matplotlib.style.context(STYLE):
-        figure = draw(variants)
+        figure = draw(*what)
         figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 
@@ -194,9 +194,13 @@ def _title(variant: Variant) -> str:
 
 def _colours(variants: Sequence[Variant]) -> dict[int, Any]:
     # Ordered in lightness, the widest the darkest; the palest part of the scale cannot be seen on white.
-    widths = sorted({width for variant in variants for width in variant.widths})
+    return shades(sorted({width for variant in variants for width in variant.widths}))
+
+
+def shades(ascending: Sequence[int]) -> dict[int, Any]:
+    """A colour for each, pale to dark."""
     scale = matplotlib.colormaps["viridis_r"]
-    return {width: scale(0.18 + 0.82 * at / max(1, len(widths) - 1)) for at, width in enumerate(widths)}
+    return {key: scale(0.18 + 0.82 * at / max(1, len(ascending) - 1)) for at, key in enumerate(ascending)}
 
 
 def _legend(figure: Figure, colours: dict[int, Any], marks: list[Line2D]) -> None:

@@ -70,8 +70,8 @@ def write(
     variants = analyse(runs, controls, rate)
     lines = judge(variants, runs, max_drift)
     out.mkdir(parents=True, exist_ok=True)
-    plots.save(plots.loss_against_rate, variants, out / RATE_FIGURE)
-    plots.save(plots.loss_against_step, variants, out / STEP_FIGURE)
+    plots.save(plots.loss_against_rate, variants, path=out / RATE_FIGURE)
+    plots.save(plots.loss_against_step, variants, path=out / STEP_FIGURE)
     (out / PAGE).write_text(page(variants, runs, lines, max_drift), encoding="utf-8")
     return lines
 
