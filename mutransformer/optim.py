@@ -65,17 +65,16 @@ def _decay(shares: Transformer[float]) -> optax.GradientTransformation:
 
 
 def _direction(config: Config, specs: Transformer[Weight]) -> optax.GradientTransformation:
-    """The optimizer proper, as a transformation per weight: which one tells a label, its eps or "muon"."""
+    """The optimizer proper, a transformation per weight: a label tells which."""
     c, dtype, (beta1, beta2) = config.optim, config.precision.moment1, mup.betas(config)
     if c.name == "lion":
         return optax.scale_by_lion(beta1, beta2, mu_dtype=dtype)
 
-    def label(w: Weight) -> str | float:
-        return "muon" if mup.uses_muon(w, config) else c.eps * mup.eps_multiplier(w, config)
-
-    labels = jax.tree.map(label, specs)
-    kinds: dict[Any, optax.GradientTransformation] = {
-        eps: optax.scale_by_adam(beta1, beta2, eps, mu_dtype=dtype) for eps in set(jax.tree.leaves(labels)) if eps != "muon"
+    eps = jax.tree.map(lambda w: c.eps * mup.eps_multiplier(w, config), specs)
+    labels = jax.tree.map(lambda w, e: "muon" if mup.uses_muon(w, config) else f"adam, eps {e:.17g}", specs, eps)
+    kinds = {
+        label: optax.scale_by_adam(beta1, beta2, e, mu_dtype=dtype)
+        for label, e in zip(jax.tree.leaves(labels), jax.tree.leaves(eps), strict=True)
     }
     if c.name == "muon":
         # The other weights are masked out of its tree. A stack of layers is a stack of matrices.

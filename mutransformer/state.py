@@ -47,10 +47,22 @@ def plan(config: Config, mesh: Mesh) -> Plan:
     tx = make_optimizer(config, weights)
     shapes = jax.eval_shape(lambda: start(config))
     places: Any = shardings(weights, mesh)
-    # jit of tx.init alone would drop the moments' shardings: they are given, not propagated.
-    opt = optax.tree_map_params(tx, lambda _, place: place, shapes.opt, places, transform_non_params=lambda _: replicated(mesh))
+    # jit of tx.init alone would drop the moments' shardings: they are given, not propagated. Where weights have optimizers of
+    # different kinds, each kind's moments have masks in the place of the others' weights.
+    opt = optax.tree_map_params(
+        tx,
+        lambda moment, place: moment if _is_mask(moment) else place,
+        shapes.opt,
+        places,
+        transform_non_params=lambda _: replicated(mesh),
+        is_leaf=_is_mask,
+    )
     state = TrainState(step=replicated(mesh), params=places, opt=opt)
     return Plan(jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state), state)
+
+
+def _is_mask(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def init_state(config: Config, mesh: Mesh) -> TrainState[Array]:
