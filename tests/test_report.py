@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -185,6 +186,24 @@ def test_what_weakens_a_verdict_is_told():
     runs = sweep()
     runs[5].settings["data.batch_size"] = 4
     assert "mup: its runs differ in more than width, learning rate and seed: data.batch_size" in said(runs)
+
+
+def test_seeds_added_at_one_rate_are_for_the_order_of_widths_only():
+    tuned = analyse(sweep())[0].order.rate
+    assert tuned is not None
+
+    def added(seeds: tuple[int, ...], shift: float) -> list[Run]:
+        extra = [run for run in sweep(seeds=seeds) if run.lr == 2.0**tuned]
+        return [replace(run, validation_loss=run.validation_loss + shift) for run in extra if run.validation_loss is not None]
+
+    plain, more = analyse(sweep())[0], analyse(sweep() + added((7, 8), 5.0))[0]
+    assert (more.optima, more.stderr, more.drift, more.seeds, more.missing) == (
+        *(plain.optima, plain.stderr, plain.drift, plain.seeds, plain.missing),
+    )
+    assert {pair.seeds for pair in plain.order.pairs} == {2} and {pair.seeds for pair in more.order.pairs} == {4}
+    assert f"mup: {more.off_grid} runs of seeds at one or two learning rates only" in said(sweep() + added((7, 8), 5.0))
+    alone = analyse([run for run in sweep() if run.seed == 0])[0]
+    assert alone.off_grid == 0 and alone.seeds == [0]
 
 
 # Wider is better

@@ -83,12 +83,13 @@ class Variant:
     """All that is known of one parametrization. Rates are log2(LR).
 
     Attributes:
-        seeds: that any of its runs has.
+        seeds: that were run over the grid of rates; the order of widths may rest on more.
         cells: by width and rate.
         best: by width, the rate of the grid with the lowest mean loss; None: every rate diverged.
         stderr: of the optimum, over seeds; None with one seed, or where a seed alone has none.
         penalty: by width, loss at the smallest width's best rate less the width's best loss; infinite if it diverged there, None
             if there is no run.
+        off_grid: runs of other seeds.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Variant:
     penalty: dict[int, Optional[float]]
     drift: Drift
     order: Order
+    off_grid: int
 
     def best_loss(self, width: int) -> float:
         """The lowest mean loss of the grid; infinite if every rate diverged."""
@@ -143,11 +145,12 @@ def analyse(runs: Sequence[Run], controls: Sequence[str] = (), rate: Optional[fl
 def _variant(name: str, control: bool, runs: list[Run], rate: Optional[float]) -> Variant:
     widths, rates = sorted({run.width for run in runs}), sorted({math.log2(run.lr) for run in runs})
     lengths = sorted({run.steps for run in runs})
+    gridded = _on_grid(runs)
     check(len(widths) > 1, f"{name}: one width only ({widths[0]}): nothing to compare")
     check(len(rates) > 2, f"{name}: {len(rates)} learning rate{'s' * (len(rates) > 1)}: an optimum needs at least 3")
     check(len(lengths) == 1, f"{name}: runs of {' and '.join(map(str, lengths))} steps: losses cannot be compared")
     losses: dict[tuple[int, float], dict[int, float]] = {}
-    for run in runs:
+    for run in gridded:
         losses.setdefault((run.width, math.log2(run.lr)), {})[run.seed] = run.loss
     cells = {key: Cell(losses[key]) for key in sorted(losses)}
     means = {width: {r: cell.mean for (w, r), cell in cells.items() if w == width} for width in widths}
@@ -161,12 +164,26 @@ def _variant(name: str, control: bool, runs: list[Run], rate: Optional[float]) -
         f"--lr 2^{rate}: {name} has no run at it; there are: {', '.join(f'2^{r:.4g}' for r in rates)}",
     )
     return Variant(
-        *(name, control, widths, rates, sorted({run.seed for run in runs}), cells, best, optima),
+        *(name, control, widths, rates, sorted({run.seed for run in gridded}), cells, best, optima),
         stderr={width: _stderr(vertices[width]) for width in widths},
         penalty={width: _penalty(means[width], best[width], tuned) for width in widths},
         drift=_drift(widths, best, optima, vertices),
         order=compare(runs, widths, tuned if asked is None else asked),
+        off_grid=len(runs) - len(gridded),
     )
+
+
+def _on_grid(runs: Sequence[Run]) -> list[Run]:
+    """Without the seeds that a width was trained with at less than three rates, while others were at more.
+
+    They were added to compare widths step by step with less noise; here the mean at such a rate would be one over other seeds
+    than at its neighbours.
+    """
+    rates: dict[tuple[int, int], set[float]] = {}
+    for run in runs:
+        rates.setdefault((run.width, run.seed), set()).add(run.lr)
+    most = {width: max(len(r) for (w, _), r in rates.items() if w == width) for width, _ in rates}
+    return [run for run in runs if len(rates[run.width, run.seed]) >= min(3, most[run.width])]
 
 
 def argmin(losses: Mapping[float, float]) -> Optional[float]:

@@ -68,6 +68,11 @@ def _warnings(variants: Sequence[Variant], runs: Sequence[Run], max_drift: float
             texts.append(
                 f"{variant.name}: {count(variant.missing, 'run')} of the grid missing; means are over the seeds there are"
             )
+        if variant.off_grid:
+            texts.append(
+                f"{variant.name}: {count(variant.off_grid, 'run')} of seeds at one or two learning rates only: used where widths "
+                "are compared step by step, and nowhere else"
+            )
         if len(variant.seeds) == 1:
             texts.append(f"{variant.name}: one seed: no uncertainty, and no noise to allow for")
         of = [run for run in runs if run.variant == variant.name]
