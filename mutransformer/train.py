@@ -70,7 +70,7 @@ def train(config: Config) -> int:
         NonFiniteLoss: the loss became NaN or infinite; the newest checkpoint is from before.
     """
     mesh = make_mesh(config.mesh)
-    corpus = prepare(config.data)
+    corpus = prepare(config.data, jax.process_count(), jax.process_index())
     config = config.with_vocab(corpus.tokenizer.n_vocab)
     check_fits(config, mesh)
     share, n_vocab, bos = data_share(mesh), corpus.tokenizer.n_vocab, corpus.tokenizer.bos_id
