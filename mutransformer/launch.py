@@ -7,21 +7,28 @@ import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from mutransformer import settings
-from mutransformer.config import Config, ConfigError, DistributedConfig
+from mutransformer.config import ConfigError, DistributedConfig
 
 MISTAKE = 2  # exit code for what the user can mend
 FAILED = 1
 
 
-def launch(main: Callable[[Config], int], description: str, argv: Sequence[str] | None = None) -> int:
+def launch(
+    main: Callable[..., int],
+    description: str,
+    argv: Sequence[str] | None = None,
+    options: Callable[[ArgumentParser], Any] = lambda parser: None,
+) -> int:
     """Reads a config from the command line and calls main with it, once all processes of the run have met.
 
     Args:
         main: gets the config, returns the exit code; imports JAX itself, so that a mistake in a YAML is told before JAX starts.
         description: for --help.
         argv: None for the command line.
+        options: adds the script's own to the parser; main gets them by keyword.
 
     Returns:
         The exit code: main's; MISTAKE for a ConfigError or a file that cannot be read or written; FAILED for a loss that is not
@@ -35,17 +42,19 @@ def launch(main: Callable[[Config], int], description: str, argv: Sequence[str] 
     )
     parser.add_argument("args", nargs="*", metavar="FILE.yaml | key=value", help="merged left to right over the defaults")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
-    given = parser.parse_args(argv)
+    options(parser)
+    own = vars(parser.parse_intermixed_args(argv))  # --flags may stand between settings
+    args, print_config = own.pop("args"), own.pop("print_config")
     try:
-        config = settings.load(given.args)
-        if given.print_config:
+        config = settings.load(args)
+        if print_config:
             print(settings.to_yaml(config), end="")
             return 0
         connect(config.distributed)
         from mutransformer.hardware import keep_freed_memory
 
         keep_freed_memory()
-        return main(config)
+        return main(config, **own)
     except ConfigError as error:
         _complain(error)
         return MISTAKE

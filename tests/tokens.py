@@ -13,9 +13,7 @@ EOS = 999
 _FOLDER = tempfile.TemporaryDirectory()
 
 
-def source(
-    documents: list[list[int]], n_shards: int = 1, name: str = "data", n_bytes: int = 0, folder: Path | None = None
-) -> Tokens:
+def source(documents: list[list[int]], n_shards: int = 1, name: str = "data", n_bytes: int = 0) -> Tokens:
     """The train split of a source: tokens as given, in n_shards about equal shards."""
     folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
     opened, hashes = [], []

@@ -18,8 +18,8 @@ from mutransformer.data.cache import MANIFEST, Damaged, Store, seal, unseal
 from mutransformer.data.parts import SPLITS, Part, Split
 from mutransformer.data.shards import Tokens, dtype_for, first_outside, join, sections
 from mutransformer.data.sources import Source, open_source, shares_of
-from mutransformer.data.tokenize import Tokenizer
-from mutransformer.data.vocabulary import open_tokenizer
+from mutransformer.data.tokenize import Tokenizer, train_sentencepiece
+from mutransformer.data.vocabulary import open_tokenizer, training_texts
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +97,18 @@ def prepare(config: DataConfig, n_process: int = 1, process: int = 0) -> Corpus:
     }
     weights = tuple(source.weight for source in config.mixture.values())
     return Corpus(tokenizer, {split: Mixture(split, tuple(t[split] for t in opened.values()), weights) for split in SPLITS})
+
+
+def train_tokenizer(config: DataConfig, path: Path) -> None:
+    """Trains a SentencePiece model of data.vocab_size pieces on the train splits, and writes it to path.
+
+    Raises:
+        ConfigError: something is wrong with the sources or the vocabulary's size.
+        OSError: path cannot be written.
+    """
+    store = Store(config.cache_dir, config.local_dir)
+    sources = [source for name in config.mixture if (source := _source(config, name, store, Host()))]
+    train_sentencepiece(training_texts(config, sources), config.vocab_size, path)
 
 
 def plan(config: DataConfig) -> list[str]:

@@ -34,13 +34,23 @@ class HFTokenizer:
         self.eos_id: int = ids["eos"]
         self.bos_id: int = ids["eos"] if ids["bos"] is None else ids["bos"]
         self.pad_id: int = ids["eos"] if ids["pad"] is None else ids["pad"]
+        self._unk_id: Optional[int] = ids["unk"]
+        self._special = {self.eos_id, self.bos_id, self.pad_id} - {self._unk_id}
         self.fingerprint = hashlib.sha256(json.dumps([text, ids], sort_keys=True).encode()).hexdigest()
         self._files = dict(zip(FILES, (tokenizer, special_ids), strict=True))
 
     def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
         """As Tokenizer.encode. How many threads the library takes is decided by RAYON_NUM_THREADS when it first starts any."""
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(e.ids, np.int32) for e in encoded]
+        return [
+            self._ordinary(np.array(e.ids, np.int32)) for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
+
+    def _ordinary(self, ids: Int32[np.ndarray, " _"]) -> Int32[np.ndarray, " _"]:
+        """A unigram model (T5) has the special tokens among its pieces and finds them where they are spelled: they become unk."""
+        for special in self._special:
+            if (spelled := ids == special).any():
+                ids = ids[~spelled] if self._unk_id is None else np.where(spelled, np.int32(self._unk_id), ids)
+        return ids
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -76,7 +86,8 @@ def convert(name: str, eos_token: Optional[str], folder: Path) -> dict[str, Any]
     given = "its eos token" if eos_token is None else f"data.eos_token = {eos_token}"
     check(eos is not None, f"{where}: {given} is missing; name one of its tokens by data.eos_token, it ends each document")
     n_vocab = 1 + max(backend.get_vocab(with_added_tokens=True).values())
-    ids = {"n_vocab": n_vocab, "eos": eos, "bos": loaded.bos_token_id, "pad": loaded.pad_token_id}
+    names = {"bos": loaded.bos_token_id, "pad": loaded.pad_token_id, "unk": loaded.unk_token_id}
+    ids = {"n_vocab": n_vocab, "eos": eos, **names}
     (folder / FILES[0]).write_text(backend.to_str(), encoding="utf-8")
     (folder / FILES[1]).write_text(json.dumps(ids), encoding="utf-8")
     return {"name": name}
