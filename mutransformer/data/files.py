@@ -2,12 +2,14 @@
 
 import gzip
 import hashlib
+import io
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 
@@ -38,25 +40,29 @@ class File:
     def remote(self) -> bool:
         return is_url(self.path)
 
-    def open(self) -> BinaryIO:
-        """The bytes as they are stored; seekable."""
+    def open(self) -> Any:
+        """A binary file of the bytes as they are stored; seekable."""
         return _filesystem(self.path).open(self.path, "rb") if self.remote else open(self.path, "rb")
 
-    def decompressed(self) -> BinaryIO:
-        """The contents, whether they are stored plain, as .gz or as .zst; forward only.
+    @contextmanager
+    def decompressed(self) -> Iterator[Any]:
+        """A binary file of the contents, whether they are stored plain, as .gz or as .zst; those forward only.
 
         Raises:
             ConfigError: .zst needs a package that is missing.
         """
-        if self.path.endswith(".gz"):
-            return gzip.open(self.open(), "rb")  # pyright: ignore[reportReturnType]  # reads like any other
-        if self.path.endswith((".zst", ".zstd")):
-            try:
-                import zstandard
-            except ImportError:
-                raise ConfigError(f"{self.path}: needs zstandard: pip install 'mutransformer[data]'") from None
-            return zstandard.open(self.open(), "rb")  # pyright: ignore[reportReturnType]
-        return self.open()
+        with self.open() as stored:
+            if self.path.endswith(".gz"):
+                with gzip.GzipFile(fileobj=stored) as file:
+                    yield file
+            elif self.compressed:
+                try:
+                    import zstandard
+                except ImportError:
+                    raise ConfigError(f"{self.path}: needs zstandard: pip install 'mutransformer[data]'") from None
+                yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(stored, read_across_frames=True))
+            else:
+                yield stored
 
     @property
     def compressed(self) -> bool:

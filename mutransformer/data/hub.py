@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 from mutransformer.config import ConfigError, SourceConfig, check
 from mutransformer.data.cache import describe, first_line
-from mutransformer.data.parts import SPLITS, Part, Record, Split
+from mutransformer.data.parts import SPLITS, Part, Record, Split, encoded
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,7 @@ class HubPart:
         for row, fields in enumerate(self.shard):
             if self.column not in fields:
                 raise ConfigError(f"{self.key}.column = {self.column}: no such column; {self.path} has {', '.join(fields)}")
-            text = fields[self.column]
-            if isinstance(text, str):
-                yield Record(self.place, text, self.split)
-            else:
-                yield Record(f"{self.place}, row {row}", None, reason=f"{self.column!r} is {type(text).__name__}, not text")
+            yield encoded(f"{self.place}, row {row}", self.column, fields[self.column], self.split)
 
 
 def newest_commit(path: str, key: str) -> str:

@@ -19,8 +19,8 @@ _BOM = b"\xef\xbb\xbf"
 class Record(NamedTuple):
     """A text, or why there is none."""
 
-    place: str  # file and line or row, for messages
-    text: Optional[str]
+    place: str  # file, and for a bad record line or row, for messages
+    text: Optional[bytes]  # in UTF-8
     split: Optional[Split] = None  # None: by a hash of the text
     reason: str = ""  # where text is None
 
@@ -100,7 +100,8 @@ class DocumentPart:
         for d in self.documents:
             data = d.data
             try:
-                yield Record(d.file.path, data.decode(), d.split)
+                data.decode()
+                yield Record(d.file.path, data, d.split)
             except UnicodeDecodeError as error:
                 line = data.count(b"\n", 0, error.start) + newlines(d.file, d.start) + 1
                 place = f"{d.file.path}, line {line}, byte {d.start + error.start}"
@@ -154,7 +155,8 @@ class LinePart:
 
 def _from_json(line: bytes, column: str) -> Optional[Record]:
     """The record of a line, its place to be filled in; None for a blank line."""
-    if not line.strip():
+    line = line.strip()
+    if not line:
         return None
     try:
         fields = json.loads(line.decode())
@@ -162,18 +164,26 @@ def _from_json(line: bytes, column: str) -> Optional[Record]:
         return Record("", None, reason=f"not UTF-8 ({error.reason} at byte {error.start})")
     except RecursionError:
         return Record("", None, reason="not JSON (nested too deep)")
-    except ValueError as error:
-        return Record("", None, reason=f"not JSON ({error})")
+    except json.JSONDecodeError as error:
+        return Record("", None, reason=f"not JSON ({error.msg} at character {error.pos})")
+    except ValueError as error:  # a number of too many digits
+        return Record("", None, reason=f"not JSON ({first_line(error)})")
     if not isinstance(fields, dict):
         return Record("", None, reason=f"a JSON {type(fields).__name__}, not an object with the field {column!r}")
     if column not in fields:
         return Record("", None, reason=f"no field {column!r}; it has {', '.join(map(repr, fields)) or 'none'}")
-    text = fields[column]
-    return Record("", text) if isinstance(text, str) else Record("", None, reason=_no_text(column, text))
+    return encoded("", column, fields[column])
 
 
-def _no_text(column: str, value: Any) -> str:
-    return f"{column!r} is {'null' if value is None else 'a ' + type(value).__name__}, not text"
+def encoded(place: str, column: str, value: Any, split: Optional[Split] = None) -> Record:
+    """The record of a value that should be a text."""
+    if not isinstance(value, str):
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        return Record(place, None, reason=f"{column!r} is {kind}, not text")
+    try:
+        return Record(place, value.encode(), split)
+    except UnicodeEncodeError as error:
+        return Record(place, None, reason=f"not Unicode ({error.reason} at character {error.start})")
 
 
 @dataclass(frozen=True)
@@ -219,9 +229,7 @@ class TablePart:
             text = value.as_py()
         except UnicodeDecodeError as error:
             return Record(place, None, reason=f"not UTF-8 ({error.reason} at byte {error.start})")
-        if not isinstance(text, str):
-            return Record(place, None, reason=_no_text(self.column, text))
-        return Record(place, text, self.split)
+        return encoded(place, self.column, text, self.split)
 
     def _batches(self, file: Any) -> Iterator[Any]:
         pa = pyarrow(self.file.path)

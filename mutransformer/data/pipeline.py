@@ -103,12 +103,19 @@ def train_batches(text: Mixture, config: DataConfig, seed: int, n_process: int, 
         grain.MapDataset.source(rows).seed(_seed(seed, name, len(sources))).shuffle().repeat() for name, rows in sources.items()
     ]
     mixed = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, text.weights)
+    draw = _Draw(mixed, config.batch_size, process * rows_here, rows_here)
+    return Batches(grain.MapDataset.range(sys.maxsize // config.batch_size).map(draw), config)
 
-    def batch(k: int) -> Batch:
-        first = k * config.batch_size + process * rows_here
-        return _stacked([mixed[i] for i in range(first, first + rows_here)])
 
-    return Batches(grain.MapDataset.range(sys.maxsize // config.batch_size).map(batch), config)
+class _Draw:
+    """Batch k of global rows, the rows of one process. A class, since worker processes are sent it."""
+
+    def __init__(self, rows: grain.MapDataset[Row], batch_size: int, first: int, n: int):
+        self._rows, self._batch_size, self._first, self._n = rows, batch_size, first, n
+
+    def __call__(self, k: int) -> Batch:
+        first = k * self._batch_size + self._first
+        return _stacked([self._rows[i] for i in range(first, first + self._n)])
 
 
 def eval_batches(

@@ -104,13 +104,12 @@ class Accepted:
 
     def __iter__(self) -> Iterator[tuple[bytes, Split]]:
         for record in self._records():
-            data, reason = _checked(record)
-            if reason:
-                told = f"{record.place}: {reason}"
+            if record.text is None:
+                told = f"{record.place}: {record.reason}"
                 check(self._skip, f"{self._key}: {told}; data.on_bad_record=skip would go on without it")
                 self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or told
-            elif data:
-                yield data, record.split or split_of(data, self._shares)
+            elif record.text:
+                yield record.text, record.split or split_of(record.text, self._shares)
 
     def _records(self) -> Iterator[Record]:
         try:
@@ -119,16 +118,6 @@ class Accepted:
             raise
         except Exception as error:  # whatever a file system, a decompressor or the Hub's library raises
             raise Unreadable(f"{self._part.place}: cannot read it: {hub.reason(error)}") from error
-
-
-def _checked(record: Record) -> tuple[bytes, str]:
-    """The text in UTF-8, or what is wrong with the record."""
-    if record.text is None:
-        return b"", record.reason
-    try:
-        return record.text.encode(), ""
-    except UnicodeEncodeError as error:
-        return b"", f"not Unicode ({error.reason} at character {error.start})"
 
 
 def split_of(text: bytes, shares: Shares) -> Split:
