@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_decoding_leaves_special_ids_out(family: str, tmp_path: Path) -> None:
 def test_the_whole_way_from_a_folder(family: str, tmp_path: Path) -> None:
     folder = FAMILIES[family](tmp_path / "hub")
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": f"the cat {i} sat on the mat"}) + "\n" for i in range(200)))
-    given = {"source": "jsonl", "files": [f"{tmp_path}/docs.jsonl"], "cache_dir": f"{tmp_path}/cache"}
+    given: dict[str, Any] = {"source": "jsonl", "files": [f"{tmp_path}/docs.jsonl"], "cache_dir": f"{tmp_path}/cache"}
     corpus = prepare(DataConfig(**given, tokenizer="hf", tokenizer_file=str(folder)))
     text = corpus.splits["train"]
     ids = text.first(text.n_tokens)

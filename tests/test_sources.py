@@ -52,9 +52,9 @@ def write(path: Path, texts: list[Any], column: str = "text") -> None:
 
 
 def config(folder: Path, kind: str, pattern: str, **settings: Any) -> DataConfig:
-    given = {"source": "arrow" if kind == "arrows" else kind.partition(".")[0], "files": [str(folder / pattern)]}
-    shares = {"validation_share": 0.1, "test_share": 0.1}
-    return DataConfig(**{"tokenizer": "bytes", "cache_dir": str(folder / "cache")} | shares | given | settings)
+    given: dict[str, Any] = {"source": "arrow" if kind == "arrows" else kind.partition(".")[0], "files": [str(folder / pattern)]}
+    given |= {"tokenizer": "bytes", "cache_dir": str(folder / "cache"), "validation_share": 0.1, "test_share": 0.1}
+    return DataConfig(**given | settings)
 
 
 def texts_of(c: DataConfig) -> dict[str, list[str]]:
@@ -111,7 +111,7 @@ def test_a_sources_own_splits_are_kept(kind: str, tmp_path: Path) -> None:
                 path.write_text(text)
         else:
             write(tmp_path / split / f"a.{kind}", texts)
-    given = {f"{split}_files": [f"{tmp_path}/{split}/*.{kind}"] for split in ("validation", "test")}
+    given: dict[str, Any] = {f"{split}_files": [f"{tmp_path}/{split}/*.{kind}"] for split in ("validation", "test")}
     assert texts_of(config(tmp_path, kind, f"train/*.{kind}", **given)) == own
     with pytest.raises(ConfigError, match=r"data\.validation_files, data\.test_files: give both, or neither"):
         config(tmp_path, kind, "train/*", validation_files=["a"])
@@ -257,9 +257,9 @@ def test_urls_give_what_local_files_give(kind: str, tmp_path: Path) -> None:
 def test_sources_are_mixed_and_their_caches_shared(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", TEXTS)
     write(tmp_path / "b.parquet", [text.upper() for text in TEXTS])
-    one = {"source": "jsonl", "files": [f"{tmp_path}/a.jsonl"]}
-    two = {"source": "parquet", "files": [f"{tmp_path}/b.parquet"], "weight": 2.0}
-    given = {"tokenizer": "bytes", "cache_dir": str(tmp_path / "cache")}
+    one: dict[str, Any] = {"source": "jsonl", "files": [f"{tmp_path}/a.jsonl"]}
+    two: dict[str, Any] = {"source": "parquet", "files": [f"{tmp_path}/b.parquet"], "weight": 2.0}
+    given: dict[str, Any] = {"tokenizer": "bytes", "cache_dir": str(tmp_path / "cache")}
     mixed = prepare(DataConfig(sources={"low": MixedSourceConfig(**one), "high": MixedSourceConfig(**two)}, **given))
     train = mixed.splits["train"]
     assert [t.source for t in train.sources] == ["high", "low"] and train.weights == (2.0, 1.0)
@@ -267,7 +267,7 @@ def test_sources_are_mixed_and_their_caches_shared(tmp_path: Path) -> None:
     assert alone.sources[0].fingerprint == train.sources[1].fingerprint
     assert len(list((tmp_path / "cache").glob("tokens-*"))) == 2
     assert train.n_tokens == sum(t.n_tokens for t in train.sources) == len(train.first(10**9))
-    bad = {"low": MixedSourceConfig(**one), "high": MixedSourceConfig(**{**two, "column": "nothing"})}
+    bad: dict[str, Any] = {"low": MixedSourceConfig(**one), "high": MixedSourceConfig(**{**two, "column": "nothing"})}
     with pytest.raises(ConfigError, match=r"data\.sources\.high\.column = nothing: no such column"):
         prepare(DataConfig(sources=bad, **given))
 
@@ -278,7 +278,7 @@ def test_tokens_made_elsewhere(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "cache").glob("tokens-*")
     folder = folder.rename(tmp_path / "made")
     (tmp_path / "a.jsonl").unlink()
-    given = {"source": "tokens", "path": str(folder), "cache_dir": str(tmp_path / "unused")}
+    given: dict[str, Any] = {"source": "tokens", "path": str(folder), "cache_dir": str(tmp_path / "unused")}
     again = prepare(DataConfig(**given, tokenizer="bytes"))
     for split in SPLITS:
         assert again.splits[split].fingerprint == made.splits[split].fingerprint

@@ -118,12 +118,12 @@ def plan(config: DataConfig) -> list[str]:
         ConfigError: as prepare().
     """
     store, lines = Store(config.cache_dir, config.local_dir), []
-    sources = {name: _source(config, name, store, Host()) for name in config.mixture}
+    sources = {name: _source(config, name, store, Host(), pin=False) for name in config.mixture}
     trained = config.tokenizer == "sentencepiece" and config.tokenizer_file is None
     what = f"trained here, {config.vocab_size} pieces" if trained else config.tokenizer_file or ""
     lines.append(f"tokenizer: {config.tokenizer} {what}".rstrip())
     for name, source in sources.items():
-        settings = config.mixture[name]
+        settings = config.mixture[name] if source is None else source.config
         told = {key: getattr(settings, key) for key in ("path", "subset", "revision", "files", "max_parts", "column")}
         lines.append(f"{config.key(name)}: {settings.source} " + ", ".join(f"{k} {v}" for k, v in told.items() if v))
         if source is not None:
@@ -145,17 +145,17 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _source(config: DataConfig, name: str, store: Store, host: Host) -> Source | None:
-    """None for tokens made elsewhere."""
+def _source(config: DataConfig, name: str, store: Store, host: Host, pin: bool = True) -> Source | None:
+    """None for tokens made elsewhere. pin: a data set's newest commit is written down."""
     settings, key = config.mixture[name], config.key(name)
     if settings.source == "tokens":
         return None
     if settings.source == "hub" and settings.revision is None and not hub.is_folder(settings.path or ""):
-        settings = replace(settings, revision=_pinned(settings, key, store, host))
+        settings = replace(settings, revision=_pinned(settings, key, store, host, pin))
     return open_source(settings, key, shares_of(config))
 
 
-def _pinned(settings: MixedSourceConfig, key: str, store: Store, host: Host) -> str:
+def _pinned(settings: MixedSourceConfig, key: str, store: Store, host: Host, pin: bool) -> str:
     """The commit of a data set that this cache holds on to, so that a run never changes its data and needs no network later."""
     assert settings.path is not None
     name = f"pins/{cache.name_of([settings.path])}.json"
@@ -164,7 +164,8 @@ def _pinned(settings: MixedSourceConfig, key: str, store: Store, host: Host) -> 
         return unseal(name, store.read(name))["commit"]
     except Damaged:
         commit = hub.newest_commit(settings.path, key)
-        store.write(name, seal({"path": settings.path, "commit": commit}))
+        if pin:
+            store.write(name, seal({"path": settings.path, "commit": commit}))
         return commit
 
 

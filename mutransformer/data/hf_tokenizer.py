@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -65,6 +66,7 @@ def convert(name: str, eos_token: Optional[str], folder: Path) -> dict[str, Any]
     Raises:
         ConfigError: there is none, it is no fast one, it would run code of its own, or it lacks an eos.
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell that PyTorch is missing, which nobody needs
     import transformers
 
     local = Path(name).expanduser()

@@ -59,11 +59,13 @@ class Source:
     """Text that is not read yet.
 
     Attributes:
-        key: where its settings stand, for messages.
+        config: its settings.
+        key: where they stand, for messages.
         identity: what decides its records, as JSON can hold.
         parts: lists all of it, in order; may ask a store or the Hub.
     """
 
+    config: MixedSourceConfig
     key: str
     identity: list[Any]
     parts: Callable[[], list[Part]]
@@ -81,9 +83,9 @@ def open_source(config: MixedSourceConfig, key: str, shares: Shares) -> Source:
         ConfigError: a file is missing or unreadable, a glob matches nothing, or there is too little text for three splits.
     """
     if config.source == "hub":
-        return Source(key, hub.identity(config), lambda: hub.parts(config, key))
+        return Source(config, key, hub.identity(config), lambda: hub.parts(config, key))
     found = SOURCES[config.source](config, key, shares)
-    return Source(key, [part.identity() for part in found], lambda: found)
+    return Source(config, key, [part.identity() for part in found], lambda: found)
 
 
 class Unreadable(Exception):
