@@ -84,7 +84,7 @@ def test_a_folder_in_the_hubs_layout_and_its_own_splits(tmp_path: Path) -> None:
         ({"path": str(tmp_path / "none")}, r"data\.path = .*none: .*"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
-            prepare(DataConfig(**({"path": str(two)} | given | dict(settings))))
+            prepare(DataConfig(**(given | {"path": str(two)} | dict(settings))))
         assert "\n" not in str(error.value)
 
 
