@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from tokens import source
 
-from mutransformer.config import DataConfig
+from mutransformer.config import ConfigError, DataConfig
 from mutransformer.data.corpus import Mixture
 from mutransformer.data.pipeline import fingerprint, train_batches
 from mutransformer.data.rows import rows_of
@@ -74,6 +75,25 @@ def test_any_number_of_processes_and_threads_draws_the_same_batches(rows: str) -
 def test_worker_processes_draw_the_same_batches(workers: int) -> None:
     text = mixture()
     assert hashes(text, config(workers=workers, prefetch=2)) == hashes(text, config())
+
+
+@pytest.mark.slow
+def test_a_killed_worker_and_a_fault_in_one_are_told() -> None:
+    batches = train_batches(mixture(), config(workers=2, prefetch=2), 0, 1, 0, N_VOCAB)
+    next(batches)
+    worker = next(p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline()))
+    worker.kill()
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=r"data\.workers = 2: a process that reads ahead was killed"):
+        for _ in range(1000):
+            next(batches)
+    batches.close()
+    assert time.monotonic() - start < 10
+    batches = train_batches(mixture(), config(workers=1), 0, 1, 0, n_vocab=20)
+    with pytest.raises(ConfigError, match=r"train token \d+: id \d+ is outside the vocabulary of 20"):
+        for _ in range(20):
+            next(batches)
+    batches.close()
 
 
 def test_the_law_can_fail() -> None:

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from mutransformer.config import DataConfig, check
+from mutransformer.config import ConfigError, DataConfig, check
 from mutransformer.data.corpus import Mixture
 from mutransformer.data.rows import Row, rows_of
 
@@ -40,7 +40,13 @@ class Batches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         self._ahead = self._ahead or self._start()
-        batch = next(self._ahead)
+        try:
+            batch = next(self._ahead)
+        except RuntimeError as error:
+            if not (self._config.workers and "terminated unexpectedly" in str(error)):
+                raise
+            told = f"data.workers = {self._config.workers}: a process that reads ahead was killed, for memory?"
+            raise ConfigError(told) from error
         self._next += 1
         return batch
 
