@@ -75,6 +75,11 @@ def sum_y(x: Array) -> Array:
     return lax.psum(x, "y")
 
 
+def mean_xy(x: Array) -> Array:
+    """The mean over all devices of x and y, of what differs on both."""
+    return lax.pmean(x, ("x", "y"))
+
+
 def max_y(x: Array) -> Array:
     """The largest over y, without a gradient."""
     return lax.pmax(lax.stop_gradient(x), "y")
@@ -86,5 +91,9 @@ def index_y() -> Array:
 
 
 def varying(x: Array, *axes: str) -> Array:
-    """A constant marked as this device's own on the given axes, both by default, as what a loop will add to it is."""
-    return lax.pcast(x, axes or ("x", "y"), to="varying")
+    """A constant marked as this device's own on the given axes, x and y by default, as what a loop will add to it is.
+
+    On any other axis of the mesh, such as that of the runs of a sweep, everything varies.
+    """
+    others = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis not in ("x", "y"))
+    return lax.pcast(x, (*others, *(axes or ("x", "y"))), to="varying")

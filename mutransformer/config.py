@@ -18,7 +18,10 @@ __all__ = ["Config", "ConfigError", "DataConfig", "MixedSourceConfig", "SourceCo
 
 Activation = Literal["relu", "sqrelu", "gelu", "silu", "swiglu"]
 AttentionActivation = Literal["softmax", "sqrelu", "elu", "norm_sqrelu", "norm_elu"]
+Rule = Literal["sp", "mup", "abs_mup", "mup_table8", "completep", "completed_p"]
 Float = Literal["float32", "bfloat16", "float16"]
+
+DEPTH_RULES = ("completep", "completed_p")  # those that scale with n_layer / n_layer_base
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class ModelConfig:
     d_base: int = 128  # the width at which the learning rate was tuned
     d_head: int = 64
     n_layer: int = 6
+    n_layer_base: Optional[int] = None  # the depth at which it was tuned, for the rules that scale with depth; None: n_layer
     n_kv_head: Optional[int] = None  # None: one per query head; 1: multi-query; between: grouped
     ff_multiple: float = 4.0  # feed-forward width / d_model
     n_vocab: Optional[int] = None  # None: the tokenizer's size
@@ -64,6 +68,10 @@ class ModelConfig:
         check(self.d_head % 2 == 0 or self.rotary_base == 0, f"model.d_head = {self.d_head}: rotary positions need an even size")
         check(0 < self.ff_multiple < math.inf, f"model.ff_multiple = {self.ff_multiple}: must be positive and finite")
         check(self.d_ff >= 1, f"model.ff_multiple = {self.ff_multiple}: gives a feed-forward width of {self.d_ff}")
+        check(
+            self.n_layer_base is None or self.n_layer_base >= 1,
+            f"model.n_layer_base = {self.n_layer_base}: must be at least 1",
+        )
         check(self.n_vocab is None or self.n_vocab >= 2, f"model.n_vocab = {self.n_vocab}: must be at least 2")
         check(self.qk_scale is None or self.qk_scale > 0, f"model.qk_scale = {self.qk_scale}: must be positive")
         check(self.rotary_base >= 0, f"model.rotary_base = {self.rotary_base}: must be positive, or 0 for no positions")
@@ -99,17 +107,24 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW or Lion with muP's learning rates. Every rate is lr x rule(weight) x schedule(step)."""
+    """The optimizer, and how it scales with the model's size. Every rate is lr x rule(weight) x schedule(step)."""
 
-    name: Literal["adamw", "lion"] = "adamw"
-    rule: Literal["sp", "mup", "abs_mup"] = "mup"
+    name: Literal["adamw", "lion", "muon"] = "adamw"  # muon: for the matrices of the layers; adamw for the rest
+    rule: Rule = "mup"  # the parametrization: a table in mutransformer/mup.py
+    depth_alpha: float = 1.0  # completep, completed_p: residual branches x (n_layer / n_layer_base)^-this; 0.5 ... 1
+    batch_base: Optional[int] = None  # completed_p: tokens a step at which it was tuned; None: as many as now
+    tokens_base: Optional[int] = None  # completed_p: tokens in all with which it was tuned; None: as many as now
     lr: float = 2**-6
+    embed_lr_exponent: float = 0.0  # embedding's rate x (d_model / d_base)^this; published: 0 (muP), -0.5 (large vocabularies)
+    muon_lr: float = 4.0  # muon: the rate of its matrices is lr x this x sqrt(fan_out / fan_in)
+    muon_beta: float = 0.95  # muon: momentum
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     eps_scaling: bool = False  # eps follows the learning rate's factor
     weight_decay: float = 0.0
     decay: Literal["independent", "coupled"] = "independent"  # shrink by weight_decay x schedule, or by weight_decay x rate
+    decay_exponent: Optional[float] = None  # hidden and output weight_decay x (d_model / d_base)^this; None: as rule says
     decay_vectors: bool = False  # also decay gains and biases
     clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up, down to schedule_floor
@@ -120,15 +135,21 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check(self.lr > 0, f"optim.lr = {self.lr}: must be positive")
-        for key in ("beta1", "beta2"):
+        for key in ("beta1", "beta2", "muon_beta"):
             check(0 <= getattr(self, key) < 1, f"optim.{key} = {getattr(self, key)}: must lie in [0, 1)")
         for key in ("eps", "weight_decay", "clip_norm", "warmup_steps"):
             check(getattr(self, key) >= 0, f"optim.{key} = {getattr(self, key)}: must not be negative")
         check(0 <= self.schedule_floor <= 1, f"optim.schedule_floor = {self.schedule_floor}: must lie in [0, 1]")
         check(self.accumulate >= 1, f"optim.accumulate = {self.accumulate}: must be at least 1")
+        for key in ("batch_base", "tokens_base"):
+            value = getattr(self, key)
+            check(value is None or value >= 1, f"optim.{key} = {value}: must be at least 1")
+            check(value is None or self.rule == "completed_p", f"optim.{key} = {value}: needs optim.rule=completed_p")
+        check(self.depth_alpha >= 0, f"optim.depth_alpha = {self.depth_alpha}: must not be negative")
+        check(self.muon_lr > 0, f"optim.muon_lr = {self.muon_lr}: must be positive")
         check(
-            not (self.eps_scaling and self.rule == "sp"),
-            "optim.eps_scaling = true: the rule sp scales nothing; use mup or abs_mup",
+            not (self.eps_scaling and self.rule in ("sp", *DEPTH_RULES)),
+            f"optim.eps_scaling = true: the rule {self.rule} has an eps of its own; use mup, abs_mup or mup_table8",
         )
 
 
@@ -264,6 +285,23 @@ class Config:
             self.data.batch_size % self.optim.accumulate == 0,
             f"optim.accumulate = {self.optim.accumulate}: must divide data.batch_size = {self.data.batch_size}",
         )
+        check(
+            self.model.n_layer_base is None or self.optim.rule in DEPTH_RULES,
+            f"model.n_layer_base = {self.model.n_layer_base}: the rule {self.optim.rule} does not scale with depth; "
+            f"use optim.rule={' or '.join(DEPTH_RULES)}",
+        )
+        check(
+            self.model.unembed_init in ("rule", "zero") or self.optim.rule not in ("mup_table8", "completep"),
+            f"model.unembed_init = {self.model.unembed_init}: the rule {self.optim.rule} scales the unembedding by a multiplier; "
+            "use rule or zero",
+        )
+        for key in ("beta1", "beta2"):
+            least = 1 - getattr(self.optim, key)
+            check(
+                self.optim.rule != "completed_p" or self.noise_ratio * least <= 1,
+                f"optim.{key} = {getattr(self.optim, key)}: 1 - {key} grows with batch and falls with tokens, here by "
+                f"{self.noise_ratio:g} to more than 1; choose a smaller batch, or {key} nearer to 1",
+            )
         for key, value in flatten(self).items():
             check(not isinstance(value, float) or math.isfinite(value), f"{key} = {value}: must be a finite number")
 
@@ -275,6 +313,13 @@ class Config:
     @property
     def tokens_per_step(self) -> int:
         return self.data.batch_size * self.data.seq_len
+
+    @property
+    def noise_ratio(self) -> float:
+        """Tokens a step over optim.batch_base, divided by tokens in all over optim.tokens_base."""
+        o, now = self.optim, self.tokens_per_step
+        total = self.steps * now
+        return now / (o.batch_base or now) / (total / (o.tokens_base or total))
 
     def with_vocab(self, n_vocab: int) -> "Config":
         """This config with the tokenizer's size filled in.

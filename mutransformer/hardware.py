@@ -4,6 +4,7 @@ Nothing of the model. A device that is not in the table has no peak: a wrong one
 """
 
 import ctypes
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -76,6 +77,18 @@ def memory_in_use(devices: Sequence[Device]) -> dict[str, int] | None:
         "bytes_in_use": max(each["bytes_in_use"] for each in stats),
         "peak_bytes": max(each["peak_bytes_in_use"] for each in stats),
     }
+
+
+def memory_limit(device: Device, n: int) -> int:
+    """Bytes that a program may use on a device.
+
+    Args:
+        device: a local one.
+        n: devices of this process, among which simulated ones share the host's memory.
+    """
+    stats = device.memory_stats() or {}
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
+    return stats.get("bytes_limit") or int(0.8 * physical / n)
 
 
 @runtime_checkable

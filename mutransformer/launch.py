@@ -1,60 +1,71 @@
-"""From a command line to a function of a Config: arguments, help, one-line errors, and jax.distributed."""
+"""From a command line to a function of a Config: arguments, help, one-line errors, signals, and jax.distributed."""
 
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from mutransformer import settings
-from mutransformer.config import ConfigError, DistributedConfig
+from mutransformer.config import Config, ConfigError, DistributedConfig
 
-MISTAKE = 2  # exit code for what the user can mend
+# Exit codes.
+FINISHED = 0
 FAILED = 1
+MISTAKE = 2  # the user can mend it
+STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, all is saved, the same command goes on
 
 
-def launch(
-    main: Callable[..., int],
-    description: str,
-    argv: Sequence[str] | None = None,
-    options: Callable[[ArgumentParser], Any] = lambda parser: None,
-) -> int:
+def launch(main: Callable[[Config], int], description: str, argv: Sequence[str] | None = None) -> int:
     """Reads a config from the command line and calls main with it, once all processes of the run have met.
 
     Args:
         main: gets the config, returns the exit code; imports JAX itself, so that a mistake in a YAML is told before JAX starts.
         description: for --help.
         argv: None for the command line.
-        options: adds the script's own to the parser; main gets them by keyword.
 
     Returns:
-        The exit code: main's; MISTAKE for a ConfigError or a file that cannot be read or written; FAILED for a loss that is not
-        finite.
+        The exit code, main's or as `guarded` says.
     """
+    parser = command(description)
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
+    given = parser.parse_intermixed_args(argv)
+
+    def run() -> int:
+        config = settings.load(given.args)
+        if given.print_config:
+            print(settings.to_yaml(config), end="")
+            return FINISHED
+        prepare_jax(config.distributed)
+        return main(config)
+
+    return guarded(run)
+
+
+def command(description: str) -> ArgumentParser:
+    """A parser that takes YAML files and overrides, with every setting in its help. Options are to be added."""
     parser = ArgumentParser(
         description=description,
         epilog="settings and their defaults:\n\n" + settings.describe(),
         formatter_class=RawDescriptionHelpFormatter,
-        usage="%(prog)s [--print-config] [FILE.yaml ...] [key=value ...]",
     )
     parser.add_argument("args", nargs="*", metavar="FILE.yaml | key=value", help="merged left to right over the defaults")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
-    options(parser)
-    own = vars(parser.parse_intermixed_args(argv))  # --flags may stand between settings
-    args, print_config = own.pop("args"), own.pop("print_config")
-    try:
-        config = settings.load(args)
-        if print_config:
-            print(settings.to_yaml(config), end="")
-            return 0
-        connect(config.distributed)
-        from mutransformer.hardware import keep_freed_memory
+    return parser
 
-        keep_freed_memory()
-        return main(config, **own)
+
+def guarded(run: Callable[[], int]) -> int:
+    """What run returns; or a line on standard error and an exit code.
+
+    MISTAKE for a ConfigError or a file that cannot be read or written, FAILED for a loss that is not finite.
+    """
+    try:
+        return run()
     except ConfigError as error:
         _complain(error)
         return MISTAKE
@@ -64,6 +75,58 @@ def launch(
     except FloatingPointError as error:
         _complain(error)
         return FAILED
+
+
+def simulate_devices(n: int) -> None:
+    """On a CPU: makes JAX see n devices, so that as many runs are computed side by side. Before JAX starts.
+
+    A small model keeps no more than one core busy. A number in XLA_FLAGS is left as it is; an accelerator does not heed this.
+    """
+    import jax
+
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", n)
+
+
+def prepare_jax(config: DistributedConfig) -> None:
+    """Joins the other processes of the run, and sets what must be set once. Raises ConfigError as connect does."""
+    connect(config)
+    from mutransformer.hardware import keep_freed_memory
+
+    keep_freed_memory()
+
+
+@dataclass
+class StopRequest:
+    """Whether the program was asked to end early."""
+
+    requested: bool = False
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turns SIGTERM and Ctrl-C into a request; a second Ctrl-C ends the process at once.
+
+    With several processes the signals are left alone: JAX itself listens, so that all can agree on a step.
+    """
+    import jax
+
+    request = StopRequest()
+    if jax.process_count() > 1:
+        yield request
+        return
+
+    def on_signal(number: int, _: Any) -> None:
+        request.requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _complain(error: Exception) -> None:

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from mutransformer import ops
+from mutransformer import mup, ops
 from mutransformer.collectives import gather_x, gather_y, scatter_y
 from mutransformer.config import Config
 from mutransformer.linear import Head, Precision, head_loss, project
-from mutransformer.spec import Init, Weight, weight
+from mutransformer.spec import Init, Role, Weight, weight
 
 T = TypeVar("T")  # Weight, NamedSharding, Array, float, bool, ...
+Activations = dict[str, Array]
 
 
 class Block(eqx.Module, Generic[T]):
@@ -74,14 +75,14 @@ def block_specs(config: Config) -> Block[Weight]:
         w_q=w("M/x -> H/y D", init=_start(c.q_init)),
         w_k=w(f"M/x -> {kv}"),
         w_v=w(f"M/x -> {kv}"),
-        w_o=w("H/y D -> M/x", init=_start(c.residual_init)),
+        w_o=w("H/y D -> M/x", role="residual", init=_start(c.residual_init)),
         w_fi=w("M/x -> F/y"),
-        w_fo=w("F/y -> M/x", init=_start(c.residual_init)),
+        w_fo=w("F/y -> M/x", role="residual", init=_start(c.residual_init)),
         w_fg=w("M/x -> F/y") if gated else None,
-        g_a=_gain(config, w, "M/y"),
-        g_q=_gain(config, w, "D") if c.qk_norm else None,
-        g_k=_gain(config, w, "D") if c.qk_norm else None,
-        g_f=_gain(config, w, "M/y"),
+        g_a=_gain(config, w, "M/y", "gain"),
+        g_q=_gain(config, w, "D", "qk_gain") if c.qk_norm else None,
+        g_k=_gain(config, w, "D", "qk_gain") if c.qk_norm else None,
+        g_f=_gain(config, w, "M/y", "gain"),
         b_q=bias("H/y D"),
         b_k=bias(kv),
         b_v=bias(kv),
@@ -100,9 +101,9 @@ def specs(config: Config) -> Transformer[Weight]:
         embed=w("V/x -> M/y"),
         blocks=jax.tree.map(lambda s: s.stacked(c.n_layer), block_specs(config)),
         unembed=w("M/x -> V/y", init=c.unembed_init),
-        g_e=_gain(config, w, "M/y") if c.embed_norm else None,
-        g_u=_gain(config, w, "M/y"),
-        b_u=w("-> V/y", role="bias") if c.biases else None,
+        g_e=_gain(config, w, "M/y", "outer_gain") if c.embed_norm else None,
+        g_u=_gain(config, w, "M/y", "outer_gain"),
+        b_u=w("-> V/y", role="outer_bias") if c.biases else None,
     )
 
 
@@ -113,12 +114,12 @@ def flops_per_token(config: Config) -> float:
     appendix B).
     """
     c = config.model
-    weights = sum(w.size for w in jax.tree.leaves(specs(config)) if w.role in ("hidden", "output"))
+    weights = sum(w.size for w in jax.tree.leaves(specs(config)) if w.is_matrix and w.role != "input")
     return 6.0 * weights + 12.0 * c.n_layer * c.n_head * c.d_head * config.data.seq_len
 
 
-def _gain(config: Config, w: Callable[..., Weight], dim: str) -> Weight | None:
-    return {"none": None, "vector": w(f"-> {dim}", role="gain"), "scalar": w("->", role="gain")}[config.model.gains]
+def _gain(config: Config, w: Callable[..., Weight], dim: str, role: Role) -> Weight | None:
+    return {"none": None, "vector": w(f"-> {dim}", role=role), "scalar": w("->", role=role)}[config.model.gains]
 
 
 def _start(choice: str) -> Init:
@@ -128,31 +129,36 @@ def _start(choice: str) -> Init:
 class Forward:
     """The mathematics of a config, for use inside shard_map on this device's shards."""
 
-    def __init__(self, config: Config):
-        self.c = config.model
+    def __init__(self, config: Config, watch: bool = False):
+        """watch: keep what `activations` returns; else nothing of it is computed."""
+        self.watch = watch
+        self.config, self.c = config, config.model
         self.specs = specs(config)
         self.pspecs = jax.tree.map(lambda w: w.pspec, self.specs)
         self.block_specs = block_specs(config)
         self.precision = Precision(config.precision.compute, config.precision.reduce)
         self.use = partial(gather_x, compute=config.precision.compute, reduce=config.precision.reduce)
 
-    def residual(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> Float[Array, "b T m"]:
-        """The residual stream behind the last layer."""
+    def residual(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> tuple[Float[Array, "b T m"], Activations]:
+        """The residual stream behind the last layer, and what was watched in the layers, stacked over them."""
         c, s = self.c, self.specs
         x = jnp.take(self.use(params.embed, s.embed), inputs, axis=0)
         if c.embed_norm:
             x = self.norm(x, params.g_e, s.g_e)
 
-        def layer(x: Array, block: Block[Array]) -> tuple[Array, None]:
-            x = x + self.attention(block, x)
-            x = x + self.feed_forward(block, x)
-            return x, None
+        def layer(x: Array, block: Block[Array]) -> tuple[Array, Activations]:
+            seen = self.seen(residual=x)
+            branch, in_attention = self.attention(block, x)
+            x = x + self.times(branch, self.block_specs.w_o)
+            branch, in_feed_forward = self.feed_forward(block, x)
+            x = x + self.times(branch, self.block_specs.w_fo)
+            return x, seen | in_attention | in_feed_forward
 
         if c.remat == "full":
             layer = jax.checkpoint(layer)
-        return lax.scan(layer, x, params.blocks)[0]
+        return lax.scan(layer, x, params.blocks)
 
-    def attention(self, w: Block[Array], x: Float[Array, "b T m"]) -> Float[Array, "b T m"]:
+    def attention(self, w: Block[Array], x: Float[Array, "b T m"]) -> tuple[Float[Array, "b T m"], Activations]:
         c, s = self.c, self.block_specs
         h = gather_y(self.norm(x, w.g_a, s.g_a), dim=2)
         q = project(h, w.w_q, s.w_q, self.precision)
@@ -161,35 +167,63 @@ class Forward:
         q, k, v = self.bias(q, w.b_q, s.b_q), self.bias(k, w.b_k, s.b_k), self.bias(v, w.b_v, s.b_v)
         if s.w_k.dims[-1].axis == "y":
             k, v = (ops.select_kv(gather_y(z, dim=3), q.shape[2], c.n_head) for z in (k, v))
+        seen = self.seen(query=q, key=k, value=v)
         if c.qk_norm:
             q = self.gain(ops.rms_norm(q, c.norm_eps), w.g_q, s.g_q)
             k = self.gain(ops.rms_norm(k, c.norm_eps), w.g_k, s.g_k)
         if c.rotary_base:
             q, k = ops.rotary(q, c.rotary_base), ops.rotary(k, c.rotary_base)
+        if self.watch:
+            seen |= self.seen(rotated_query=q, rotated_key=k, attention_logits=ops.attention_logits(q, k, c.logit_scale))
         o = ops.attention(q, k, v, c.logit_scale, c.attention_activation, c.norm_eps)
         r = scatter_y(project(o, w.w_o, s.w_o, self.precision), dim=2)
-        return self.bias(r, w.b_o, s.b_o)
+        r = self.bias(r, w.b_o, s.b_o)
+        return r, seen | self.seen(attention_output=o, attention_branch=r)
 
-    def feed_forward(self, w: Block[Array], x: Float[Array, "b T m"]) -> Float[Array, "b T m"]:
+    def feed_forward(self, w: Block[Array], x: Float[Array, "b T m"]) -> tuple[Float[Array, "b T m"], Activations]:
         c, s = self.c, self.block_specs
         h = gather_y(self.norm(x, w.g_f, s.g_f), dim=2)
         f = self.bias(project(h, w.w_fi, s.w_fi, self.precision), w.b_fi, s.b_fi)
+        seen = self.seen(feed_forward_hidden=f)
         if w.w_fg is None or s.w_fg is None:
             f = ops.ACTIVATIONS[c.activation](f)
         else:
             gate = self.bias(project(h, w.w_fg, s.w_fg, self.precision), w.b_fg, s.b_fg)
             f = ops.ACTIVATIONS[c.activation](gate) * f
         r = scatter_y(project(f, w.w_fo, s.w_fo, self.precision), dim=2)
-        return self.bias(r, w.b_fo, s.b_fo)
+        r = self.bias(r, w.b_fo, s.b_fo)
+        return r, seen | self.seen(feed_forward_activation=f, feed_forward_branch=r)
 
     def final(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> Float[Array, "b T M"]:
         """The normed residual stream that the unembedding reads, whole along y."""
-        return gather_y(self.norm(self.residual(params, inputs), params.g_u, self.specs.g_u), dim=2)
+        return self.unembed_input(params, self.residual(params, inputs)[0])
+
+    def unembed_input(self, params: Transformer[Array], x: Float[Array, "b T m"]) -> Float[Array, "b T M"]:
+        x = gather_y(self.norm(x, params.g_u, self.specs.g_u), dim=2)
+        return self.times(x, self.specs.unembed)
 
     def logits(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> Float[Array, "b T v"]:
         """This device's slice of the padded vocabulary."""
-        y = project(self.final(params, inputs), params.unembed, self.specs.unembed, self.precision)
+        return self.unembed(params, self.final(params, inputs))
+
+    def unembed(self, params: Transformer[Array], h: Float[Array, "b T M"]) -> Float[Array, "b T v"]:
+        y = project(h, params.unembed, self.specs.unembed, self.precision)
         return self.bias(y, params.b_u, self.specs.b_u)
+
+    def activations(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> Activations:
+        """What passes through the model, by name, on this device; those of the layers are stacked over them in dim 0.
+
+        residual: the input of each layer. query, key, value: projections; rotated_…: as attention takes them. attention_logits:
+        of the pairs that the causal mask lets through. attention_output: before w_o; …_branch: what is added to the residual
+        stream, before its multiplier. feed_forward_hidden, …_activation: before and after the activation. final: the residual
+        stream behind the last layer. logits: over the padded vocabulary.
+        """
+        assert self.watch
+        x, seen = self.residual(params, inputs)
+        return seen | self.seen(final=x, logits=self.unembed(params, self.unembed_input(params, x)))
+
+    def seen(self, **named: Array) -> Activations:
+        return named if self.watch else {}
 
     def loss(
         self, params: Transformer[Array], tokens: Int[Array, "b T"], mask: Bool[Array, "b T"], bos_id: int
@@ -200,6 +234,11 @@ class Forward:
         bias = None if params.b_u is None or s.b_u is None else self.use(params.b_u, s.b_u)
         head = Head(s.unembed, self.precision, self.c.n_vocab, self.c.head_chunk)
         return head_loss(self.final(params, ops.shift_right(tokens, bos_id)), params.unembed, bias, tokens, mask, head)
+
+    def times(self, x: Float[Array, "b T _"], s: Weight) -> Float[Array, "b T _"]:
+        """x times a weight's forward multiplier."""
+        factor = mup.multiplier(s, self.config)
+        return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
     def norm(self, x: Float[Array, "b T m"], g: Array | None, s: Weight | None) -> Float[Array, "b T m"]:
         return self.gain(ops.rms_norm_y(x, self.c.norm_eps), g, s)

@@ -161,6 +161,16 @@ def _block_logits(q: Array, k: Array, scale: float, first: int, last: int) -> Fl
     return jnp.where(_causal(first, last - first, last), logits, MASKED)
 
 
+def attention_logits(q: Float[Array, "b T h D"], k: Float[Array, "b T k D"], scale: float) -> Float[Array, "b k g n"]:
+    """What softmax is taken of, for the n = T (T + 1) / 2 pairs of query and key that the causal mask lets through. To be
+    looked at: attention itself keeps nothing of that size."""
+    b, T, h, D = q.shape
+    n_kv = k.shape[2]
+    logits = scale * contract("btkgd,bskd->bkgts", q.reshape(b, T, n_kv, h // n_kv, D), k)
+    query, key = jnp.tril_indices(T)
+    return logits[..., query, key]
+
+
 def select_kv(kv: Float[Array, "b T K D"], n_local: int, n_head: int) -> Float[Array, "b T k D"]:
     """The key/value heads that this device's query heads read, where all of them are here.
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jaxtyping import Float
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mutransformer import mup
 from mutransformer.config import Config, OptimConfig
@@ -29,31 +31,61 @@ def make_schedule(config: OptimConfig, steps: int) -> Schedule:
     return lambda step: jnp.asarray(joined(step), jnp.float32)
 
 
-def make_optimizer(config: Config, specs: Transformer[Weight]) -> optax.GradientTransformation:
-    """Clip by global norm, AdamW or Lion, learning rates by weight, decay, schedule.
+def make_optimizer(
+    config: Config, specs: Transformer[Weight], lr: Float[Array, ""] | float | None = None
+) -> optax.GradientTransformation:
+    """Clip by global norm, AdamW, Lion or Muon, learning rates by weight, decay, schedule.
 
     Updates see global arrays, so that norms and moments are exact on any mesh. Coupled decay shrinks a weight by its own learning
     rate x weight_decay, independent decay by weight_decay alone (Wortsman et al., arXiv 2309.14322); both follow the schedule.
+
+    Args:
+        config: of the run.
+        specs: of its weights.
+        lr: the base learning rate, where it is an array; None: optim.lr.
     """
     c = config.optim
-    rates = jax.tree.map(lambda w: c.lr * mup.lr_multiplier(w, config), specs)
-    mask = jax.tree.map(lambda w: mup.decays(w, config), specs)
-    decay = optax.add_decayed_weights(c.weight_decay, mask) if c.weight_decay else optax.identity()
-    shrink = optax.add_decayed_weights(-c.weight_decay, mask) if c.weight_decay else optax.identity()
+    base = c.lr if lr is None else lr
+    rates = jax.tree.map(lambda w: base * mup.lr_multiplier(w, config), specs)
+    decay = _decay(jax.tree.map(lambda w: c.weight_decay * mup.decay_multiplier(w, config), specs))
+    shrink = _decay(jax.tree.map(lambda w: -c.weight_decay * mup.decay_multiplier(w, config), specs))
     return optax.chain(
         optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
         _direction(config, specs),
-        decay if c.decay == "coupled" else optax.identity(),
+        decay if c.weight_decay and c.decay == "coupled" else optax.identity(),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, rate: -rate * u, updates, rates)),
-        shrink if c.decay == "independent" else optax.identity(),
+        shrink if c.weight_decay and c.decay == "independent" else optax.identity(),
         optax.scale_by_schedule(make_schedule(c, config.steps)),
     )
 
 
+def _decay(shares: Transformer[float]) -> optax.GradientTransformation:
+    """Adds to every update a share of the weight."""
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda u, p, s: u + s * p if s else u, updates, params, shares))
+
+
 def _direction(config: Config, specs: Transformer[Weight]) -> optax.GradientTransformation:
-    c, dtype = config.optim, config.precision.moment1
+    """The optimizer proper, a transformation per weight: a label tells which."""
+    c, dtype, (beta1, beta2) = config.optim, config.precision.moment1, mup.betas(config)
     if c.name == "lion":
-        return optax.scale_by_lion(c.beta1, c.beta2, mu_dtype=dtype)
+        return optax.scale_by_lion(beta1, beta2, mu_dtype=dtype)
+
     eps = jax.tree.map(lambda w: c.eps * mup.eps_multiplier(w, config), specs)
-    by_eps = {e: optax.scale_by_adam(c.beta1, c.beta2, e, mu_dtype=dtype) for e in set(jax.tree.leaves(eps))}
-    return next(iter(by_eps.values())) if len(by_eps) == 1 else optax.partition(by_eps, eps)
+    labels = jax.tree.map(lambda w, e: "muon" if mup.uses_muon(w, config) else f"adam, eps {e:.17g}", specs, eps)
+    kinds = {
+        label: optax.scale_by_adam(beta1, beta2, e, mu_dtype=dtype)
+        for label, e in zip(jax.tree.leaves(labels), jax.tree.leaves(eps), strict=True)
+    }
+    if c.name == "muon":
+        # The other weights are masked out of its tree. A stack of layers is a stack of matrices.
+        dims = jax.tree.map(lambda w: _matrix_dims(w) if mup.uses_muon(w, config) else optax.MaskedNode(), specs)
+        kinds["muon"] = scale_by_muon(beta=c.muon_beta, mu_dtype=dtype, weight_dimension_numbers=lambda _: dims)
+    return next(iter(kinds.values())) if len(kinds) == 1 else optax.partition(kinds, labels)
+
+
+def _matrix_dims(w: Weight) -> MuonDimensionNumbers:
+    n, into = len(w.dims), [i for i, dim in enumerate(w.dims) if dim.name != "L"]
+    split = n - w.n_out
+    return MuonDimensionNumbers(
+        reduction_axis=tuple(i for i in into if i < split), output_axis=tuple(i for i in into if i >= split)
+    )

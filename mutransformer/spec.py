@@ -20,7 +20,8 @@ from typing import Literal
 
 from jax.sharding import PartitionSpec
 
-Role = Literal["input", "hidden", "output", "gain", "bias"]
+# residual: hidden, and writes to the residual stream. qk_gain: of the norms of queries and keys. outer_…: not in a layer.
+Role = Literal["input", "hidden", "residual", "output", "gain", "qk_gain", "bias", "outer_gain", "outer_bias"]
 Init = Literal["rule", "mup", "sp", "zero"]
 
 WIDTH_DIMS = frozenset("MHKF")  # those that grow with the model, also where a variant holds one at 1
@@ -68,8 +69,13 @@ class Weight:
         return PartitionSpec(*self.axes)
 
     @property
+    def fan_out(self) -> int:
+        """Outputs that one input is spread to."""
+        return prod(d.size for d in self.dims[-self.n_out :]) if self.n_out else 1
+
+    @property
     def is_matrix(self) -> bool:
-        return self.role in ("input", "hidden", "output")
+        return self.role in ("input", "hidden", "residual", "output")
 
     def dim_on(self, axis: str) -> int | None:
         """The position of the dim that rests on a mesh axis, or None."""
@@ -86,7 +92,8 @@ def weight(arrow: str, sizes: Mapping[str, int], role: Role | None = None, init:
     Args:
         arrow: "in dims -> out dims", each dim a letter or letter/axis.
         sizes: the global size of each letter.
-        role: must be given for vectors. Matrices tell theirs: width on both sides is hidden, only out input, only in output.
+        role: must be given for vectors, and where it is residual. Other matrices tell theirs: width on both sides is hidden,
+            only out input, only in output.
         init: an override of the initial scale.
     """
     into, out = ([_dim(word, sizes) for word in side.split()] for side in arrow.split("->"))

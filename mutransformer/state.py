@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int
 
 from mutransformer import mup
 from mutransformer.config import Config
@@ -44,20 +45,38 @@ def plan(config: Config, mesh: Mesh) -> Plan:
     """Shapes and shardings of the whole state. Computes nothing."""
     weights = specs(config)
     tx = make_optimizer(config, weights)
-    shapes = jax.eval_shape(lambda: _start(config))
+    shapes = jax.eval_shape(lambda: start(config))
     places: Any = shardings(weights, mesh)
-    # jit of tx.init alone would drop the moments' shardings: they are given, not propagated.
-    opt = optax.tree_map_params(tx, lambda _, place: place, shapes.opt, places, transform_non_params=lambda _: replicated(mesh))
+    # jit of tx.init alone would drop the moments' shardings: they are given, not propagated. Where weights have optimizers of
+    # different kinds, each kind's moments have masks in the place of the others' weights.
+    opt = optax.tree_map_params(
+        tx,
+        lambda moment, place: moment if _is_mask(moment) else place,
+        shapes.opt,
+        places,
+        transform_non_params=lambda _: replicated(mesh),
+        is_leaf=_is_mask,
+    )
     state = TrainState(step=replicated(mesh), params=places, opt=opt)
     return Plan(jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state), state)
 
 
+def _is_mask(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
 def init_state(config: Config, mesh: Mesh) -> TrainState[Array]:
     """The state before the first update, drawn in place: bit for bit the same on every mesh."""
-    return jax.jit(lambda: _start(config), out_shardings=plan(config, mesh).shardings)()
+    return jax.jit(lambda: start(config), out_shardings=plan(config, mesh).shardings)()
 
 
-def _start(config: Config) -> TrainState[Array]:
+def start(config: Config, seed: Int[Array, ""] | int | None = None) -> TrainState[Array]:
+    """The same, not placed anywhere.
+
+    Args:
+        config: of the run.
+        seed: where it is an array; None: the config's.
+    """
     weights = specs(config)
-    params = mup.init(weights, config)
+    params = mup.init(weights, config, seed)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt=make_optimizer(config, weights).init(params))

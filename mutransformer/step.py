@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mutransformer.collectives import sum_x
 from mutransformer.config import Config
@@ -22,15 +22,13 @@ Metrics = dict[str, Array]
 ROWS = PartitionSpec("x")
 
 
-def make_loss_and_grads(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Metrics, Any]]:
-    """A function of (params, batch) that gives {loss, objective} and the gradient of the objective, summed over all devices.
-
-    loss is the mean over unmasked targets, in nats. objective is what is differentiated: the same, or with
-    optim.loss_per = position the sum over unmasked targets divided by all positions. Not jitted.
-    """
+def device_grads(config: Config, bos_id: int) -> Callable[[Transformer[Array], Array, Array], tuple[Metrics, Any]]:
+    """What one device computes inside shard_map: (its shards of the params, its rows' tokens, mask) -> as make_loss_and_grads."""
     forward, parts = Forward(config), config.optim.accumulate
 
-    def grads_of(params: Transformer[Array], tokens: Int[Array, "b T"], mask: Array) -> tuple[Metrics, Any]:
+    def grads_of(
+        params: Transformer[Array], tokens: Int[Array, "b T"], mask: Bool[Array, "b T"]
+    ) -> tuple[Metrics, Transformer[Array]]:
         count = jnp.maximum(1, sum_x(jnp.sum(mask, dtype=jnp.float32)))
         per = count if config.optim.loss_per == "target" else sum_x(jnp.sum(jnp.ones_like(mask), dtype=jnp.float32))
 
@@ -45,51 +43,84 @@ def make_loss_and_grads(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Tr
             def add(total: tuple[Array, Any], part: Batch) -> tuple[tuple[Array, Any], None]:
                 return jax.tree.map(jnp.add, total, jax.value_and_grad(objective)(params, part)), None
 
-            zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
+            zero = jnp.zeros_like(count), jax.tree.map(jnp.zeros_like, params)
             (value, grads), _ = lax.scan(add, zero, split)
         return {"loss": value * per / count, "objective": value}, grads
 
+    return grads_of
+
+
+def make_loss_and_grads(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Metrics, Any]]:
+    """A function of (params, batch) that gives {loss, objective} and the gradient of the objective, summed over all devices.
+
+    loss is the mean over unmasked targets, in nats. objective is what is differentiated: the same, or with
+    optim.loss_per = position the sum over unmasked targets divided by all positions. Not jitted.
+    """
+    pspecs = Forward(config).pspecs
     mapped = jax.shard_map(
-        grads_of, mesh=mesh, in_specs=(forward.pspecs, ROWS, ROWS), out_specs=(PartitionSpec(), forward.pspecs)
+        device_grads(config, bos_id), mesh=mesh, in_specs=(pspecs, ROWS, ROWS), out_specs=(PartitionSpec(), pspecs)
     )
     return lambda params, batch: mapped(params, batch.tokens, batch.mask)
+
+
+def update(
+    config: Config, state: TrainState[Array], metrics: Metrics, grads: Any, lr: Float[Array, ""] | float
+) -> tuple[TrainState[Array], Metrics]:
+    """The state behind one optimizer update, on global arrays.
+
+    Args:
+        config: of the run.
+        state: before the update.
+        metrics: of the loss.
+        grads: of the objective.
+        lr: the base learning rate: optim.lr, or a traced stand-in.
+
+    Returns:
+        The new state, and metrics with learning_rate (lr x schedule), gradient_norm (before clipping), parameter_norm and
+        update_norm (after and of the update) added.
+    """
+    tx = make_optimizer(config, specs(config), lr)
+    before: Any = state.params  # optax knows trees of arrays only by dict, list and tuple
+    updates, opt = tx.update(grads, state.opt, before)
+    params: Any = optax.apply_updates(before, updates)
+    norms = {
+        "learning_rate": lr * make_schedule(config.optim, config.steps)(state.step),
+        "gradient_norm": optax.tree.norm(grads),
+        "parameter_norm": optax.tree.norm(params),
+        "update_norm": optax.tree.norm(updates),
+    }
+    return TrainState(state.step + 1, params, opt), metrics | norms
 
 
 def make_train_step(config: Config, mesh: Mesh, bos_id: int) -> jax.stages.Wrapped:
     """The jitted update: (state, batch) -> (state, metrics). The state is donated: use the one returned.
 
-    Metrics, float32 scalars: loss, objective (as above, before the update), learning_rate (the peak rate x schedule),
-    gradient_norm (before clipping), parameter_norm and update_norm (after and of the update).
+    Metrics, float32 scalars: loss, objective (as above, before the update), and what `update` adds.
     """
     loss_and_grads = make_loss_and_grads(config, mesh, bos_id)
-    tx = make_optimizer(config, specs(config))
-    schedule = make_schedule(config.optim, config.steps)
     places = plan(config, mesh).shardings
 
     def train_step(state: TrainState[Array], batch: Batch) -> tuple[TrainState[Array], Metrics]:
         metrics, grads = loss_and_grads(state.params, batch)
-        before: Any = state.params  # optax knows trees of arrays only by dict, list and tuple
-        updates, opt = tx.update(grads, state.opt, before)
-        params: Any = optax.apply_updates(before, updates)
-        metrics |= {
-            "learning_rate": config.optim.lr * schedule(state.step),
-            "gradient_norm": optax.tree.norm(grads),
-            "parameter_norm": optax.tree.norm(params),
-            "update_norm": optax.tree.norm(updates),
-        }
-        return TrainState(state.step + 1, params, opt), metrics
+        return update(config, state, metrics, grads, config.optim.lr)
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
 
 
-def make_eval_step(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Array, Array]]:
-    """The jitted sum of losses over unmasked targets, in nats, and the number of those targets."""
+def device_sums(config: Config, bos_id: int) -> Callable[[Transformer[Array], Array, Array], tuple[Array, Array]]:
+    """What one device computes inside shard_map: as make_eval_step."""
     forward = Forward(config)
 
-    def sums(params: Transformer[Array], tokens: Int[Array, "b T"], mask: Array) -> tuple[Array, Array]:
+    def sums(params: Transformer[Array], tokens: Int[Array, "b T"], mask: Bool[Array, "b T"]) -> tuple[Array, Array]:
         return sum_x(forward.loss(params, tokens, mask, bos_id)), sum_x(jnp.sum(mask, dtype=jnp.int32))
 
-    mapped = jax.shard_map(sums, mesh=mesh, in_specs=(forward.pspecs, ROWS, ROWS), out_specs=PartitionSpec())
+    return sums
+
+
+def make_eval_step(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Array, Array]]:
+    """The jitted sum of losses over unmasked targets, in nats, and the number of those targets."""
+    in_specs = (Forward(config).pspecs, ROWS, ROWS)
+    mapped = jax.shard_map(device_sums(config, bos_id), mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec())
     return jax.jit(lambda params, batch: mapped(params, batch.tokens, batch.mask))
 
 

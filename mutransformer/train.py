@@ -1,10 +1,7 @@
 """A training run: assemble, restore or start, loop, close. The order of events, and nothing else."""
 
 import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from typing import Any
+from contextlib import closing
 
 import jax
 from jax.sharding import Mesh
@@ -16,48 +13,13 @@ from mutransformer.data import pipeline
 from mutransformer.data.corpus import Corpus, prepare
 from mutransformer.evaluate import Interrupted, evaluate
 from mutransformer.hardware import Profile
+from mutransformer.launch import FINISHED, STOPPED, stop_on_signals
 from mutransformer.mesh import check_fits, data_share, make_mesh, put
 from mutransformer.metrics import Metrics
 from mutransformer.model import flops_per_token, specs
 from mutransformer.settings import to_yaml
 from mutransformer.state import init_state, plan
 from mutransformer.step import make_eval_step, make_train_step
-
-FINISHED = 0
-STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, all is saved, the same command goes on
-
-
-class Stop:
-    """Whether the run was asked to end early: by SIGTERM or Ctrl-C, or in a job of several processes by its scheduler."""
-
-    def __init__(self, checkpoints: Checkpoints):
-        self._checkpoints = checkpoints
-        self.requested = False
-
-    def at(self, step: int) -> bool:
-        """Asked after each step. Processes agree on the step at which they all stop."""
-        if jax.process_count() > 1:
-            self.requested = self._checkpoints.stop_requested(step)
-        return self.requested
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Takes the signals over; a second Ctrl-C ends the process at once. With several processes JAX itself listens."""
-        if jax.process_count() > 1:
-            yield
-            return
-
-        def request(number: int, _: Any) -> None:
-            self.requested = True
-            if number == signal.SIGINT:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def train(config: Config) -> int:
@@ -90,14 +52,13 @@ def train(config: Config) -> int:
             state = init_state(config, mesh)
         train_step, eval_step = make_train_step(config, mesh, bos), make_eval_step(config, mesh, bos)
         profile = Profile(config.profile, config.rundir / "tensorboard")
-        stop = Stop(checkpoints)
         step, loss, final = start, None, dict[str, float]()
 
         def validate(n_batches: int | None) -> dict[str, float]:
             rows = pipeline.eval_batches(held_out, config.data, n_batches, *share, n_vocab)
             return evaluate(eval_step, state.params, rows, mesh, held_out, stop=lambda: stop.requested)
 
-        with Metrics(config, flops_per_token(config), mesh.size, start) as log, stop.listening():
+        with stop_on_signals() as stop, Metrics(config, flops_per_token(config), mesh.size, start) as log:
             _describe(config, mesh, corpus, start, log)
             try:
                 while step < config.steps and not stop.requested:
@@ -106,7 +67,9 @@ def train(config: Config) -> int:
                     step, loss = step + 1, None
                     log.record(step, scalars)
                     checkpoints.poll()
-                    if stop.at(step):
+                    if jax.process_count() > 1:  # by SIGTERM to one of them from the job's scheduler; they agree on the step
+                        stop.requested = checkpoints.stop_requested(step)
+                    if stop.requested:
                         break
                     if _due(step, config.eval.every) or step == config.steps:
                         with log.pause():

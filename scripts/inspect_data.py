@@ -4,17 +4,23 @@ Counts by source and split, then rows of a training batch: each document in a ro
 """
 
 import sys
-from argparse import ArgumentParser
+from argparse import Namespace
 
-from mutransformer.launch import launch
+from mutransformer import settings
+from mutransformer.launch import command, guarded, prepare_jax
 
 
-def options(parser: ArgumentParser) -> None:
+def main() -> int:
+    parser = command(__doc__ or "")
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (3)")
     parser.add_argument("--batch", type=int, default=0, metavar="K", help="of which batch, counted from 0 (0)")
+    given = parser.parse_intermixed_args()
+    return guarded(lambda: run(given))
 
 
-def main(config, rows, batch):
+def run(given: Namespace) -> int:
+    config = settings.load(given.args)
+    prepare_jax(config.distributed)
     from contextlib import closing
 
     from mutransformer.data.corpus import prepare
@@ -33,10 +39,10 @@ def main(config, rows, batch):
             share = f", {weight / total:.1%} of the rows" if split == "train" and len(text.sources) > 1 else ""
             print(f"{tokens.source} {split}: {tokens.n_documents:,} documents, {tokens.n_tokens:,} tokens, {n:,} rows{share}")
     with closing(train_batches(corpus.splits["train"], config.data, config.seed, 1, 0, tokenizer.n_vocab)) as batches:
-        batches.set_state({"next_index": batch})
+        batches.set_state({"next_index": given.batch})
         shown = next(batches)
-    for row, (ids, mask) in enumerate(zip(shown.tokens[:rows], shown.mask[:rows], strict=True)):
-        print(f"\nbatch {batch}, row {row}: {mask.sum()} of {len(ids)} tokens count")
+    for row, (ids, mask) in enumerate(zip(shown.tokens[: given.rows], shown.mask[: given.rows], strict=True)):
+        print(f"\nbatch {given.batch}, row {row}: {mask.sum()} of {len(ids)} tokens count")
         start = 0
         for stop in [*(k + 1 for k in range(len(ids)) if ids[k] == tokenizer.eos_id and mask[k]), int(mask.sum())]:
             if stop > start:
@@ -50,4 +56,4 @@ def main(config, rows, batch):
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main, __doc__ or "", options=options))
+    sys.exit(main())

@@ -4,23 +4,29 @@ Training does the same where the cache lacks something. A run that was stopped g
 """
 
 import sys
-from argparse import ArgumentParser
+from argparse import Namespace
 
-from mutransformer.launch import launch
+from mutransformer import settings
+from mutransformer.launch import command, guarded, prepare_jax
 
 
-def options(parser: ArgumentParser) -> None:
+def main() -> int:
+    parser = command(__doc__ or "")
     parser.add_argument("--dry-run", action="store_true", help="tell what would be done, and do nothing")
+    given = parser.parse_intermixed_args()
+    return guarded(lambda: run(given))
 
 
-def main(config, dry_run):
+def run(given: Namespace) -> int:
+    config = settings.load(given.args)
+    prepare_jax(config.distributed)
     import jax
 
     from mutransformer.data.corpus import plan, prepare
     from mutransformer.metrics import setup_logging
 
     setup_logging()
-    if dry_run:
+    if given.dry_run:
         print("\n".join(plan(config.data)))
         return 0
     several = jax.distributed.is_initialized()
@@ -36,4 +42,4 @@ def main(config, dry_run):
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main, __doc__ or "", options=options))
+    sys.exit(main())

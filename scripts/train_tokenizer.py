@@ -4,24 +4,30 @@ To use it: data.tokenizer=sentencepiece data.tokenizer_file=my.model
 """
 
 import sys
-from argparse import ArgumentParser
+from argparse import Namespace
 from pathlib import Path
 
-from mutransformer.launch import launch
+from mutransformer import settings
+from mutransformer.launch import command, guarded, prepare_jax
 
 
-def options(parser: ArgumentParser) -> None:
+def main() -> int:
+    parser = command(__doc__ or "")
     parser.add_argument("--out", type=Path, required=True, metavar="MODEL", help="the file to write")
+    given = parser.parse_intermixed_args()
+    return guarded(lambda: run(given))
 
 
-def main(config, out):
+def run(given: Namespace) -> int:
+    config = settings.load(given.args)
+    prepare_jax(config.distributed)
     from mutransformer.data.corpus import train_tokenizer
     from mutransformer.data.tokenize import SentencePieceTokenizer
 
-    train_tokenizer(config.data, out)
-    print(f"{out}: {SentencePieceTokenizer(out).n_vocab} pieces")
+    train_tokenizer(config.data, given.out)
+    print(f"{given.out}: {SentencePieceTokenizer(given.out).n_vocab} pieces")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main, __doc__ or "", options=options))
+    sys.exit(main())

@@ -47,7 +47,7 @@ def table(config: Config) -> str:
                 w.role,
                 f"{mup.init_std(w, config):.4g}",
                 f"{config.optim.lr * mup.lr_multiplier(w, config):.4g}",
-                "yes" if mup.decays(w, config) else "no",
+                "yes" if mup.decay_multiplier(w, config) else "no",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

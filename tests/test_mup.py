@@ -1,17 +1,17 @@
 """Initial scale, learning rate and eps follow from a weight's role and global width as in Lingle's table, from nothing else."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 import pytest
 
-from mutransformer.config import Config
+from mutransformer.config import Config, Rule
 from mutransformer.model import Transformer, block_specs, specs
-from mutransformer.mup import RULES, decays, eps_multiplier, init, init_std, lr_multiplier
+from mutransformer.mup import RULES, decay_multiplier, eps_multiplier, init, init_std, lr_multiplier
 from mutransformer.settings import load
-from mutransformer.spec import Weight
+from mutransformer.spec import Role, Weight
 
 M, P, F, HD = 96, 64, 144, 96  # width, base width, feed-forward width, heads x their width
 
@@ -66,7 +66,8 @@ def test_every_weight_of_a_role_goes_by_the_same_row():
     rates: dict[str, set[float]] = {}
     for w in named(config).values():
         rates.setdefault(w.role, set()).add(lr_multiplier(w, config))
-    assert rates == {"input": {1.0}, "hidden": {P / M}, "output": {P / M}, "gain": {1.0}, "bias": {1.0}}
+    vectors = dict.fromkeys(("gain", "qk_gain", "bias", "outer_gain", "outer_bias"), {1.0})
+    assert rates == {"input": {1.0}, "hidden": {P / M}, "residual": {P / M}, "output": {P / M}, **vectors}
 
 
 @pytest.mark.parametrize(("rule", "hidden"), [("mup", P / M), ("abs_mup", 1 / M)])
@@ -109,14 +110,15 @@ def test_an_unknown_role_is_an_error():
 
 
 def test_every_parametrization_knows_every_role():
-    roles = {w.role for w in named(make()).values()}
-    assert {rule: set(table.roles) for rule, table in RULES.items()} == dict.fromkeys(("sp", "mup", "abs_mup"), roles)
+    roles = set(get_args(Role))
+    assert roles == {w.role for w in named(make("model.qk_norm=true")).values()}
+    assert {rule: set(table.rows) for rule, table in RULES.items()} == dict.fromkeys(get_args(Rule), roles)
 
 
 def test_gains_and_biases_decay_only_if_asked():
     config, all_of_them = make(), make("optim.decay_vectors=true")
-    assert {w.role for w in named(config).values() if decays(w, config)} == {"input", "hidden", "output"}
-    assert all(decays(w, all_of_them) for w in named(config).values())
+    assert {w.role for w in named(config).values() if decay_multiplier(w, config)} == {"input", "hidden", "residual", "output"}
+    assert all(decay_multiplier(w, all_of_them) == 1 for w in named(config).values())
 
 
 @pytest.mark.parametrize("y", [2, 3, 4, 8])

@@ -87,7 +87,7 @@ def by_hand(config: Config, params: dict[str, np.ndarray], grads: list[dict[str,
         for name, raw in step.items():
             g, w, p = clip * raw, weights[name], params[name]
             width = 10 / 16 if c.rule == "mup" else 1 / w.fan_in if c.rule == "abs_mup" else 1.0
-            slow = width if w.role in ("hidden", "output") else 1.0
+            slow = width if w.role in ("hidden", "residual", "output") else 1.0
             if c.name == "adamw":
                 m[name] = c.beta1 * m[name] + (1 - c.beta1) * g
                 v[name] = c.beta2 * v[name] + (1 - c.beta2) * g**2
@@ -96,7 +96,7 @@ def by_hand(config: Config, params: dict[str, np.ndarray], grads: list[dict[str,
             else:
                 direction = np.sign(c.beta1 * m[name] + (1 - c.beta1) * g)
                 m[name] = c.beta2 * m[name] + (1 - c.beta2) * g
-            decayed = w.role in ("input", "hidden", "output") or c.decay_vectors
+            decayed = w.is_matrix or c.decay_vectors
             shrink = c.weight_decay * decayed * p
             rate = c.lr * slow
             params[name] = p - share * (rate * direction + (rate * shrink if c.decay == "coupled" else shrink))

@@ -16,6 +16,8 @@ from mutransformer.state import TrainState, plan
 
 # An epoch is some 40 batches: the run goes through more than one, and is killed within one.
 LENGTH = ["steps=60", "checkpoint.every=7", "eval.every=20"]
+# With multipliers on everything, forward too: what is read back must not be scaled again.
+LENGTH += ["optim.rule=completep", "model.n_layer_base=1"]
 TRAIN = "scripts/train.py"
 
 

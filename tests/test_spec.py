@@ -99,14 +99,14 @@ def test_every_weight_of_a_model_with_all_of_them():
         "w_q": (q, P(None, "x", "y", None), 2, 48, "hidden"),
         "w_k": (kv, P(None, "x", "y", None), 2, 48, "hidden"),
         "w_v": (kv, P(None, "x", "y", None), 2, 48, "hidden"),
-        "w_o": ((3, 6, 8, 48), P(None, "y", None, "x"), 1, 48, "hidden"),
+        "w_o": ((3, 6, 8, 48), P(None, "y", None, "x"), 1, 48, "residual"),
         "w_fi": (wide, P(None, "x", "y"), 1, 48, "hidden"),
         "w_fg": (wide, P(None, "x", "y"), 1, 48, "hidden"),
-        "w_fo": ((3, 72, 48), P(None, "y", "x"), 1, 72, "hidden"),
+        "w_fo": ((3, 72, 48), P(None, "y", "x"), 1, 72, "residual"),
         "g_a": ((3, 48), row, 1, 1, "gain"),
         "g_f": ((3, 48), row, 1, 1, "gain"),
-        "g_q": ((3, 8), P(None, None), 1, 1, "gain"),
-        "g_k": ((3, 8), P(None, None), 1, 1, "gain"),
+        "g_q": ((3, 8), P(None, None), 1, 1, "qk_gain"),
+        "g_k": ((3, 8), P(None, None), 1, 1, "qk_gain"),
         "b_q": ((3, 6, 8), P(None, "y", None), 2, 1, "bias"),
         "b_k": ((3, 2, 8), P(None, "y", None), 2, 1, "bias"),
         "b_v": ((3, 2, 8), P(None, "y", None), 2, 1, "bias"),
@@ -119,9 +119,9 @@ def test_every_weight_of_a_model_with_all_of_them():
     assert rest == {
         "embed": ((128, 48), P("x", "y"), 1, 1, "input"),
         "unembed": ((48, 128), P("x", "y"), 1, 48, "output"),
-        "g_e": ((48,), P("y"), 1, 1, "gain"),
-        "g_u": ((48,), P("y"), 1, 1, "gain"),
-        "b_u": ((128,), P("y"), 1, 1, "bias"),
+        "g_e": ((48,), P("y"), 1, 1, "outer_gain"),
+        "g_u": ((48,), P("y"), 1, 1, "outer_gain"),
+        "b_u": ((128,), P("y"), 1, 1, "outer_bias"),
     }
 
 

@@ -1,0 +1,398 @@
+"""The transfer report, on sweeps whose every number is known: what it computes, what it says, and when it refuses."""
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from sweeps import LOGGED, RATES, WIDTHS, make_run, sweep
+
+from mutransformer.config import ConfigError
+from mutransformer.study import plots
+from mutransformer.study.fit import Variant, analyse, locate, vertex
+from mutransformer.study.order import Pair, training_losses
+from mutransformer.study.records import FILE, Run, append
+from mutransformer.study.report import page, write
+from mutransformer.study.verdicts import judge, transfers
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts/transfer_report.py"
+
+
+def only(runs: list[Run], **options) -> Variant:
+    (variant,) = analyse(runs, **options)
+    return variant
+
+
+def said(runs: list[Run], max_drift: float = 0.5, **options) -> str:
+    """The verdict lines, one below the other."""
+    return "\n".join(map(str, judge(analyse(runs, **options), runs, max_drift)))
+
+
+# Optimum
+
+
+@pytest.mark.parametrize("x", [(-7.0, -6.0, -5.0), (-8.0, -6.0, -5.5)])
+@pytest.mark.parametrize("at", [-6.3, -6.0, -5.9])
+def test_a_parabola_is_found_exactly(x, at):
+    y = [0.7 * (r - at) ** 2 + 4 for r in x]
+    found, loss = vertex(x, (y[0], y[1], y[2]))
+    assert found == pytest.approx(at, abs=1e-9) and loss == pytest.approx(4, abs=1e-9)
+
+
+def test_three_equal_losses_have_no_vertex_to_divide_by():
+    assert vertex((-2.0, -1.0, 0.0), (1.0, 1.0, 1.0)) == (-1.0, 1.0)
+
+
+def test_optimum_drift_and_penalty_of_a_known_sweep():
+    optimum = {64: -6.3, 128: -6.1, 256: -5.4, 512: -5.6}
+    variant = only(sweep(optimum=optimum.__getitem__))
+    assert {width: found.low for width, found in variant.optima.items()} == pytest.approx(optimum, abs=1e-9)
+    assert all(found.low == found.high and not found.why for found in variant.optima.values())
+    assert variant.drift.octaves == pytest.approx(0.9, abs=1e-9)
+    assert variant.drift.signed == pytest.approx((0.7, 0.7), abs=1e-9)
+    assert variant.drift.stderr == pytest.approx(0, abs=1e-9) == variant.drift.signed_stderr
+    assert not variant.drift.same_argmin
+    assert variant.best == {64: -6, 128: -6, 256: -5, 512: -6}
+    assert variant.penalty[512] == 0.0
+    assert variant.penalty[256] == pytest.approx(0.04 * (0.6**2 - 0.4**2), abs=1e-9)
+
+
+def test_the_uncertainty_is_that_of_the_seeds_own_optima():
+    own = {(64, 0): -6.2, (64, 1): -6.0, (64, 2): -6.1, (128, 0): -6.3, (128, 1): -5.9, (128, 2): -6.0}
+    runs = [make_run("mup", width, rate, seed, 5 + 0.1 * (rate - at) ** 2) for (width, seed), at in own.items() for rate in RATES]
+    variant = only(runs)
+    assert variant.optima[64].low == pytest.approx(-6.1, abs=1e-9)  # of parabolas of equal width: the mean of their vertices
+    assert variant.stderr[64] == pytest.approx(0.1 / math.sqrt(3))
+    assert variant.drift.octaves == pytest.approx(6.1 - 6.2 / 3 - 4.2 + 0.2, abs=0.1)
+    paired = [own[128, seed] - own[64, seed] for seed in range(3)]
+    assert variant.drift.signed[0] == pytest.approx(np.mean(paired), abs=1e-9)
+    assert variant.drift.signed_stderr == pytest.approx(np.std(paired, ddof=1) / math.sqrt(3))
+
+
+def test_a_seed_without_an_optimum_of_its_own_leaves_no_uncertainty():
+    own = {0: -9.4, 1: -9.4, 2: -9.6}  # the last one's best is the edge, and the mean's is not
+    runs = [
+        make_run("mup", width, rate, s, 5 + 0.1 * (rate - at) ** 2)
+        for width in (64, 128)
+        for s, at in own.items()
+        for rate in RATES
+    ]
+    variant = only(runs)
+    assert variant.optima[64].low == pytest.approx(np.mean(list(own.values())), abs=1e-9)
+    assert variant.stderr[64] is None and variant.drift.stderr is None
+    assert "no ±: a seed alone has no optimum" in page([variant], runs, [], 0.5)
+
+
+def test_one_seed_has_no_uncertainty():
+    runs = sweep(seeds=[0])
+    variant = only(runs)
+    assert set(variant.stderr.values()) == {None} and variant.drift.stderr is None
+    assert "one seed: no uncertainty" in said(runs) and "±" not in said(runs)
+
+
+def test_an_optimum_at_the_edge_cannot_pass():
+    low = locate({-9.0: 4.0, -8.0: 4.1, -7.0: 4.4}, [-9.0, -8.0, -7.0])
+    assert (low.low, low.high, low.loss, low.why) == (-math.inf, -8.5, None, "at the lower edge of the grid")
+    high = locate({-9.0: 4.4, -8.0: 4.1, -7.0: 4.0}, [-9.0, -8.0, -7.0])
+    assert (high.low, high.high, high.why) == (-7.5, math.inf, "at the upper edge of the grid")
+
+    same = sweep(optimum=lambda width: -10.2)  # at every width, and yet nobody knows where
+    variant = only(same)
+    assert variant.drift.same_argmin and not variant.drift.found and variant.drift.octaves == 0
+    assert transfers(variant, 0.5) is None
+    assert re.search(
+        r"^FAIL .* is not shown to transfer: the optimum may drift .*64: at the lower edge of the grid, so ≤ -9.50", said(same)
+    )
+
+
+def test_the_drift_to_an_edge_is_a_lower_bound():
+    runs = sweep(optimum=lambda width: {64: -6.0, 128: -7.0, 256: -8.0, 512: -9.8}[width])
+    variant = only(runs)
+    assert variant.drift.octaves == pytest.approx(3.5) and not variant.drift.found  # from -6 down to -9.5 or less
+    assert variant.drift.signed == pytest.approx((-math.inf, -3.5))
+    assert "FAIL    mup: the learning rate does not transfer: the optimum drifts at least 3.50 octaves" in said(runs)
+    assert "| 512 | ≤ -9.50 | -10 |" in page([variant], runs, [], 0.5)
+
+
+def test_a_neighbour_that_diverged_or_is_missing_leaves_bounds():
+    grid = [-8.0, -7.0, -6.0, -5.0]
+    diverged = locate({-8.0: 5.0, -7.0: 4.5, -6.0: 4.0, -5.0: math.inf}, grid)
+    assert (diverged.low, diverged.high, diverged.why) == (-6.5, -5.0, "its neighbour -5 diverged")
+    missing = locate({-8.0: 5.0, -6.0: 4.0, -5.0: 4.1}, grid)
+    assert (missing.low, missing.high, missing.why) == (-7.0, -5.5, "no run at its neighbour -7")
+    lost = locate(dict.fromkeys(grid, math.inf), grid)
+    assert not lost.found and lost.why == "every run diverged"
+
+
+def test_a_mean_with_a_diverged_seed_diverged():
+    runs = sweep(seeds=[0, 1, 2])
+    runs = [make_run("mup", 512, -6, 1, math.inf) if run.key == ("mup", 512, 2.0**-6, 1) else run for run in runs]
+    variant = only(runs)
+    assert variant.cells[512, -6].mean == math.inf and variant.diverged == 1
+    assert variant.best[512] == -7 and variant.penalty[512] == math.inf
+    text = page([variant], runs, [], 0.5)
+    assert "diverged (1 of 3)" in text and "3 seeds, 1 run diverged" in text
+    assert "its neighbour -6 diverged" in said(runs)
+
+
+def test_runs_that_diverged_above_the_optimum_harm_nothing():
+    runs = sweep(diverges_above=lambda width: -4.5)
+    variant = only(runs)
+    assert variant.diverged == 2 * 2 * len(WIDTHS) and variant.drift.octaves < 1e-9
+    assert "FAIL" not in said(runs)
+
+
+def test_a_smallest_width_that_always_diverged():
+    runs = sweep(diverges_above=lambda width: -20 if width == 64 else 0)
+    variant = only(runs)
+    assert variant.best[64] is None and variant.order.rate is None and set(variant.penalty.values()) == {None}
+    assert said(runs).count("FAIL") == 2
+
+
+# Verdicts of transfer
+
+
+def test_a_drift_passes_or_fails_by_the_bound():
+    runs = sweep(optimum=lambda width: -6.2 + 0.2 * math.log2(width / 64))
+    assert "FAIL    mup: the learning rate does not transfer: the optimum drifts 0.60 ± 0.00 octaves" in said(runs)
+    assert "PASS    mup: the learning rate transfers: the optimum drifts 0.60 ± 0.00 octaves" in said(runs, max_drift=0.61)
+
+
+def test_controls_decide_nothing_but_must_fail():
+    drifting = sweep("sp", lambda width: -5.5 - math.log2(width / 64))
+    lines = said(sweep() + drifting)
+    assert "CONTROL sp does not transfer, as it should not: the optimum drifts 3.00" in lines
+    assert "FAIL" not in lines and "WARNING" not in lines
+    lines = said(sweep() + sweep("sp model.gains=vector"))
+    assert "CONTROL sp model.gains=vector transfers, and should not" in lines
+    assert "WARNING the control sp model.gains=vector transfers as well: this sweep cannot tell" in lines
+    lines = said(sweep() + sweep("other", lambda width: -5.5 - math.log2(width / 64)), controls=["other"])
+    assert "CONTROL other does not transfer" in lines and "FAIL" not in lines
+    assert "WARNING no control" in said(sweep())
+    assert "spare: the learning rate" in said(sweep() + sweep("spare"))  # sp is a word, not a beginning
+
+
+def test_what_weakens_a_verdict_is_told():
+    assert "mup: 3 runs of the grid missing" in said(sweep()[3:])
+    runs = sweep()
+    runs[5].settings["data.batch_size"] = 4
+    assert "mup: its runs differ in more than width, learning rate and seed: data.batch_size" in said(runs)
+
+
+# Wider is better
+
+
+def curves(width_loss: Callable[[int, int, int], float], seeds=(0, 1, 2), rate: float = -6, **options) -> list[Run]:
+    """A sweep whose training losses at one rate are width_loss(width, step, seed)."""
+    runs = sweep(seeds=seeds, **options)
+    for run in runs:
+        if run.lr == 2.0**rate:
+            run.train_loss[:] = [width_loss(run.width, step, run.seed) for step in run.logged]
+    return runs
+
+
+def falling(width: int, step: int, seed: int) -> float:
+    batch = 0.3 * math.sin(step + 7 * seed)  # common to all widths: the pairing must take it away
+    return 8 - math.log2(width) * (1 - math.exp(-step / 50)) / 4 + batch
+
+
+def test_wider_is_better_where_seeds_share_their_batches():
+    variant = only(curves(falling))
+    assert variant.order.better and variant.order.held == variant.order.compared == 3 * len(LOGGED)
+    for pair in variant.order.pairs:
+        assert pair.noise == pytest.approx(0, abs=1e-12) and pair.seeds == 3
+        assert pair.difference == pytest.approx([-(1 - math.exp(-step / 50)) / 4 for step in LOGGED])
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_one_crossing_at_one_step_is_caught(seeds):
+    def crossing(width: int, step: int, seed: int) -> float:
+        return falling(width, step, seed) + (0.3 if (width, step) == (256, 51) else 0)
+
+    runs = curves(crossing, seeds)
+    assert "PASS    mup: wider" in said(curves(falling, seeds))
+    assert re.search(
+        r"FAIL    mup: wider is not always better .*: in 59 of 60 .* step 51, width 256 less 128: \+0.1\d+ nats", said(runs)
+    )
+
+
+def test_twice_the_noise_is_the_bound():
+    assert Pair(64, 128, [1, 11, 21], np.array([0.19, 0.21, math.inf]), 0.1, 2).holds.tolist() == [True, False, False]
+    assert Pair(64, 128, [1, 11], np.array([0.0, 1e-9]), 0.0, 1).holds.tolist() == [True, False]
+
+
+def test_what_noise_explains_is_no_crossing():
+    def noisy(size: float):
+        return lambda width, step, seed: 5.0 + size * float(np.random.default_rng([width, step, seed]).normal()) - 1e-3 * width
+
+    order = only(curves(noisy(0.01))).order
+    # Two widths' seeds, independent: variances add. 20 steps x 2 degrees of freedom give it to a fifth.
+    assert order.pairs[0].noise == pytest.approx(0.01 * math.sqrt(2) / math.sqrt(3), rel=0.2)
+    assert order.better
+    worse = only(curves(lambda width, step, seed: 5.0 + 0.001 * width + noisy(0.001)(0, step, seed))).order
+    assert worse.held == 0
+
+
+def test_a_wider_run_that_diverges_is_worse_and_a_narrower_one_is_not():
+    runs = sweep(diverges_above=lambda width: -6.5 if width == 256 else 0)
+    order = only(runs).order
+    narrow, middle, wide = order.pairs
+    assert narrow.holds.all() and not middle.holds[3:].any() and wide.holds[3:].all()
+    assert "wider diverged" in said(runs)
+    both = only(sweep(diverges_above=lambda width: -6.5 if width > 128 else 0)).order
+    assert both.pairs[2].steps == LOGGED[:3]  # where both diverged there is nothing to compare
+
+
+def test_losses_after_a_divergence_mean_nothing():
+    run = make_run("mup", 64, -6, 0, math.inf, diverged_at=31)
+    run.train_loss[:] = [5.0] * len(LOGGED)
+    assert training_losses(run, LOGGED).tolist() == [5.0] * 3 + [math.inf] * (len(LOGGED) - 3)
+
+
+def test_the_rate_to_compare_at_can_be_chosen():
+    assert only(sweep()).order.rate == -6 and only(sweep(), rate=-8.0).order.rate == -8
+    with pytest.raises(ConfigError, match=r"--lr 2\^-8.5: mup has no run at it; there are: 2\^-10, "):
+        analyse(sweep(), rate=-8.5)
+    absent = [run for run in sweep() if (run.width, run.lr) != (256, 2**-8)]
+    assert re.search(r"FAIL .*wider is not always better .*; no run at width 256", said(absent, rate=-8.0))
+    apart = [run for run in sweep() if run.seed == (run.width == 64)]
+    assert "widths 64 and 128 share no seed and step" in said(apart)
+
+
+# The page
+
+
+def test_the_page_has_what_a_reader_looks_for():
+    runs = sweep(noise=0.01) + sweep("sp", lambda width: -5.5 - math.log2(width / 64)) + sweep("a|b model.n_kv_head=1")
+    variants = analyse(runs)
+    assert [variant.name for variant in variants] == ["mup", "a|b model.n_kv_head=1", "sp"]
+    text = page(variants, runs, judge(variants, runs, 0.5), 0.5)
+    assert re.match(r"# .*\n\n- \*\*PASS\*\* mup: the learning rate transfers", text)
+    assert "| variant | transfers | drift" in text and "## sp (control)" in text and r"a\|b model.n\_kv\_head=1" in text
+    assert re.search(r"\| 64 \| 5\.\d{3} ± 0\.\d{3} \|.* \| \*\*5\.\d{3} ± 0\.\d{3}\*\* \|", text)
+    assert "- `data.seq_len` = 128" in text and "- sp: `optim.rule` = sp" in text and "model.d_model" not in text
+    assert "\n| variant" not in page(variants[:2], runs, [], 0.5)
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == 10
+    for table in tables:  # every row as wide as its head
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+
+
+def test_the_same_runs_give_the_same_bytes(tmp_path):
+    runs = sweep(noise=0.01) + sweep("sp", lambda width: -5.5 - math.log2(width / 64), diverges_above=lambda width: -4.5)
+    for name in ("one", "two"):
+        write(runs, tmp_path / name, 0.5)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == [f"loss_against_{x}.{kind}" for x in ("rate", "step") for kind in ("png", "svg")] + ["report.md"]
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert (tmp_path / "one" / names[0]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_show_the_losses_that_matter():
+    variants = analyse(sweep() + [make_run("mup", 1024, rate, 0, 400.0 if rate == -3 else 3.0 + abs(rate + 6)) for rate in RATES])
+    low, high = plots.loss_range(variants)
+    assert low < 3.0 and 5.0 < high < 10
+    assert plots.loss_range(analyse(sweep(diverges_above=lambda width: -20))) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "runs", [sweep(seeds=[0]), sweep(diverges_above=lambda width: -20), sweep("$x_{1}") + sweep() + sweep("sp")]
+)
+def test_odd_sweeps_can_be_drawn(runs, tmp_path):
+    write(runs, tmp_path, 0.5)
+
+
+# The command
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("transfer_report", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_passing_and_failing_sweeps(tmp_path, capsys):
+    append(tmp_path / "mup" / FILE, sweep())
+    append(tmp_path / "sp" / FILE, sweep("sp", lambda width: -5.5 - math.log2(width / 64)))
+    assert script().main([str(tmp_path / "mup"), str(tmp_path / "sp" / FILE)]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("PASS    mup: the learning rate transfers") and not err
+    page = (tmp_path / "mup/report/report.md").read_text()
+    assert all(line.split(maxsplit=1)[1] in page for line in out.splitlines()[:-1])
+    out = tmp_path / "elsewhere"
+    args = [str(tmp_path / "mup"), "--out", str(out), "--max-drift", "0", "--lr", "2^-7"]
+    assert script().main([*args, "--control", "mup"]) == 2
+    append(tmp_path / "mup" / FILE, sweep("mup x=1", lambda width: -6.2 + 0.1 * math.log2(width)))
+    assert script().main([*args]) == 1
+    assert "learning rate 2^-7" in (out / "report.md").read_text()
+
+
+def mistakes() -> dict[str, tuple[list[Run] | None, list[str], str]]:
+    return {
+        "missing": (None, [], r"runs.jsonl: cannot read it: No such file or directory"),
+        "one width": (sweep(widths=[64]), [], r"mup: one width only \(64\): nothing to compare"),
+        "two rates": (sweep(rates=[-7, -6]), [], r"mup: 2 learning rates: an optimum needs at least 3"),
+        "unequal": (sweep()[1:] + [make_run("mup", 64, -10, 0, 4.0, steps=300)], [], r"mup: runs of 200 and 300 steps"),
+        "control": (sweep(), ["--control", "spp"], r"--control spp: no such variant; there are: mup"),
+        "controls only": (sweep("sp"), [], r"nothing to judge: sp: only controls"),
+        "drift": (sweep(), ["--max-drift", "-1"], r"--max-drift -1.0: must be 0 or more"),
+        "rate": (sweep(), ["--lr", "0.3"], r"--lr 2\^-1.7\d*: mup has no run at it"),
+        "out": (sweep(), ["--out", "/dev/null/report"], r"/dev/null/report: Not a directory"),
+    }
+
+
+@pytest.mark.parametrize("name", mistakes())
+def test_mistakes_are_one_line_and_exit_code_2(name, tmp_path, capsys):
+    runs, args, message = mistakes()[name]
+    if runs:
+        append(tmp_path / FILE, runs)
+    before = sorted(tmp_path.rglob("*"))
+    assert script().main([str(tmp_path), *args]) == 2
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"error: .*\n", err) and re.search(message, err) and not out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_rate_that_is_none(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        script().main([str(tmp_path), "--lr", "-1"])
+    assert exit.value.code == 2 and "no learning rate; write 2^-6 or 0.015625" in capsys.readouterr().err
+
+
+def test_without_matplotlib(tmp_path, capsys, monkeypatch):
+    append(tmp_path / FILE, sweep())
+    monkeypatch.delitem(sys.modules, "mutransformer.study.plots")
+    monkeypatch.delattr("mutransformer.study.plots")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert script().main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: figures need matplotlib: pip install 'mutransformer[plots]'\n"
+    assert not (tmp_path / "report").exists()
+
+
+def test_the_command_itself_never_starts_jax(tmp_path):
+    path = tmp_path / FILE
+    append(path, sweep())
+    # A JAX that cannot be imported: whoever tries ends in a traceback.
+    (tmp_path / "jax.py").write_text("raise RuntimeError('JAX was imported')")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    def command() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, SCRIPT, path], env=env, capture_output=True, text=True, timeout=50)
+
+    done = command()
+    assert done.returncode == 0 and not done.stderr and f"report: {tmp_path}/report/report.md\n" in done.stdout
+    path.write_bytes(path.read_bytes()[:-30])
+    done = command()
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(rf"error: .*{FILE}:64: cut short; the same sweep, run again, mends it\n", done.stderr)
