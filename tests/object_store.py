@@ -17,30 +17,33 @@ class ObjectStore(AbstractFileSystem):
     protocol = "objects"
     cachable = False
 
+    def _name(self, path: str) -> str:
+        return str(self._strip_protocol(path))
+
     def _file(self, path: str) -> Path:
-        return Path(os.environ["OBJECT_STORE"]) / self._strip_protocol(path).lstrip("/")
+        return Path(os.environ["OBJECT_STORE"]) / self._name(path).lstrip("/")
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         file = self._file(path)
         if file.is_file():
             return {
-                "name": self._strip_protocol(path),
+                "name": self._name(path),
                 "size": file.stat().st_size,
                 "type": "file",
                 "etag": file.stat().st_mtime_ns,
             }
         if file.is_dir():
-            return {"name": self._strip_protocol(path), "size": 0, "type": "directory"}
+            return {"name": self._name(path), "size": 0, "type": "directory"}
         raise FileNotFoundError(path)
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-        file, name = self._file(path), self._strip_protocol(path).rstrip("/")
+        file, name = self._file(path), self._name(path).rstrip("/")
         if not file.is_dir():
             raise FileNotFoundError(path)
         found = [self.info(f"{name}/{below.name}") for below in sorted(file.iterdir()) if not below.name.startswith(".")]
         return found if detail else [entry["name"] for entry in found]
 
-    def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+    def _open(self, path: str, mode: str = "rb", *_: Any, **__: Any) -> Any:
         if mode == "rb":
             return open(self._file(path), "rb")
         if mode != "wb":

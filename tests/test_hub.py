@@ -83,8 +83,9 @@ def test_a_folder_in_the_hubs_layout_and_its_own_splits(tmp_path: Path) -> None:
         ({"column": "content"}, r"data\.column = content: no such column; .*two has id, text"),
         ({"path": str(tmp_path / "none")}, r"data\.path = .*none: .*"),
     ):
+        changed: dict[str, Any] = {**given, "path": str(two), **settings}
         with pytest.raises(ConfigError, match=message) as error:
-            prepare(DataConfig(**(given | {"path": str(two)} | dict(settings))))
+            prepare(DataConfig(**changed))
         assert "\n" not in str(error.value)
 
 
