@@ -193,6 +193,17 @@ def test_a_shard_that_is_there_is_not_made_again(root: str, tmp_path: Path) -> N
     assert {path.name[:5] for path in before if after[path] != before[path]} == {"00003", "00007"}
 
 
+def test_progress_is_told_with_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    text(tmp_path)
+    monkeypatch.setattr(build, "_REPORT", 0.0)
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr(build.time, "monotonic", lambda: float(next(clock)))
+    with caplog.at_level("INFO"):
+        prepare(DataConfig(**config(tmp_path, str(tmp_path / "cache"))))
+    told = [r.getMessage() for r in caplog.records if " left" in r.getMessage()]
+    assert told[0] == "data: 1 of 12 shards, about 00:01:50 left" and told[-1] == "data: 11 of 12 shards, about 00:00:10 left"
+
+
 def test_two_processes_may_prepare_the_same(root: str, tmp_path: Path) -> None:
     text(tmp_path, copies=20)
     for process in [prepare_data(arguments(tmp_path, root)) for _ in range(3)]:

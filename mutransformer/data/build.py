@@ -173,26 +173,22 @@ class _signs_of_life:
 
 def _make(job: Job, parts: Sequence[Part], indices: list[int], processes: int) -> None:
     size = sum(parts[i].size for i in indices)
-    workers = min(processes, len(indices))
+    workers, progress = min(processes, len(indices)), _Progress(job, len(indices))
     if workers <= 1 or (0 < size <= _ALONE):
-        for n, i in enumerate(indices):
+        for n, i in enumerate(indices, start=1):
             _shard(job, parts[i], i, threads=processes)
-            _progress(job, n + 1, len(indices), time.monotonic())
+            progress.at(n)
         return
     # Not forked: JAX and tokenizers have threads. Killed with their parent, see _start.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start) as pool:
-        started = time.monotonic()
         futures: set[Future[None]] = {pool.submit(_shard, job, parts[i], i, 1) for i in indices}
         try:
-            shown = started
             while futures:
                 done, futures = wait(futures, timeout=_REPORT, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
-                if time.monotonic() - shown >= _REPORT:
-                    shown = time.monotonic()
-                    _progress(job, len(indices) - len(futures), len(indices), started)
+                progress.at(len(indices) - len(futures))
         except BrokenProcessPool:
             raise ConfigError(
                 f"{job.key}: a process that tokenised was killed, perhaps for memory; lower data.processes"
@@ -215,10 +211,19 @@ def _start() -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
-def _progress(job: Job, done: int, of: int, started: float) -> None:
-    if 0 < done < of:
-        left = (time.monotonic() - started) / done * (of - done)
-        _log.info("%s: %d of %d shards, about %s left", job.key, done, of, time.strftime("%H:%M:%S", time.gmtime(left)))
+class _Progress:
+    """Tells now and then how many of the shards are made, and about how long the rest will take."""
+
+    def __init__(self, job: Job, n: int):
+        self._job, self._n = job, n
+        self._started = self._told = time.monotonic()
+
+    def at(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self._told >= _REPORT and 0 < done < self._n:
+            self._told = now
+            left = time.strftime("%H:%M:%S", time.gmtime((now - self._started) / done * (self._n - done)))
+            _log.info("%s: %d of %d shards, about %s left", self._job.key, done, self._n, left)
 
 
 def _report(job: Job, notes: list[dict[str, Any]]) -> None:
