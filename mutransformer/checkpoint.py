@@ -30,9 +30,9 @@ FREE = {
     "model.head_chunk",
     "optim.accumulate",
     *(f"{section}." for section in ("mesh", "distributed", "eval", "log", "checkpoint", "profile")),
-    "data.",  # but for the two below: what they decide is in the fingerprints of tokens and tokenizer
+    "data.",  # but for those below: what they decide is in the fingerprints of tokens and tokenizer
 }
-BOUND = {"data.seq_len", "data.batch_size"}
+BOUND = {"data.seq_len", "data.batch_size", "data.rows", "data.truncated_eos"}
 ITEMS = ("state", "run")  # the folders in a checkpoint
 SEAL = "sha256.json"  # in a checkpoint: the hash of each of its other files
 UNSEALED = (SEAL, "_CHECKPOINT_METADATA")  # Orbax writes times into the latter at the very end
@@ -122,7 +122,7 @@ class Checkpoints:
         """
         saved = self._run(step)
         config = self._config
-        ours, theirs = flatten(config), saved["config"]
+        ours, theirs = flatten(config), flatten(Config()) | saved["config"]  # what came later did what it does by default
         for key in ("tokens", "tokenizer"):  # what else is in a fingerprint has a key of its own
             ours[f"fingerprint.{key}"], theirs[f"fingerprint.{key}"] = data[key], saved["data"].get(key)
         differing = [

@@ -10,31 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from mutransformer.data_config import DataConfig, MixedSourceConfig, SourceConfig
+from mutransformer.errors import ConfigError, check, check_path
+
+# What other modules take from here, wherever it is written.
+__all__ = ["Config", "ConfigError", "DataConfig", "MixedSourceConfig", "SourceConfig", "check"]
+
 Activation = Literal["relu", "sqrelu", "gelu", "silu", "swiglu"]
 AttentionActivation = Literal["softmax", "sqrelu", "elu", "norm_sqrelu", "norm_elu"]
 Rule = Literal["sp", "mup", "abs_mup", "mup_table8", "completep", "completed_p"]
 Float = Literal["float32", "bfloat16", "float16"]
 
 DEPTH_RULES = ("completep", "completed_p")  # those that scale with n_layer / n_layer_base
-
-
-class ConfigError(ValueError):
-    """A setting that a user can mend: one line that names the key, its value and what would be right."""
-
-
-def check(ok: bool, message: str) -> None:
-    """Raises ConfigError(message) unless ok."""
-    if not ok:
-        raise ConfigError(message)
-
-
-def _check_path(key: str, path: str) -> None:
-    try:
-        Path(path).expanduser()
-    except RuntimeError:
-        raise ConfigError(f"{key} = {path}: there is no such user") from None
-    check("\0" not in path, f"{key} = {path!r}: no path")
-    check("://" not in path, f"{key} = {path}: only local paths can be read and written so far")
 
 
 @dataclass(frozen=True)
@@ -116,41 +103,6 @@ class ModelConfig:
         if self.n_vocab is None:
             raise ConfigError("model.n_vocab is not known yet: it comes from the tokenizer, or set it")
         return -(-self.n_vocab // self.vocab_multiple) * self.vocab_multiple
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is trained on: documents, a tokenizer, and rows of seq_len tokens cut from the documents joined by eos."""
-
-    source: Literal["stdlib", "text"] = "stdlib"  # stdlib: the source code of Python's own library; text: `files`
-    files: list[str] = field(default_factory=list)  # globs of UTF-8 text files, a document each, for source: text
-    tokenizer: Literal["sentencepiece", "bytes"] = "sentencepiece"
-    tokenizer_file: Optional[str] = None  # a SentencePiece .model; None: one is trained on the train split
-    vocab_size: int = 4096  # pieces of the SentencePiece model that is trained
-    validation_share: float = 0.05  # of the documents, chosen by a hash of their name
-    test_share: float = 0.05
-    seq_len: int = 256  # tokens a row
-    batch_size: int = 16  # rows a step, over all devices and processes
-    cache_dir: str = "~/.cache/mutransformer"  # tokenizers and token files
-    threads: int = 2  # that read ahead
-    prefetch: int = 8  # batches read ahead; 0: none, in the main thread
-
-    def __post_init__(self) -> None:
-        for key in ("batch_size", "threads"):
-            check(getattr(self, key) >= 1, f"data.{key} = {getattr(self, key)}: must be at least 1")
-        check(self.seq_len >= 2, f"data.seq_len = {self.seq_len}: must be at least 2")
-        check(self.prefetch >= 0, f"data.prefetch = {self.prefetch}: must not be negative")
-        check(self.vocab_size >= 300, f"data.vocab_size = {self.vocab_size}: must be at least 300 (256 bytes and some pieces)")
-        for key in ("validation_share", "test_share"):
-            check(0 < getattr(self, key) < 0.5, f"data.{key} = {getattr(self, key)}: must lie between 0 and 0.5")
-        check(
-            self.source != "text" or bool(self.files), "data.files is empty: data.source = text needs at least one file or glob"
-        )
-        check(self.source == "text" or not self.files, "data.files is set: it needs data.source=text")
-        for pattern in self.files:
-            _check_path("data.files", pattern)
-        _check_path("data.cache_dir", self.cache_dir)
-        _check_path("data.tokenizer_file", self.tokenizer_file or "")
 
 
 @dataclass(frozen=True)
@@ -326,7 +278,7 @@ class Config:
             bool(self.name) and not self.name.startswith(".") and not set(self.name) & set("/\\\0"),
             f"name = {self.name!r}: must be a plain folder name; the place is set by workdir",
         )
-        _check_path("workdir", self.workdir)
+        check_path("workdir", self.workdir)
         check(0 <= self.seed < 2**31, f"seed = {self.seed}: must lie in 0 ... 2^31 - 1")
         check(self.steps >= 1, f"steps = {self.steps}: must be at least 1")
         check(
@@ -394,8 +346,11 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def flatten_nested(nested: Any) -> dict[str, Any]:
-    """The same for nested dictionaries."""
+    """The same for nested dictionaries; an empty one stays."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
+        if isinstance(value, dict) and value:
+            flat.update({f"{key}.{k}": v for k, v in flatten_nested(value).items()})
+        else:
+            flat[key] = value
     return flat

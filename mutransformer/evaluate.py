@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
+import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -14,7 +15,7 @@ from jaxtyping import Integer
 from mutransformer.checkpoint import Checkpoints
 from mutransformer.config import Config, ConfigError
 from mutransformer.data import pipeline
-from mutransformer.data.corpus import TokenFile, prepare
+from mutransformer.data.corpus import Mixture, prepare
 from mutransformer.data.pipeline import Batch
 from mutransformer.mesh import check_fits, data_share, make_mesh, put
 from mutransformer.model import Transformer
@@ -27,6 +28,9 @@ EvalStep = Callable[[Transformer[Array], Batch], tuple[Array, Array]]
 AHEAD = 4  # batches that may wait for the device: enough to keep it busy, few enough to hold in memory
 
 
+COUNTED = 1 << 26  # tokens of a split that unigrams and bigrams are counted in, at most: a gigabyte of memory
+
+
 class Interrupted(Exception):
     """The run was asked to stop within an evaluation: what was summed so far is no result."""
 
@@ -36,7 +40,7 @@ def evaluate(
     params: Transformer[Array],
     batches: Iterable[Batch],
     mesh: Mesh,
-    tokens: TokenFile,
+    tokens: Mixture,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """The mean loss over the batches' targets.
@@ -70,7 +74,7 @@ def evaluate(
     return results(math.fsum(nats) / sum(counts), tokens)
 
 
-def results(loss: float, tokens: TokenFile) -> dict[str, float]:
+def results(loss: float, tokens: Mixture) -> dict[str, float]:
     """Loss in nats a token, its perplexity, and bits per byte of the split's text."""
     bits = loss / math.log(2) * tokens.n_tokens / max(1, tokens.n_bytes)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}
@@ -86,7 +90,7 @@ def score(config: Config) -> dict[str, Any]:
         ConfigError: the run, its checkpoint or its data are not there or do not fit the config.
     """
     mesh = make_mesh(config.mesh)
-    corpus = prepare(config.data)
+    corpus = prepare(config.data, jax.process_count(), jax.process_index())
     config = config.with_vocab(corpus.tokenizer.n_vocab)
     check_fits(config, mesh)
     with closing(Checkpoints(config, read_only=True)) as checkpoints:
@@ -98,7 +102,7 @@ def score(config: Config) -> dict[str, Any]:
     held_out, n_vocab = corpus.splits[config.eval.split], corpus.tokenizer.n_vocab
     batches = pipeline.eval_batches(held_out, config.data, None, *data_share(mesh), n_vocab)
     model = evaluate(make_eval_step(config, mesh, corpus.tokenizer.bos_id), state.params, batches, mesh, held_out)
-    counted = ngram_losses(corpus.splits["train"].tokens, held_out.tokens, n_vocab)
+    counted = ngram_losses(corpus.splits["train"].first(COUNTED), held_out.first(COUNTED), n_vocab)
     return {
         "run": str(config.rundir),
         "step": step,

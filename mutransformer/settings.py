@@ -1,8 +1,10 @@
 """Reading settings from YAML files and `key=value` overrides, and showing them. Does not import JAX."""
 
+import dataclasses
 import inspect
 import re
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mutransformer import config as config_module
-from mutransformer.config import Config, ConfigError, check, flatten, flatten_nested
+from mutransformer.config import Config, ConfigError, check, flatten_nested
 
 
 def load(args: Sequence[str]) -> Config:
@@ -77,14 +78,34 @@ def to_yaml(config: Config) -> str:
 
 def describe() -> str:
     """Every setting with its default, and its comment as it stands in the source."""
-    comments, owner = {}, ""
-    for line in inspect.getsource(config_module).splitlines():
-        if found := re.match(r"class (\w+)Config\b|class Config\b", line):
-            owner = f"{found[1].lower()}." if found[1] else ""
-        elif found := re.match(r"    (\w+): .*?  # (.*)", line):
-            comments[owner + found[1]] = re.sub(r"\bNone\b", "null", found[2])
-    lines = []
-    for key, default in flatten(Config()).items():
+    return "\n".join(_describe(Config(), ""))
+
+
+def _describe(config: Any, at: str) -> Iterator[str]:
+    comments = _comments(type(config))
+    for field in dataclasses.fields(config):
+        default = getattr(config, field.name)
+        if dataclasses.is_dataclass(default):
+            yield from _describe(default, f"{at}{field.name}.")
+            continue
         value = {"None": "null", "True": "true", "False": "false"}.get(str(default), default)
-        lines += [f"  {key} = {value}", *([f"      {comments[key]}"] if key in comments else [])]
-    return "\n".join(lines)
+        yield f"  {at}{field.name} = {value}"
+        if field.name in comments:
+            yield f"      {comments[field.name]}"
+        if typing.get_origin(field.type) is dict:  # of named groups of settings
+            yield from _describe(typing.get_args(field.type)[1](), f"{at}{field.name}.NAME.")
+
+
+def _comments(of: type) -> dict[str, str]:
+    """Of each field: the comment on the lines above it, then the one on its own line."""
+    comments: dict[str, str] = {}
+    for owner in (cls for cls in reversed(of.__mro__) if dataclasses.is_dataclass(cls)):
+        above: list[str] = []
+        for line in inspect.getsource(owner).splitlines():
+            if found := re.match(r"    # (.*)", line):
+                above.append(found[1])
+                continue
+            if found := re.match(r"    (\w+): .*?  # (.*)", line):
+                comments[found[1]] = re.sub(r"\bNone\b", "null", " ".join([f"{found[2]}.", *above] if above else [found[2]]))
+            above = []
+    return comments

@@ -1,5 +1,6 @@
 """A training run: assemble, restore or start, loop, close. The order of events, and nothing else."""
 
+import shutil
 from contextlib import closing
 
 import jax
@@ -32,7 +33,7 @@ def train(config: Config) -> int:
         NonFiniteLoss: the loss became NaN or infinite; the newest checkpoint is from before.
     """
     mesh = make_mesh(config.mesh)
-    corpus = prepare(config.data)
+    corpus = prepare(config.data, jax.process_count(), jax.process_index())
     config = config.with_vocab(corpus.tokenizer.n_vocab)
     check_fits(config, mesh)
     share, n_vocab, bos = data_share(mesh), corpus.tokenizer.n_vocab, corpus.tokenizer.bos_id
@@ -102,18 +103,21 @@ def _tagged(group: str, result: dict[str, float]) -> dict[str, float]:
 
 
 def _describe(config: Config, mesh: Mesh, corpus: Corpus, start: int, log: Metrics) -> None:
-    """What is run on what, for the console; and the resolved config beside the checkpoints."""
+    """What is run on what, for the console; and the resolved config and the tokenizer beside the checkpoints."""
     if jax.process_index() == 0:
         (config.rundir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        for name, path in corpus.tokenizer.files().items():
+            shutil.copyfile(path, config.rundir / name)
     weights = specs(config)
     total, layers = (sum(w.size for w in jax.tree.leaves(tree)) for tree in (weights, weights.blocks))
     x, y = mesh.shape["x"], mesh.shape["y"]
     kind = mesh.devices.flat[0].device_kind
     text = corpus.splits["train"]
+    sources = " + ".join(config.data.sources) or config.data.source
     epochs = config.steps * config.tokens_per_step / text.n_tokens
     log.note(f"mutransformer {__version__}, JAX {jax.__version__}, {mesh.size} x {kind} as mesh {x} x {y}")
     log.note(f"model: width {config.model.d_model}, {config.model.n_layer} layers, {total:,} parameters ({layers:,} in layers)")
     log.note(f"rule: {config.optim.rule}, learning rate {config.optim.lr:g} at width {config.model.d_base}")
-    log.note(f"data: {config.data.source}, {text.n_tokens:,} tokens to train on, {text.n_bytes / text.n_tokens:.2f} bytes each")
+    log.note(f"data: {sources}, {text.n_tokens:,} tokens to train on, {text.n_bytes / text.n_tokens:.2f} bytes each")
     log.note(f"run: {config.steps:,} steps of {config.tokens_per_step:,} tokens, {epochs:.2f} epochs")
     log.note(f"folder: {config.rundir}" + (f"; goes on after step {start}" if start else ""))

@@ -20,7 +20,7 @@ from mutransformer.settings import load
 config = load(sys.argv[2:])
 connect(config.distributed)
 mesh = make_mesh(config.mesh)
-corpus = prepare(config.data)
+corpus = prepare(config.data, jax.process_count(), jax.process_index())
 n_vocab = corpus.tokenizer.n_vocab
 batches = pipeline.train_batches(corpus.splits["train"], config.data, config.seed, *data_share(mesh), n_vocab)
 lines = []

@@ -18,6 +18,7 @@ import pytest
 
 from mutransformer import hardware
 from mutransformer.checkpoint import SEAL, Checkpoints, _hashes
+from mutransformer.data import cache
 from mutransformer.data.corpus import prepare
 from mutransformer.data.pipeline import fingerprint
 from mutransformer.launch import MISTAKE, launch
@@ -151,15 +152,15 @@ def test_other_meshes(args, message, settings, tmp_path, capsys, monkeypatch):
 FOLDER = "<folder>"  # stands for the test's own
 DATA = [
     (f"data.files=[{FOLDER}/none.txt]", r"data.files: .*/none.txt matches no file"),
-    (f"data.files=[{FOLDER}/latin.txt]", r"data.files: .*/latin.txt, line 2, byte 9: not UTF-8 \(invalid"),
+    (f"data.files=[{FOLDER}/latin.txt]", r"data: .*/latin.txt, line 2, byte 9: not UTF-8 \(invalid"),
 ]
 
 
 @pytest.mark.parametrize(("arg", "message"), DATA, ids=["missing file", "not UTF-8"])
 def test_data(arg, message, settings, tmp_path):
-    (tmp_path / "latin.txt").write_bytes(b"line one\n\xe9t\xe9\n")
+    (tmp_path / "latin.txt").write_bytes(b"line one\n\xe9t\xe9\n" + b"and more\n" * 30)
     check_told(command(tmp_path, *settings, arg.replace(FOLDER, str(tmp_path))), message)
-    assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
+    assert not (tmp_path / "runs").exists() and not list(tmp_path.glob("cache/*"))
 
 
 MORE_DATA = [
@@ -169,8 +170,8 @@ MORE_DATA = [
     (f"data.files=[{FOLDER}/tiny.txt]", r"tiny.txt'\]: 1 bytes of text are too few"),
     ("data.seq_len=4096", r"data.batch_size = 8, data.seq_len = 4096: the train split has \d+ tokens, a batch needs 32768"),
     ("model.n_vocab=258", r"model.n_vocab = 258: the tokenizer gives ids up to 258; set 259, or leave it out"),
-    (f"data.tokenizer_file={FOLDER}/text.txt", r"data.tokenizer_file is set: it needs data.tokenizer=sentencepiece"),
-    (f"data.cache_dir={FOLDER}/text.txt", r"data.cache_dir = .*/text.txt: cannot write there: Not a directory"),
+    (f"data.tokenizer_file={FOLDER}/text.txt", r"data.tokenizer_file is set: it needs data.tokenizer=sentencepiece or hf"),
+    (f"data.cache_dir={FOLDER}/text.txt", r"data.cache_dir = .*/text.txt: cannot write there: (Not a directory|File exists)"),
     (
         f"data.tokenizer=sentencepiece data.tokenizer_file={FOLDER}/none",
         r"data.tokenizer_file = .*/none: cannot read it: No such",
@@ -196,17 +197,17 @@ def test_other_data_and_tokenizers(args, message, settings, tmp_path, capsys, mo
 
 def test_token_outside_the_vocabulary(settings, tmp_path, capsys, monkeypatch):
     """A token file that is whole by its checksums and yet wrong: told with file, row and id when the row is read."""
-    file = prepare(load(settings).data).splits["train"].path
-    tokens = np.fromfile(file, "<u2")
-    tokens[:] = 259
-    tokens.tofile(file)
+    (tokens,) = prepare(load(settings).data).splits["train"].sources
+    file = tokens.sections[0].reader.path
+    data = bytearray(file.read_bytes())
+    data[: 2 * tokens.n_tokens] = np.full(tokens.n_tokens, 259, "<u2").tobytes()
+    file.write_bytes(data)
     manifest = file.with_name("manifest.json")
     entry = json.loads(manifest.read_bytes())["entry"]
-    entry["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    whole = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
-    manifest.write_text(json.dumps({"entry": entry, "sha256": whole}))
+    entry["shards"][0]["sha256"] = hashlib.sha256(data).hexdigest()
+    manifest.write_bytes(cache.seal(entry))
     outcome = within(capsys, monkeypatch, *settings)
-    check_told(outcome, r"train.bin, row \d+: token id 259 is outside the vocabulary of 259")
+    check_told(outcome, r"00000-of-00001.bin, train token \d+: id 259 is outside the vocabulary of 259")
     assert not list((tmp_path / "runs/run/checkpoints").iterdir())
 
 

@@ -2,26 +2,25 @@
 
 import dataclasses
 import hashlib
-from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 import pytest
+from tokens import EOS, mixture
 
 from mutransformer.config import ConfigError, DataConfig
-from mutransformer.data.corpus import TokenFile
-from mutransformer.data.pipeline import Batch, Rows, eval_batches, fingerprint, loss_mask, train_batches
+from mutransformer.data.corpus import Mixture
+from mutransformer.data.pipeline import Batch, Batches, eval_batches, fingerprint, train_batches
+from mutransformer.data.rows import ConcatRows, loss_mask
 
 T, B = 5, 4
 N_ROWS = 37
 N_VOCAB = 1000
 
 
-def token_file(n_tokens: int = N_ROWS * T + 3) -> TokenFile:
+def token_file(n_tokens: int = N_ROWS * T + 3) -> Mixture:
     """Token i is i, so that every token tells its place."""
-    tokens = np.arange(n_tokens, dtype=np.uint16)
-    return TokenFile("train", Path("train.bin"), tokens, 1, n_tokens, fingerprint="f", tokenizer_fingerprint="t")
+    return mixture([list(range(n_tokens))])
 
 
 def config(**settings: Any) -> DataConfig:
@@ -42,9 +41,9 @@ def global_batches(n: int, n_process: int, seed: int = 0, **settings: Any) -> np
 
 
 def test_rows_are_consecutive_and_the_rest_is_left_out() -> None:
-    rows = Rows(token_file(), T, N_VOCAB)
+    rows = ConcatRows(token_file().sources[0], T, N_VOCAB)
     assert len(rows) == N_ROWS
-    assert rows[2].tolist() == [10, 11, 12, 13, 14] and rows[2].dtype == np.int32
+    assert rows[2].tokens.tolist() == [10, 11, 12, 13, 14] and rows[2].tokens.dtype == np.int32
 
 
 def test_a_batch_is_int32_with_every_target_counted() -> None:
@@ -84,7 +83,7 @@ def test_seeds_differ_and_are_not_each_others_later_epochs() -> None:
 @pytest.mark.parametrize("prefetch", [0, 4])
 @pytest.mark.parametrize("drawn", [0, 1, 13])
 def test_a_restored_iterator_goes_on_identically(prefetch: int, drawn: int) -> None:
-    def fresh() -> grain.DatasetIterator[Batch]:
+    def fresh() -> Batches:
         return train_batches(token_file(), config(prefetch=prefetch), 3, 2, 1, N_VOCAB)
 
     first, second = fresh(), fresh()
@@ -102,10 +101,10 @@ def test_a_restored_iterator_goes_on_identically(prefetch: int, drawn: int) -> N
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_an_id_outside_the_vocabulary_is_named(prefetch: int) -> None:
     batches = train_batches(token_file(), config(prefetch=prefetch), 0, 1, 0, n_vocab=N_ROWS * T - 1)
-    with pytest.raises(ValueError, match=r"^train\.bin, row 36: token id 184 is outside the vocabulary of 184\n"):
+    with pytest.raises(ValueError, match=r"shard, train token 184: id 184 is outside the vocabulary of 184\n"):
         take(batches, N_ROWS)
     batches.close()
-    with pytest.raises(ValueError, match=r"^train\.bin, row 37: token id 187 is outside the vocabulary of 187$"):
+    with pytest.raises(ValueError, match=r"shard, train token 187: id 187 is outside the vocabulary of 187$"):
         list(eval_batches(token_file(), config(), None, 1, 0, n_vocab=187))
 
 
@@ -120,7 +119,7 @@ def test_evaluation_counts_every_token_once_in_order(n_process: int, n_tokens: i
         assert all(part.tokens.shape == (B // n_process, T) and part.tokens.dtype == np.int32 for part in parts)
         tokens, mask = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         counted += tokens[mask].tolist()
-        assert (tokens[~mask] == n_tokens - 1).all()
+        assert (tokens[~mask] == EOS).all()
     assert counted == list(range(n_tokens))
 
 
@@ -165,5 +164,8 @@ def test_loss_mask_ends_with_the_document(eos: int, pad: int, expected: list[lis
 
 def test_fingerprint_changes_with_what_decides_the_batches() -> None:
     base = fingerprint(token_file(), config(), 0)
-    assert base == {"tokens": "f", "tokenizer": "t", "seq_len": T, "batch_size": B, "seed": 0}
+    assert base.keys() == {"tokens", "tokenizer", "rows", "truncated_eos", "seq_len", "batch_size", "seed"}
+    for other in (config(seq_len=6), config(batch_size=8), config(rows="pad"), config(rows="pad", truncated_eos=True)):
+        assert fingerprint(token_file(), other, 0) != base
+    assert fingerprint(token_file(), config(), 1) != base and fingerprint(token_file(90), config(), 0) != base
     assert fingerprint(token_file(), config(prefetch=7, threads=1), 0) == base

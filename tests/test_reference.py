@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from reference import KEYS, Case, read, settings
 
-from mutransformer.data.pipeline import Batch, loss_mask
+from mutransformer.data.pipeline import Batch
+from mutransformer.data.rows import loss_mask
 from mutransformer.mesh import make_mesh, put
 from mutransformer.model import specs
 from mutransformer.optim import make_optimizer

@@ -9,8 +9,9 @@ import sentencepiece
 
 from mutransformer.config import ConfigError, DataConfig
 from mutransformer.data.corpus import prepare
-from mutransformer.data.sources import documents
+from mutransformer.data.sources import open_source, shares_of
 from mutransformer.data.tokenize import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from mutransformer.data.vocabulary import training_texts
 
 SOURCE = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text(encoding="utf-8")
 TEXTS = [
@@ -82,9 +83,10 @@ def test_a_trained_tokenizer_sees_the_train_split_only(tmp_path: Path) -> None:
     corpus = prepare(config)
     tokenizer = corpus.tokenizer
     assert isinstance(tokenizer, SentencePieceTokenizer)
-    texts = {split: tokenizer.decode(file.tokens.astype(np.int32)) for split, file in corpus.splits.items()}
+    texts = {split: tokenizer.decode(text.first(text.n_tokens)) for split, text in corpus.splits.items()}
     assert sum(map(len, texts.values())) == len(SOURCE)
-    train = [d.data.decode() for d in documents(config) if d.split == "train"]
+    train = training_texts(config, [open_source(config.mixture["data"], "data", shares_of(config))])
+    assert sorted(map(len, train)) and sum(map(len, train)) == len(texts["train"]) < len(SOURCE)
     train_sentencepiece(train, 500, tmp_path / "expected.model")
     assert (tmp_path / "expected.model").read_bytes() == tokenizer.model_file.read_bytes()
     assert all(file.tokenizer_fingerprint == tokenizer.fingerprint for file in corpus.splits.values())
@@ -132,13 +134,6 @@ def test_a_truncated_model_is_refused(trained: SentencePieceTokenizer, tmp_path:
     path.write_bytes(trained.model_file.read_bytes()[:2000])
     with pytest.raises(ConfigError, match=r"data\.tokenizer_file = .*: not a SentencePiece model"):
         SentencePieceTokenizer(path)
-
-
-def test_a_tokenizer_file_needs_sentencepiece(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(SOURCE)
-    config = DataConfig(source="text", files=[f"{tmp_path}/text.txt"], tokenizer="bytes", tokenizer_file="a.model")
-    with pytest.raises(ConfigError, match=r"data\.tokenizer_file is set: it needs data\.tokenizer=sentencepiece"):
-        prepare(config)
 
 
 def test_a_vocabulary_too_large_names_the_largest(tmp_path: Path) -> None:

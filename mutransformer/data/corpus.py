@@ -1,46 +1,67 @@
-"""Token files: the documents of each split, tokenised once and cached as flat arrays."""
+"""What a run trains and is evaluated on: its tokenizer, and the tokens of its sources, from the cache or made now."""
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
+import resource
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import Integer
 
-from mutransformer.config import DataConfig, check
-from mutransformer.data import cache, sources
-from mutransformer.data.sources import SPLITS, Document, Split
-from mutransformer.data.tokenize import (
-    TRAINING_VERSION,
-    ByteTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    train_sentencepiece,
-)
-
-_SEGMENT = 1 << 20  # bytes of a document tokenised in one piece: SentencePiece takes some fifty times as much memory
-_CHUNK = 8 << 20  # bytes of text tokenised in one call
+from mutransformer.config import ConfigError, DataConfig, MixedSourceConfig, check
+from mutransformer.data import build, cache, hub
+from mutransformer.data.build import Host
+from mutransformer.data.cache import MANIFEST, Damaged, Store, seal, unseal
+from mutransformer.data.parts import SPLITS, Part, Split
+from mutransformer.data.shards import Tokens, dtype_for, first_outside, join, sections
+from mutransformer.data.sources import Source, open_source, shares_of
+from mutransformer.data.tokenize import Tokenizer, train_sentencepiece
+from mutransformer.data.vocabulary import open_tokenizer, training_texts
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TokenFile:
-    """The tokens of a split: its documents in order, an eos after each."""
+class Mixture:
+    """A split: that of each source, in the order of their names."""
 
     split: Split
-    path: Path
-    tokens: UInt[np.ndarray, " n"]  # mapped from the file
-    n_documents: int
-    n_bytes: int  # of the text in UTF-8, for a loss in bits per byte
-    fingerprint: str  # SHA-256 of the tokens
-    tokenizer_fingerprint: str
+    sources: tuple[Tokens, ...]
+    weights: tuple[float, ...]  # of the sources' rows in training
 
     @property
     def n_tokens(self) -> int:
-        return len(self.tokens)
+        return sum(tokens.n_tokens for tokens in self.sources)
+
+    @property
+    def n_documents(self) -> int:
+        return sum(tokens.n_documents for tokens in self.sources)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(tokens.n_bytes for tokens in self.sources)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokens, and where there are several sources of their names and weights."""
+        if len(self.sources) == 1:
+            return self.sources[0].fingerprint
+        return cache.digest([[t.source, w, t.fingerprint] for t, w in zip(self.sources, self.weights, strict=True)])
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.sources[0].tokenizer_fingerprint
+
+    def first(self, n: int) -> Integer[np.ndarray, " m"]:
+        """The first n tokens, or what there is, of the sources one after another."""
+        parts = []
+        for tokens in self.sources:
+            parts.append(tokens.read(0, n))
+            n -= len(parts[-1])
+        return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -48,110 +69,202 @@ class Corpus:
     """What a run trains and is evaluated on."""
 
     tokenizer: Tokenizer
-    splits: dict[Split, TokenFile]
+    splits: dict[Split, Mixture]
 
 
-def prepare(config: DataConfig) -> Corpus:
-    """The tokenizer and the token files for config, from data.cache_dir or built there.
+def prepare(config: DataConfig, n_process: int = 1, process: int = 0) -> Corpus:
+    """The tokenizer and the tokens for config, from data.cache_dir or put there.
 
-    Any number of processes may call it at once. Reads all of the text each time, to notice a change.
+    Any number of processes may call it at once; those of one job share the work if they say which they are. Reads all local text
+    each time, to notice a change, and all tokens, to notice damage.
+
+    Args:
+        config: of the data.
+        n_process: hosts of the job.
+        process: the index of this one.
 
     Raises:
-        ConfigError: something is wrong with the files, the tokenizer, its size, or the cache's folder.
+        ConfigError: something is wrong with the sources, the tokenizer, its size, or the cache.
     """
-    documents = sources.documents(config)
-    tokenizer = TOKENIZERS[config.tokenizer](config, documents)
-    data = sources.fingerprint(documents)
-    entry = cache.entry(
-        Path(config.cache_dir).expanduser(),
-        "tokens",
-        [data, tokenizer.fingerprint],
-        [f"{split}.bin" for split in SPLITS],
-        lambda at: {"data": data} | _write_tokens(at, documents, tokenizer),
-    )
-    return Corpus(tokenizer, _open_tokens(entry))
+    host, store = Host(n_process, process), Store(config.cache_dir, config.local_dir)
+    sources = {name: _source(config, name, store, host) for name in config.mixture}
+    tokenizer = open_tokenizer(config, store, host, [s for s in sources.values() if s])
+    opened = {
+        name: _made_elsewhere(config, name, tokenizer)
+        if source is None
+        else _tokens(config, name, source, tokenizer, store, host)
+        for name, source in sources.items()
+    }
+    weights = tuple(source.weight for source in config.mixture.values())
+    return Corpus(tokenizer, {split: Mixture(split, tuple(t[split] for t in opened.values()), weights) for split in SPLITS})
 
 
-def _sentencepiece(config: DataConfig, documents: list[Document]) -> Tokenizer:
-    if config.tokenizer_file is not None:
-        return SentencePieceTokenizer(Path(config.tokenizer_file).expanduser())
-    train = [document for document in documents if document.split == "train"]
+def train_tokenizer(config: DataConfig, path: Path) -> None:
+    """Trains a SentencePiece model of data.vocab_size pieces on the train splits, and writes it to path.
 
-    def write(at: Path) -> dict[str, Any]:
-        _log.info("training a SentencePiece tokenizer (%d pieces)", config.vocab_size)
-        train_sentencepiece([document.data.decode() for document in train], config.vocab_size, at / "tokenizer.model")
-        return {}
-
-    settings = [sources.fingerprint(train), config.vocab_size, TRAINING_VERSION]
-    entry = cache.entry(Path(config.cache_dir).expanduser(), "tokenizer", settings, ["tokenizer.model"], write)
-    return SentencePieceTokenizer(entry.folder / "tokenizer.model")
+    Raises:
+        ConfigError: something is wrong with the sources or the vocabulary's size.
+        OSError: path cannot be written.
+    """
+    store = Store(config.cache_dir, config.local_dir)
+    sources = [source for name in config.mixture if (source := _source(config, name, store, Host()))]
+    train_sentencepiece(training_texts(config, sources), config.vocab_size, path)
 
 
-def _bytes(config: DataConfig, documents: list[Document]) -> Tokenizer:
-    check(config.tokenizer_file is None, "data.tokenizer_file is set: it needs data.tokenizer=sentencepiece")
-    return ByteTokenizer()
+def plan(config: DataConfig) -> list[str]:
+    """Lines that tell what prepare() would do, without doing it but for reading what there is.
+
+    Raises:
+        ConfigError: as prepare().
+    """
+    store, lines = Store(config.cache_dir, config.local_dir), []
+    sources = {name: _source(config, name, store, Host(), pin=False) for name in config.mixture}
+    trained = config.tokenizer == "sentencepiece" and config.tokenizer_file is None
+    what = f"trained here, {config.vocab_size} pieces" if trained else config.tokenizer_file or ""
+    lines.append(f"tokenizer: {config.tokenizer} {what}".rstrip())
+    for name, source in sources.items():
+        settings = config.mixture[name] if source is None else source.config
+        told = {key: getattr(settings, key) for key in ("path", "subset", "revision", "files", "max_parts", "column")}
+        lines.append(f"{config.key(name)}: {settings.source} " + ", ".join(f"{k} {v}" for k, v in told.items() if v))
+        if source is not None:
+            parts = source.parts()
+            size = sum(part.size for part in parts)
+            own = bool(parts) and isinstance(getattr(parts[0], "split", None), str)
+            lines.append(f"  {len(parts)} shards to tokenise" + (f", {size:,} bytes of text" if size else ""))
+            lines.append("  splits: the source's own" if own else f"  splits: by hash, {_percent(config)}")
+    lines.append(f"cache: {config.cache_dir}, copies in {config.local_dir}" if store.remote else f"cache: {config.cache_dir}")
+    lines.append(f"rows: {config.rows} of {config.seq_len} tokens; {config.processes or _cores()} processes")
+    return lines
 
 
-TOKENIZERS: dict[str, Callable[[DataConfig, list[Document]], Tokenizer]] = {"bytes": _bytes, "sentencepiece": _sentencepiece}
+def _percent(config: DataConfig) -> str:
+    return f"validation {config.validation_share:.4%}, test {config.test_share:.4%}"
 
 
-def _open_tokens(entry: cache.Entry) -> dict[Split, TokenFile]:
-    files: dict[Split, TokenFile] = {}
-    for split in SPLITS:
-        path = entry.folder / f"{split}.bin"
-        facts = entry.facts["splits"][split]
-        files[split] = TokenFile(
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _source(config: DataConfig, name: str, store: Store, host: Host, pin: bool = True) -> Source | None:
+    """None for tokens made elsewhere. pin: a data set's newest commit is written down."""
+    settings, key = config.mixture[name], config.key(name)
+    if settings.source == "tokens":
+        return None
+    if settings.source == "hub" and settings.revision is None and not hub.is_folder(settings.path or ""):
+        settings = replace(settings, revision=_pinned(settings, key, store, host, pin))
+    return open_source(settings, key, shares_of(config))
+
+
+def _pinned(settings: MixedSourceConfig, key: str, store: Store, host: Host, pin: bool) -> str:
+    """The commit of a data set that this cache holds on to, so that a run never changes its data and needs no network later."""
+    assert settings.path is not None
+    name = f"pins/{cache.name_of([settings.path])}.json"
+    host.after_first(lambda: store.read(name) is not None)
+    try:
+        return unseal(name, store.read(name))["commit"]
+    except Damaged:
+        commit = hub.newest_commit(settings.path, key)
+        if pin:
+            store.write(name, seal({"path": settings.path, "commit": commit}))
+        return commit
+
+
+def _tokens(config: DataConfig, name: str, source: Source, tokenizer: Tokenizer, store: Store, host: Host) -> dict[Split, Tokens]:
+    shares, listed = shares_of(config), list[Part]()
+    decides = [source.identity, tokenizer.fingerprint, config.add_bos, *shares, config.on_bad_record]
+    folder, damaged = f"tokens-{cache.name_of(decides)}", set[int]()
+    for _ in range(3):
+        manifest = _manifest(store, folder)
+        if manifest is None or damaged:
+            listed = listed or source.parts()
+            job = build.Job(store, folder, config.key(name), len(listed), tokenizer, config.add_bos, shares, config.on_bad_record)
+            manifest = build.build(job, listed, damaged, config.processes or _cores(), host.n_process, host.process)
+            manifest |= {
+                "source": config.mixture[name].source,
+                "identity": cache.digest(source.identity),
+                "tokenizer": tokenizer.fingerprint,
+                "n_vocab": tokenizer.n_vocab,
+                "dtype": dtype_for(tokenizer.n_vocab),
+            }
+            store.write(f"{folder}/{MANIFEST}", seal(manifest))
+        tokens, damaged = _open(store, folder, name, manifest, tokenizer.eos_id)
+        if not damaged:
+            return tokens
+    raise ConfigError(f"data.cache_dir = {store.root}: what was just written there, {folder}, is damaged")
+
+
+def _manifest(store: Store, folder: str) -> dict[str, Any] | None:
+    data = store.read(f"{folder}/{MANIFEST}")
+    try:
+        return None if data is None and not store.names(folder) else unseal(MANIFEST, data)
+    except Damaged as error:
+        if data is not None:
+            _log.warning("the cache %s/%s is damaged and is built again: %s", store.root, folder, error)
+        return None
+
+
+def _open(store: Store, folder: str, name: str, manifest: dict[str, Any], eos_id: int) -> tuple[dict[Split, Tokens], set[int]]:
+    """The tokens in a folder; and which of its shards are damaged, of which the first is told of."""
+    shards: list[dict[str, Any]] = manifest["shards"]
+
+    def fetch(shard: dict[str, Any]) -> Path | Damaged:
+        try:
+            return store.fetch(f"{folder}/{shard['file']}", shard["bytes"], shard["sha256"])
+        except Damaged as error:
+            return error
+
+    with ThreadPoolExecutor(4) as pool:  # hashing and copying leave Python
+        fetched = list(pool.map(fetch, shards))
+    damaged = {i: found for i, found in enumerate(fetched) if isinstance(found, Damaged)}
+    if damaged:
+        first = next(iter(damaged.values()))
+        _log.warning("the cache %s/%s is damaged and is built again: %s", store.root, folder, first)
+        return {}, set(damaged)
+    paths = [path for path in fetched if isinstance(path, Path)]
+    _allow_open_files(len(paths))
+    opened = [sections(path, manifest["dtype"], shard["splits"]) for path, shard in zip(paths, shards, strict=True)]
+    tokens: dict[Split, Tokens] = {
+        split: Tokens(
+            source=name,
             split=split,
-            path=path,
-            tokens=np.memmap(path, dtype=entry.facts["dtype"], mode="r"),
-            n_documents=facts["documents"],
-            n_bytes=facts["bytes"],
-            fingerprint=entry.sha256[path.name],
-            tokenizer_fingerprint=entry.facts["tokenizer"],
+            sections=tuple(shard[split] for shard in opened),
+            n_bytes=sum(shard["splits"][split]["bytes"] for shard in shards),
+            fingerprint=join([shard["splits"][split]["sha256"] for shard in shards]),
+            tokenizer_fingerprint=manifest["tokenizer"],
+            eos_id=eos_id,
         )
-    return files
+        for split in SPLITS
+    }
+    return tokens, set()
 
 
-def _write_tokens(folder: Path, documents: list[Document], tokenizer: Tokenizer) -> dict[str, Any]:
-    dtype = "<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4"
-    splits: dict[str, dict[str, int]] = {}
-    for split in SPLITS:
-        mine = [document for document in documents if document.split == split]
-        with open(folder / f"{split}.bin", "wb") as file:
-            n_tokens = sum(_write_chunk(file, chunk, tokenizer, dtype) for chunk in _chunks(mine))
-        splits[split] = {"tokens": n_tokens, "documents": len(mine), "bytes": sum(len(document.data) for document in mine)}
-    n_tokens = sum(facts["tokens"] for facts in splits.values())
-    _log.info("tokenised %d documents, %.1fM tokens", len(documents), n_tokens / 1e6)
-    return {"dtype": dtype, "n_vocab": tokenizer.n_vocab, "tokenizer": tokenizer.fingerprint, "splits": splits}
+def _allow_open_files(more: int) -> None:
+    """Raises the soft limit where many shards would reach it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir("/proc/self/fd")) + more + 256 if os.path.isdir("/proc/self/fd") else more + 1024
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted, hard))
 
 
-def _chunks(documents: list[Document]) -> Iterator[list[tuple[str, bool]]]:
-    """(text, whether its document ends here), in lists of about _CHUNK bytes."""
-    chunk: list[tuple[str, bool]] = []
-    size = 0
-    for document in documents:
-        segments = list(sources.cut(document.data, _SEGMENT))
-        for k, segment in enumerate(segments, start=1):
-            chunk.append((segment.decode(), k == len(segments)))
-            size += len(segment)
-            if size >= _CHUNK:
-                yield chunk
-                chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _write_chunk(file: BinaryIO, chunk: list[tuple[str, bool]], tokenizer: Tokenizer, dtype: str) -> int:
-    """Writes the tokens and returns how many."""
-    eos = np.array([tokenizer.eos_id], np.int32)
-    parts = []
-    for ids, (_, ends) in zip(tokenizer.encode([text for text, _ in chunk]), chunk, strict=True):
-        parts += [ids, eos] if ends else [ids]
-    tokens = np.concatenate(parts)
-    low, high = int(tokens.min()), int(tokens.max())
+def _made_elsewhere(config: DataConfig, name: str, tokenizer: Tokenizer) -> dict[Split, Tokens]:
+    """The tokens in a folder that the settings name; every id is looked at."""
+    path, key = config.mixture[name].path or "", f"{config.key(name)}.path"
+    root, _, folder = path.rstrip("/").rpartition("/")
+    store = Store(root or ".", config.local_dir)
+    try:
+        manifest = unseal(MANIFEST, store.read(f"{folder}/{MANIFEST}"))
+    except Damaged as error:
+        raise ConfigError(f"{key} = {path}: not a folder of tokens: {error}") from None
     check(
-        0 <= low and high < tokenizer.n_vocab,
-        f"data.tokenizer: it gave the ids {low} ... {high}, outside its {tokenizer.n_vocab} ids",
+        manifest["tokenizer"] == tokenizer.fingerprint,
+        f"{key} = {path}: made with another tokenizer than data.tokenizer = {config.tokenizer} "
+        f"({manifest['n_vocab']} ids, fingerprint {manifest['tokenizer'][:8]} and not {tokenizer.fingerprint[:8]})",
     )
-    file.write(tokens.astype(dtype).tobytes())
-    return len(tokens)
+    tokens, damaged = _open(store, folder, name, manifest, tokenizer.eos_id)
+    check(not damaged, f"{key} = {path}: {len(damaged)} of its shards are damaged or missing; copy or make them again")
+    for split in SPLITS:
+        for section in tokens[split].sections:
+            if found := first_outside(section, tokenizer.n_vocab):
+                where = f"{section.reader.path}, {split} token {found[0]}"
+                raise ConfigError(f"{key}: {where}: id {found[1]} is outside the vocabulary of {tokenizer.n_vocab}")
+    return tokens

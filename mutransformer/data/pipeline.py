@@ -1,18 +1,21 @@
-"""Batches of rows of tokens, by Grain for training and in file order for evaluation.
+"""Batches of rows of tokens, by Grain for training and in order for evaluation.
 
-The order is defined on global rows: with any number of processes, their batches joined in order are the same global batch.
+Shuffling and mixing are defined on global rows: with any number of processes, devices, threads and workers, and after any
+restart, batch k holds the same rows.
 """
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Int32, Integer
+from absl import flags
 
 from mutransformer.config import ConfigError, DataConfig, check
-from mutransformer.data.corpus import TokenFile
+from mutransformer.data.corpus import Mixture
+from mutransformer.data.rows import Row, rows_of
 
 
 class Batch(NamedTuple):
@@ -27,76 +30,112 @@ class Batch(NamedTuple):
     mask: Any
 
 
-class Rows:
-    """Random access to a token file as rows of T tokens. Tokens after the last whole row are left out.
+class Batches(Iterator[Batch]):
+    """Batches without end. close() ends the threads or processes that read ahead."""
 
-    Raises:
-        ConfigError: on access, if the row has an id outside the vocabulary.
-    """
+    def __init__(self, batches: grain.MapDataset[Batch], config: DataConfig):
+        self._batches, self._config = batches, config
+        self._next = 0
+        self._ahead: Optional[grain.DatasetIterator[Batch]] = None
 
-    def __init__(self, tokens: TokenFile, seq_len: int, n_vocab: int):
-        self._tokens, self._seq_len, self._n_vocab = tokens, seq_len, n_vocab
+    def __next__(self) -> Batch:
+        self._ahead = self._ahead or self._start()
+        try:
+            batch = next(self._ahead)
+        except RuntimeError as error:
+            if not (self._config.workers and "terminated unexpectedly" in str(error)):
+                raise
+            told = f"data.workers = {self._config.workers}: a process that reads ahead was killed, for memory?"
+            raise ConfigError(told) from error
+        self._next += 1
+        return batch
 
-    def __len__(self) -> int:
-        return self._tokens.n_tokens // self._seq_len
+    def get_state(self) -> dict[str, int]:
+        """{"next_index": k}, k the number of batches drawn. What else decides the sequence is in fingerprint()."""
+        return {"next_index": self._next}
 
-    def __getitem__(self, index: int) -> Int32[np.ndarray, " T"]:
-        return _row(self._tokens, index, self._seq_len, self._n_vocab)
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on from there, whatever number of threads, workers and processes drew the batches before."""
+        self.close()
+        self._next = state["next_index"]
 
-    def __repr__(self) -> str:
-        return f"Rows({self._tokens.path}, seq_len={self._seq_len})"
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead = None
+
+    def _start(self) -> grain.DatasetIterator[Batch]:
+        c = self._config
+        options = grain.ReadOptions(num_threads=c.threads, prefetch_buffer_size=c.prefetch)
+        batches = self._batches[self._next :].to_iter_dataset(options)
+        if c.workers:
+            if not flags.FLAGS.is_parsed():  # Grain asks for flags that only a program of absl's parses
+                flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=c.workers, per_worker_buffer_size=max(1, c.prefetch))
+            )
+        return iter(batches)
 
 
-def train_batches(
-    tokens: TokenFile, config: DataConfig, seed: int, n_process: int, process: int, n_vocab: int
-) -> grain.DatasetIterator[Batch]:
-    """Batches without end: every epoch has each whole row once, in an order of its own.
+def train_batches(text: Mixture, config: DataConfig, seed: int, n_process: int, process: int, n_vocab: int) -> Batches:
+    """Batches without end: every epoch of a source has each of its whole rows once, in an order of its own.
 
-    Rows run on over epochs, so a batch may hold rows of two. The iterator's get_state() and set_state() take {"next_index": k},
-    k the number of batches drawn; what else decides the sequence is in fingerprint(). close() ends its threads.
+    Rows run on over epochs, so a batch may hold rows of two.
 
     Args:
-        tokens: the split to train on.
-        config: seq_len T, batch_size B over all processes, threads and prefetch.
+        text: the split to train on.
+        config: seq_len T, batch_size B over all processes, rows, threads, workers and prefetch.
         seed: of the order, in 0 ... 2^32 - 1.
         n_process: processes of the run; each gets B / n_process rows of every batch.
         process: the index of this one.
         n_vocab: ids must lie below.
 
     Raises:
-        ConfigError: the split has fewer rows than a batch, or the batch does not divide among the processes.
+        ConfigError: the split has fewer rows than a batch, a source has none, or the batch does not divide among the processes.
         ConfigError: from next(), a token id lies outside the vocabulary.
     """
     rows_here = _rows_here(config, n_process, process)
-    rows = Rows(tokens, config.seq_len, n_vocab)
+    sources = {tokens.source: rows_of(tokens, config, n_vocab) for tokens in text.sources}
+    what = f"data.batch_size = {config.batch_size}, data.seq_len = {config.seq_len}: the {text.split} split"
     check(
-        len(rows) >= config.batch_size,
-        f"data.batch_size = {config.batch_size}, data.seq_len = {config.seq_len}: the {tokens.split} split has "
-        f"{tokens.n_tokens} tokens, a batch needs {config.batch_size * config.seq_len}; lower either, or add text",
+        sum(map(len, sources.values())) >= config.batch_size,
+        f"{what} has {text.n_documents} documents, a batch needs {config.batch_size}; add text"
+        if config.rows == "pad"
+        else f"{what} has {text.n_tokens} tokens, a batch needs {config.batch_size * config.seq_len}; lower either, or add text",
     )
-    shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    empty = [name for name, rows in sources.items() if not len(rows)]
+    check(not empty, f"data.sources.{''.join(empty[:1])}: its {text.split} split has not even one row; leave it out, or add text")
+    shuffled = [
+        grain.MapDataset.source(rows).seed(_seed(seed, name, len(sources))).shuffle().repeat() for name, rows in sources.items()
+    ]
+    mixed = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, text.weights)
+    draw = _Draw(mixed, config.batch_size, process * rows_here, rows_here)
+    return Batches(grain.MapDataset.range(sys.maxsize // config.batch_size).map(draw), config)
 
-    def batch(k: int) -> Batch:
-        first = k * config.batch_size + process * rows_here
-        drawn = [shuffled[i] for i in range(first, first + rows_here)]
-        stacked = np.stack(drawn)  # pyright: ignore[reportCallIssue, reportArgumentType]  # no row is None: none is filtered
-        return Batch(stacked, np.ones_like(stacked, dtype=np.bool_))
 
-    batches = grain.MapDataset.range(sys.maxsize // config.batch_size).map(batch)
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)))
+class _Draw:
+    """Batch k of global rows, the rows of one process. A class, since worker processes are sent it."""
+
+    def __init__(self, rows: grain.MapDataset[Row], batch_size: int, first: int, n: int):
+        self._rows, self._batch_size, self._first, self._n = rows, batch_size, first, n
+
+    def __call__(self, k: int) -> Batch:
+        first = k * self._batch_size + self._first
+        return _stacked([self._rows[i] for i in range(first, first + self._n)])
 
 
 def eval_batches(
-    tokens: TokenFile, config: DataConfig, n_batches: Optional[int], n_process: int, process: int, n_vocab: int
+    text: Mixture, config: DataConfig, n_batches: Optional[int], n_process: int, process: int, n_vocab: int
 ) -> Iterator[Batch]:
     """n_batches batches of rows evenly spread over the split, or all rows: then every token counts in exactly one batch.
 
-    Always the same rows. All batches have the same shape: beyond the end of the split rows are filled with its last token, an
-    eos, and masked out. A split with less than n_batches gives what it has, at least one; every process gets the same number.
+    Always the same rows, the sources' one after another. All batches have the same shape: beyond the end of the split rows are
+    filled with eos and masked out. A split with less than n_batches gives what it has, at least one; every process gets the same
+    number. With rows=pad only what is within the rows counts.
 
     Args:
-        tokens: the split to evaluate on.
-        config: seq_len T and batch_size B over all processes.
+        text: the split to evaluate on.
+        config: seq_len T and batch_size B over all processes, rows.
         n_batches: None for the whole split.
         n_process: processes of the run; each gets B / n_process rows of every batch.
         process: the index of this one.
@@ -107,33 +146,45 @@ def eval_batches(
         ConfigError: from next(), a token id lies outside the vocabulary.
     """
     rows_here = _rows_here(config, n_process, process)
-    check(tokens.n_tokens > 0, f"data: the {tokens.split} split has no tokens")
-    n_rows = -(-tokens.n_tokens // config.seq_len)
+    check(text.n_tokens > 0, f"data: the {text.split} split has no tokens; raise data.{text.split}_share, or add text")
+    sources = [rows_of(tokens, config, n_vocab) for tokens in text.sources]
+    before = np.cumsum([0, *(rows.n_all for rows in sources)])
+    n_rows = int(before[-1])
+    beyond = Row(np.full(config.seq_len, text.sources[0].eos_id, np.int32), np.zeros(config.seq_len, np.bool_))
+
+    def row(index: int) -> Row:
+        if index >= n_rows:
+            return beyond
+        k = int(np.searchsorted(before, index, side="right")) - 1
+        return sources[k][index - int(before[k])]
+
     in_split = -(-n_rows // config.batch_size)
     n = in_split if n_batches is None else min(n_batches, in_split)
     every = 1.0 if n == in_split else n_rows / (n * config.batch_size)
     first_rows = range(process * rows_here, n * config.batch_size, config.batch_size)
-    return (
-        _eval_batch(tokens, [int(at * every) for at in range(first, first + rows_here)], config.seq_len, n_vocab)
-        for first in first_rows
-    )
+    return (_stacked([row(int(at * every)) for at in range(first, first + rows_here)]) for first in first_rows)
 
 
-def loss_mask(tokens: Int32[np.ndarray, "rows T"], eos_id: int, pad_id: int) -> Bool[np.ndarray, "rows T"]:
-    """The targets that count where a row holds one document: up to and including its first eos or pad."""
-    ends = (tokens == eos_id) | (tokens == pad_id)
-    return np.cumsum(ends, axis=1) - ends == 0
-
-
-def fingerprint(tokens: TokenFile, config: DataConfig, seed: int) -> dict[str, Any]:
+def fingerprint(text: Mixture, config: DataConfig, seed: int) -> dict[str, Any]:
     """What decides the sequence of training batches beside their number: to be saved with a checkpoint, and compared."""
     return {
-        "tokens": tokens.fingerprint,
-        "tokenizer": tokens.tokenizer_fingerprint,
+        "tokens": text.fingerprint,
+        "tokenizer": text.tokenizer_fingerprint,
+        "rows": config.rows,
+        "truncated_eos": config.truncated_eos,
         "seq_len": config.seq_len,
         "batch_size": config.batch_size,
         "seed": seed,
     }
+
+
+def _stacked(rows: list[Any]) -> Batch:
+    return Batch(np.stack([row.tokens for row in rows]), np.stack([row.mask for row in rows]))
+
+
+def _seed(seed: int, name: str, n_sources: int) -> int:
+    """Of a source's order: its own, that it keeps when others come and go."""
+    return seed if n_sources == 1 else int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "big")
 
 
 def _rows_here(config: DataConfig, n_process: int, process: int) -> int:
@@ -143,24 +194,3 @@ def _rows_here(config: DataConfig, n_process: int, process: int) -> int:
         f"data.batch_size = {config.batch_size}: must be a multiple of the number of processes, {n_process}",
     )
     return config.batch_size // n_process
-
-
-def _row(tokens: TokenFile, index: int, seq_len: int, n_vocab: int) -> Int32[np.ndarray, " t"]:
-    """Row `index`; shorter than seq_len, or empty, at the end of the split."""
-    row: Integer[np.ndarray, " t"] = tokens.tokens[index * seq_len : (index + 1) * seq_len]
-    if row.size and not (0 <= row.min() and row.max() < n_vocab):
-        wrong = row[(row < 0) | (row >= n_vocab)][0]
-        raise ConfigError(f"{tokens.path}, row {index}: token id {wrong} is outside the vocabulary of {n_vocab}")
-    return row.astype(np.int32)
-
-
-def _eval_batch(tokens: TokenFile, rows: list[int], seq_len: int, n_vocab: int) -> Batch:
-    batch = Batch(
-        np.full((len(rows), seq_len), tokens.tokens[-1], np.int32),
-        np.zeros((len(rows), seq_len), np.bool_),
-    )
-    for at, index in enumerate(rows):
-        row = _row(tokens, index, seq_len, n_vocab)
-        batch.tokens[at, : len(row)] = row
-        batch.mask[at, : len(row)] = True
-    return batch

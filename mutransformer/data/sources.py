@@ -1,7 +1,8 @@
-"""Documents: where text comes from, and which documents are held out.
+"""Sources: which text there is, in parts that can be read apart, and which documents are held out.
 
-A source gives files; a file that holds much of the text is cut in pieces, so that one long file can be trained on as well. Each
-file or piece goes to a split by a hash of its name. Add a source by a function in SOURCES.
+Whole files of text are divided by a hash of their names, and a file that holds much of the text is cut in pieces, so that one
+long file can be trained on as well. Records of a file go to a split by a hash of their text, so that a text is never on both
+sides. Add a source by a function in SOURCES.
 """
 
 import hashlib
@@ -9,56 +10,122 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Optional
 
-from mutransformer.config import ConfigError, DataConfig, check
-
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+from mutransformer.config import ConfigError, DataConfig, MixedSourceConfig, SourceConfig, check
+from mutransformer.data import hub
+from mutransformer.data.files import File, find
+from mutransformer.data.parts import (
+    PART_BYTES,
+    SPLITS,
+    Document,
+    DocumentPart,
+    LinePart,
+    Part,
+    Record,
+    Split,
+    TablePart,
+    damaged,
+    pyarrow,
+)
 
 _SMALLEST_PIECE = 64  # bytes
 _STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-@dataclass(frozen=True)
-class Document:
-    """A file, or consecutive pieces of one file that are in the same split."""
+class Shares(NamedTuple):
+    """What a hash sends to validation and to test."""
 
-    name: str  # the same wherever the folder lies; "file#k" for text that starts at piece k
-    split: Split
-    data: bytes  # valid UTF-8, not empty
+    validation: float
+    test: float
+
+
+def shares_of(config: DataConfig) -> Shares:
+    return Shares(config.validation_share, config.test_share)
 
 
 class Piece(NamedTuple):
     """What the hash sends to a split: a file, or a part of one."""
 
     name: str
-    data: bytes
-    continues: bool  # the piece before it in the list, in the same file
+    file: File
+    start: int
+    stop: int
 
 
-def documents(config: DataConfig) -> list[Document]:
-    """All documents of data.source, in order of their names. The text is in memory.
+@dataclass(frozen=True)
+class Source:
+    """Text that is not read yet.
+
+    Attributes:
+        config: its settings.
+        key: where they stand, for messages.
+        identity: what decides its records, as JSON can hold.
+        parts: lists all of it, in order; may ask a store or the Hub.
+    """
+
+    config: MixedSourceConfig
+    key: str
+    identity: list[Any]
+    parts: Callable[[], list[Part]]
+
+
+def open_source(config: MixedSourceConfig, key: str, shares: Shares) -> Source:
+    """A source as its settings tell.
+
+    Args:
+        config: of the source; a Hub data set's with its revision.
+        key: where its settings stand.
+        shares: of whole files to hold out; records are divided later, by split_of().
 
     Raises:
-        ConfigError: a file is missing or not UTF-8, a glob matches nothing, or there is too little text for three splits.
+        ConfigError: a file is missing or unreadable, a glob matches nothing, or there is too little text for three splits.
     """
-    pieces = SOURCES[config.source](config)
-    check(
-        len(pieces) >= len(SPLITS),
-        f"data.source = {config.source}, data.files = {config.files}: {sum(len(p.data) for p in pieces)} bytes of text "
-        "are too few for a train, a validation and a test split",
-    )
-    splits = assign([piece.name for piece in pieces], config.validation_share, config.test_share)
-    runs: list[tuple[str, Split, list[bytes]]] = []
-    for piece, split in zip(pieces, splits, strict=True):
-        if piece.continues and runs[-1][1] == split:
-            runs[-1][2].append(piece.data)
-        else:
-            runs.append((piece.name, split, [piece.data]))
-    return [Document(name, split, b"".join(parts)) for name, split, parts in runs]
+    if config.source == "hub":
+        return Source(config, key, hub.identity(config), lambda: hub.parts(config, key))
+    found = SOURCES[config.source](config, key, shares)
+    return Source(config, key, [part.identity() for part in found], lambda: found)
+
+
+class Unreadable(Exception):
+    """Reading a part failed, be it for a moment."""
+
+
+class Accepted:
+    """The texts of a part in UTF-8, not empty, each with its split. Iterates once.
+
+    Raises:
+        ConfigError: from the iteration, a record is bad and is not to be skipped.
+        Unreadable: likewise, the part cannot be read further.
+    """
+
+    def __init__(self, part: Part, key: str, on_bad_record: Literal["error", "skip"], shares: Shares):
+        self._part, self._key, self._skip, self._shares = part, key, on_bad_record == "skip", shares
+        self.skipped, self.first_skipped = 0, ""  # how many, and the first one's place and reason
+
+    def __iter__(self) -> Iterator[tuple[bytes, Split]]:
+        for record in self._records():
+            if record.text is None:
+                told = f"{record.place}: {record.reason}"
+                check(self._skip, f"{self._key}: {told}; data.on_bad_record=skip would go on without it")
+                self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or told
+            elif record.text:
+                yield record.text, record.split or split_of(record.text, self._shares)
+
+    def _records(self) -> Iterator[Record]:
+        try:
+            yield from self._part.records()
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever a file system, a decompressor or the Hub's library raises
+            raise Unreadable(f"{self._part.place}: cannot read it: {hub.reason(error)}") from error
+
+
+def split_of(text: bytes, shares: Shares) -> Split:
+    """The split of a record, by the SHA-256 of its text alone."""
+    place = _place(text)
+    return "validation" if place < shares.validation else "test" if place < shares.validation + shares.test else "train"
 
 
 def assign(names: list[str], validation_share: float, test_share: float) -> list[Split]:
@@ -67,7 +134,7 @@ def assign(names: list[str], validation_share: float, test_share: float) -> list
     Only where the hash would leave a split empty, the nearest name by hash goes there. Needs at least three names.
     """
     assert len(names) >= len(SPLITS)
-    place = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 for name in names]
+    place = [_place(name.encode()) for name in names]
     held_out = validation_share + test_share
     n_validation = min(max(1, sum(u < validation_share for u in place)), len(names) - 2)
     n_test = min(max(1, sum(validation_share <= u < held_out for u in place)), len(names) - 1 - n_validation)
@@ -78,29 +145,12 @@ def assign(names: list[str], validation_share: float, test_share: float) -> list
     return splits
 
 
-def fingerprint(of: list[Document]) -> str:
-    """SHA-256 of the documents: names, splits, contents and order."""
-    total = hashlib.sha256()
-    for document in of:
-        content = hashlib.sha256(document.data).hexdigest()
-        total.update(f"{len(document.name.encode())} {document.name} {document.split} {content}\n".encode())
-    return total.hexdigest()
+def _place(data: bytes) -> float:
+    """In [0, 1), by hash."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
 
 
-def cut(data: bytes, size: int) -> Iterator[bytes]:
-    """UTF-8 text in pieces of size bytes or somewhat more, each to the next line end; a line of 2 * size is cut in itself."""
-    start = 0
-    while start < len(data):
-        end = data.find(b"\n", start + size - 1, start + 2 * size) + 1
-        if end == 0:
-            end = min(start + 2 * size, len(data))
-            while end < len(data) and data[end] & 0xC0 == 0x80:  # within a character
-                end += 1
-        yield data[start:end]
-        start = end
-
-
-def _stdlib(config: DataConfig) -> list[Piece]:
+def _stdlib(config: SourceConfig, key: str, shares: Shares) -> list[Part]:
     """Python's own library, tests left out: the same for every installation of one Python version. Files stay whole."""
     root = Path(sysconfig.get_path("stdlib"))
     pieces: list[Piece] = []
@@ -111,62 +161,155 @@ def _stdlib(config: DataConfig) -> list[Piece]:
             if not file.endswith(".py") or file.startswith("_sysconfigdata"):
                 continue
             path = Path(folder, file)
+            data = path.read_bytes()
             try:
-                text = path.read_bytes().decode("utf-8-sig")
+                text = data.decode("utf-8-sig")
             except UnicodeDecodeError:  # fixtures in other encodings are part of the library
                 continue
             if text:
-                pieces.append(Piece(path.relative_to(root).as_posix(), text.encode(), continues=False))
-    return sorted(pieces)
+                name = path.relative_to(root).as_posix()
+                found = File(name, str(path), len(data), hashlib.sha256(data).hexdigest())
+                pieces.append(Piece(name, found, len(data) - len(text.encode()), len(data)))
+    return _documents(sorted(pieces), key, shares)
 
 
-def _text(config: DataConfig) -> list[Piece]:
-    """The files of data.files. A file over about 1/100 of the text is cut in pieces of about 1/400 or more.
+def _text(config: SourceConfig, key: str, shares: Shares) -> list[Part]:
+    """Files of text. One over about 1/100 of the text is cut in pieces of about 1/400 or more.
 
     So some hundred files of like size are each held out or trained on as a whole, and one file is divided among the splits. The
     size is a power of two, so that text added later seldom moves the cuts.
     """
-    files = [(name, _read(path)) for name, path in _named(config.files)]
-    total = sum(len(data) for _, data in files)
+    if config.validation_files:
+        given = [_whole(file, split) for split, files in _own(config, key) for file in files]
+        return _grouped([document for document in given if document.stop > document.start])
+    files = find(config.files, f"{key}.files")[: config.max_parts]
+    total = sum(file.size for file in files)
     size = max(_SMALLEST_PIECE, 1 << max(0, (total // 256).bit_length() - 1))
     pieces: list[Piece] = []
-    for name, data in files:
-        if len(data) > 4 * size:
-            parts = cut(data, size)
-            pieces += [Piece(f"{name}#{k}", part, continues=k > 0) for k, part in enumerate(parts)]
-        elif data:
-            pieces.append(Piece(name, data, continues=False))
-    return pieces
+    for file in files:
+        start = _bom(file)
+        if file.size - start > 4 * size:
+            cuts = [start, *_cuts(file, start, size)]
+            spans = zip(cuts, cuts[1:], strict=False)
+            pieces += [Piece(f"{file.name}#{k}", file, *span) for k, span in enumerate(spans)]
+        elif file.size > start:
+            pieces.append(Piece(file.name, file, start, file.size))
+    return _documents(pieces, key, shares, f", {key}.files = {config.files}")
 
 
-def _named(patterns: list[str]) -> list[tuple[str, Path]]:
-    """(name, path) of every file, sorted. A name is the path below the part of the pattern that is fixed."""
-    found: dict[Path, str] = {}
-    for pattern in patterns:
-        expanded = Path(pattern).expanduser()
-        check(not expanded.is_dir(), f"data.files: {pattern} is a folder; name its files, e.g. {expanded.as_posix()}/**/*.txt")
-        # A file of that very name comes first, since a name may hold a bracket.
-        matches = [expanded] if expanded.is_file() else [Path(p) for p in glob(str(expanded), recursive=True)]
-        matches = [path for path in matches if path.is_file()]
-        check(bool(matches), f"data.files: {pattern} matches no file")
-        root = expanded.parent
-        while set("*?[") & set(str(root)) and not root.is_dir():
-            root = root.parent
-        for path in matches:
-            found.setdefault(path.resolve(), path.relative_to(root).as_posix())
-    return sorted((name, path) for path, name in found.items())
+def _cuts(file: File, start: int, size: int) -> Iterator[int]:
+    """Where cut() would end its pieces, without reading what lies between."""
+    with file.open() as opened:
+        while start < file.size:
+            at = start + size - 1
+            opened.seek(at)
+            while at < min(start + 2 * size, file.size):
+                block = opened.read(min(1 << 16, start + 2 * size - at))
+                if (found := block.find(b"\n")) >= 0:
+                    end = at + found + 1
+                    break
+                at += len(block)
+            else:
+                end = min(start + 2 * size, file.size)
+                opened.seek(end)
+                end += next((k for k, byte in enumerate(opened.read(4)) if byte & 0xC0 != 0x80), 0)
+            yield end
+            start = end
 
 
-def _read(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-        data.decode("utf-8")
-    except OSError as error:
-        raise ConfigError(f"data.files: cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"data.files: {path}, line {line}, byte {error.start}: not UTF-8 ({error.reason})") from None
-    return data.removeprefix(b"\xef\xbb\xbf")
+def _documents(pieces: list[Piece], key: str, shares: Shares, files: str = "") -> list[Part]:
+    text = sum(piece.stop - piece.start for piece in pieces)
+    check(
+        len(pieces) >= len(SPLITS),
+        f"{key}.source{files}: {text} bytes of text are too few for a train, a validation and a test split",
+    )
+    documents: list[Document] = []
+    for piece, split in zip(pieces, assign([piece.name for piece in pieces], *shares), strict=True):
+        last = documents[-1] if documents else None
+        if last and last.file is piece.file and last.split == split:
+            documents[-1] = Document(last.name, split, last.file, last.start, piece.stop)
+        else:
+            documents.append(Document(piece.name, split, piece.file, piece.start, piece.stop))
+    return _grouped(documents)
 
 
-SOURCES: dict[str, Callable[[DataConfig], list[Piece]]] = {"stdlib": _stdlib, "text": _text}
+def _grouped(documents: list[Document]) -> list[Part]:
+    groups: list[list[Document]] = []
+    size = PART_BYTES
+    for document in documents:
+        if size >= PART_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(document)
+        size += document.stop - document.start
+    return [DocumentPart(tuple(group)) for group in groups]
+
+
+def _whole(file: File, split: Split) -> Document:
+    return Document(file.name, split, file, _bom(file), file.size)
+
+
+def _bom(file: File) -> int:
+    with file.open() as opened:
+        return 3 if opened.read(3) == b"\xef\xbb\xbf" else 0
+
+
+def _own(config: SourceConfig, key: str) -> list[tuple[Split, list[File]]]:
+    """The files of each split that the settings name."""
+    named: dict[Split, tuple[str, list[str]]] = {
+        "train": ("files", config.files),
+        "validation": ("validation_files", config.validation_files),
+        "test": ("test_files", config.test_files),
+    }
+    return [(split, find(patterns, f"{key}.{name}")[: config.max_parts]) for split, (name, patterns) in named.items()]
+
+
+def _records(config: SourceConfig, key: str) -> list[tuple[Optional[Split], File]]:
+    if config.validation_files:
+        return [(split, file) for split, files in _own(config, key) for file in files]
+    return [(None, file) for file in find(config.files, f"{key}.files")[: config.max_parts]]
+
+
+def _jsonl(config: SourceConfig, key: str, shares: Shares) -> list[Part]:
+    found: list[Part] = []
+    for split, file in _records(config, key):
+        if file.compressed:
+            found.append(LinePart(file, 0, None, config.column, split))
+        else:
+            starts = range(0, max(1, file.size), PART_BYTES)
+            found += [LinePart(file, at, min(at + PART_BYTES, file.size), config.column, split) for at in starts]
+    return found
+
+
+def _parquet(config: SourceConfig, key: str, shares: Shares) -> list[Part]:
+    found: list[Part] = []
+    for split, file in _records(config, key):
+        pa = pyarrow(file.path)
+        with file.open() as opened, damaged(file.path, "parquet"):
+            metadata = pa.parquet.ParquetFile(opened).metadata
+            groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        first, size, first_row, row = 0, 0, 0, 0
+        for i, group in enumerate(groups, start=1):
+            row += group.num_rows
+            size += group.total_byte_size
+            if size >= PART_BYTES or i == len(groups):
+                found.append(TablePart(file, "parquet", tuple(range(first, i)), first_row, size, *_column(config, split, key)))
+                first, size, first_row = i, 0, row
+    return found
+
+
+def _arrow(config: SourceConfig, key: str, shares: Shares) -> list[Part]:
+    return [TablePart(file, "arrow", None, 0, file.size, *_column(config, split, key)) for split, file in _records(config, key)]
+
+
+def _column(config: SourceConfig, split: Optional[Split], key: str) -> tuple[str, Optional[Split], str]:
+    return config.column, split, f"{key}.column"
+
+
+SOURCES: dict[str, Callable[[SourceConfig, str, Shares], list[Part]]] = {
+    "stdlib": _stdlib,
+    "text": _text,
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+    "arrow": _arrow,
+}

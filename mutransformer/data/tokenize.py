@@ -10,10 +10,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
-from jaxtyping import Int, Int32
+from jaxtyping import Int32, Integer
 
 from mutransformer.config import ConfigError, check
-from mutransformer.data.sources import cut
+from mutransformer.data.files import cut
 
 TRAINING_VERSION = 1  # of train_sentencepiece; another number trains cached tokenizers again
 
@@ -43,12 +43,16 @@ class Tokenizer(Protocol):
         """SHA-256 of all that decides the ids of a text."""
         ...
 
-    def encode(self, texts: list[str]) -> list[Int32[np.ndarray, " _"]]:
+    def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
         """The ids of each text, without bos and eos; a text that spells a special token gets ordinary ids."""
         ...
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
         """The text of the ids; special ids give nothing."""
+        ...
+
+    def files(self) -> dict[str, Path]:
+        """What it was read from by name, to be kept beside a run."""
         ...
 
 
@@ -61,12 +65,15 @@ class ByteTokenizer:
     pad_id = 258
     fingerprint = hashlib.sha256(b"bytes bos eos pad").hexdigest()
 
-    def encode(self, texts: list[str]) -> list[Int32[np.ndarray, " _"]]:
+    def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
         """As Tokenizer.decode; bytes that are not UTF-8 give U+FFFD."""
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
+
+    def files(self) -> dict[str, Path]:
+        return {}
 
 
 class SentencePieceTokenizer:
@@ -97,11 +104,10 @@ class SentencePieceTokenizer:
         bytes_of_space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_ids = bytes_of_space if all(map(self._model.is_byte, bytes_of_space)) else []
 
-    def encode(self, texts: list[str]) -> list[Int32[np.ndarray, " _"]]:
-        """As Tokenizer.encode, in two threads."""
+    def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
         # SentencePiece would turn its sign for a space into a space; spelled in bytes the sign survives.
         parts = [text.split(_SPACE) if self._space_ids else [text] for text in texts]
-        encoded = iter(self._model.encode([part for split in parts for part in split], num_threads=2))
+        encoded = iter(self._model.encode([part for split in parts for part in split], num_threads=threads))
         ids: list[Int32[np.ndarray, " _"]] = []
         for split in parts:
             joined = next(encoded)
@@ -110,8 +116,11 @@ class SentencePieceTokenizer:
             ids.append(np.array(joined, np.int32))
         return ids
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
         return self._model.decode([int(i) for i in ids])
+
+    def files(self) -> dict[str, Path]:
+        return {"tokenizer.model": self.model_file}
 
 
 def train_sentencepiece(texts: list[str], vocab_size: int, path: Path) -> None:

@@ -1,0 +1,147 @@
+"""Files by path, glob or URL: what there is, what version of it, and its bytes."""
+
+import gzip
+import hashlib
+import io
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from mutransformer.config import ConfigError, check
+from mutransformer.data.cache import first_line
+from mutransformer.errors import is_url
+
+_ANY = set("*?[")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that was found.
+
+    Attributes:
+        name: its path below the fixed part of the pattern that found it: the same wherever the folder lies.
+        path: where it is: a local path or a URL.
+        size: bytes.
+        version: another one if the contents change: their SHA-256, or what the store behind the URL tells.
+    """
+
+    name: str
+    path: str
+    size: int
+    version: str
+
+    @property
+    def remote(self) -> bool:
+        return is_url(self.path)
+
+    def open(self) -> Any:
+        """A binary file of the bytes as they are stored; seekable."""
+        return _filesystem(self.path).open(self.path, "rb") if self.remote else open(self.path, "rb")
+
+    @contextmanager
+    def decompressed(self) -> Iterator[Any]:
+        """A binary file of the contents, whether they are stored plain, as .gz or as .zst; those forward only.
+
+        Raises:
+            ConfigError: .zst needs a package that is missing.
+        """
+        with self.open() as stored:
+            if self.path.endswith(".gz"):
+                with gzip.GzipFile(fileobj=stored) as file:
+                    yield file
+            elif self.compressed:
+                try:
+                    import zstandard
+                except ImportError:
+                    raise ConfigError(f"{self.path}: needs zstandard: pip install 'mutransformer[data]'") from None
+                yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(stored, read_across_frames=True))
+            else:
+                yield stored
+
+    @property
+    def compressed(self) -> bool:
+        return self.path.endswith((".gz", ".zst", ".zstd"))
+
+
+def find(patterns: Iterable[str], key: str) -> list[File]:
+    """Every file that a pattern matches, once, in order of names. Local ones are read, to notice a change.
+
+    Args:
+        patterns: local paths, globs or URLs.
+        key: the setting that they are from.
+
+    Raises:
+        ConfigError: a pattern matches nothing, names a folder, or a file cannot be read.
+    """
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        for name, path in _remote(pattern, key) if is_url(pattern) else _local(pattern, key):
+            found.setdefault(path, name)
+
+    def file(path: str, name: str) -> File:
+        try:
+            if is_url(path):
+                fs = _filesystem(path)
+                return File(name, path, fs.info(path)["size"], str(fs.ukey(path)))
+            with open(path, "rb") as handle:
+                version = hashlib.file_digest(handle, "sha256").hexdigest()
+                return File(name, path, handle.tell(), version)
+        except OSError as error:
+            raise ConfigError(f"{key}: cannot read {path}: {first_line(error)}") from None
+
+    with ThreadPoolExecutor(8) as pool:  # hashing and asking a store both leave Python
+        return sorted(pool.map(file, found.keys(), found.values()), key=lambda f: (f.name, f.path))
+
+
+def cut(data: bytes, size: int) -> Iterator[bytes]:
+    """UTF-8 text in pieces of size bytes or somewhat more, each to the next line end; a line of 2 * size is cut in itself."""
+    start = 0
+    while start < len(data):
+        end = data.find(b"\n", start + size - 1, start + 2 * size) + 1
+        if end == 0:
+            end = min(start + 2 * size, len(data))
+            while end < len(data) and data[end] & 0xC0 == 0x80:  # within a character
+                end += 1
+        yield data[start:end]
+        start = end
+
+
+def _local(pattern: str, key: str) -> list[tuple[str, str]]:
+    expanded = Path(pattern).expanduser()
+    check(not expanded.is_dir(), f"{key}: {pattern} is a folder; name its files, e.g. {expanded.as_posix()}/**/*.txt")
+    # A file of that very name comes first, since a name may hold a bracket.
+    matches = [expanded] if expanded.is_file() else [Path(p) for p in glob(str(expanded), recursive=True)]
+    matches = [path for path in matches if path.is_file()]
+    check(bool(matches), f"{key}: {pattern} matches no file")
+    root = expanded.parent
+    while _ANY & set(str(root)) and not root.is_dir():
+        root = root.parent
+    return [(path.relative_to(root).as_posix(), str(path.resolve())) for path in matches]
+
+
+def _remote(pattern: str, key: str) -> list[tuple[str, str]]:
+    fs = _filesystem(pattern, key)
+    try:
+        plain = fs._strip_protocol(pattern)
+        matches = fs.glob(plain, maxdepth=None) if _ANY & set(plain) else [plain] if fs.isfile(plain) else []
+        matches = [path for path in matches if not fs.isdir(path)]
+    except Exception as error:  # each file system of fsspec has its own
+        raise ConfigError(f"{key}: cannot list {pattern}: {first_line(error)}") from error
+    check(bool(matches), f"{key}: {pattern} matches no file")
+    root = plain.rpartition("/")[0]
+    while _ANY & set(root):
+        root = root.rpartition("/")[0]
+    return [(path[len(root) :].lstrip("/") if root else path, fs.unstrip_protocol(path)) for path in matches]
+
+
+def _filesystem(url: str, key: str = "") -> Any:
+    try:
+        return fsspec.filesystem(url.split("://")[0])
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{key}: {url}: {first_line(error)}") from None

@@ -1,0 +1,59 @@
+"""Shows what a run trains on: python scripts/inspect_data.py configs/small.yaml [key=value ...] [--rows N] [--batch K]
+
+Counts by source and split, then rows of a training batch: each document in a row on a line of its own, with its place in the row.
+"""
+
+import sys
+from argparse import Namespace
+
+from mutransformer import settings
+from mutransformer.launch import command, guarded, prepare_jax
+
+
+def main() -> int:
+    parser = command(__doc__ or "")
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (3)")
+    parser.add_argument("--batch", type=int, default=0, metavar="K", help="of which batch, counted from 0 (0)")
+    given = parser.parse_intermixed_args()
+    return guarded(lambda: run(given))
+
+
+def run(given: Namespace) -> int:
+    config = settings.load(given.args)
+    prepare_jax(config.distributed)
+    from contextlib import closing
+
+    from mutransformer.data.corpus import prepare
+    from mutransformer.data.pipeline import train_batches
+    from mutransformer.data.rows import rows_of
+    from mutransformer.metrics import setup_logging
+
+    setup_logging()
+    corpus = prepare(config.data)
+    tokenizer = corpus.tokenizer
+    print(f"vocabulary: {tokenizer.n_vocab:,} ids; bos {tokenizer.bos_id}, eos {tokenizer.eos_id}, pad {tokenizer.pad_id}")
+    for split, text in corpus.splits.items():
+        total = sum(text.weights)
+        for tokens, weight in zip(text.sources, text.weights, strict=True):
+            n = len(rows_of(tokens, config.data, tokenizer.n_vocab))
+            share = f", {weight / total:.1%} of the rows" if split == "train" and len(text.sources) > 1 else ""
+            print(f"{tokens.source} {split}: {tokens.n_documents:,} documents, {tokens.n_tokens:,} tokens, {n:,} rows{share}")
+    with closing(train_batches(corpus.splits["train"], config.data, config.seed, 1, 0, tokenizer.n_vocab)) as batches:
+        batches.set_state({"next_index": given.batch})
+        shown = next(batches)
+    for row, (ids, mask) in enumerate(zip(shown.tokens[: given.rows], shown.mask[: given.rows], strict=True)):
+        print(f"\nbatch {given.batch}, row {row}: {mask.sum()} of {len(ids)} tokens count")
+        start = 0
+        for stop in [*(k + 1 for k in range(len(ids)) if ids[k] == tokenizer.eos_id and mask[k]), int(mask.sum())]:
+            if stop > start:
+                text = tokenizer.decode(ids[start:stop])
+                ends = "eos" if ids[stop - 1] == tokenizer.eos_id else "..."
+                print(f"  {start:5}-{stop - 1:<5} {text[:70]!r}{' ... ' + repr(text[-20:]) if len(text) > 90 else ''} {ends}")
+                start = stop
+        if start < len(ids):
+            print(f"  {start:5}-{len(ids) - 1:<5} filled up, does not count")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

