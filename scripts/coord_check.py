@@ -44,7 +44,7 @@ def run(given) -> int:
     args = [*files, *PRESET, *(arg for arg in given.args if arg not in files)]
     axis = "depth" if given.depths else "width"
     at = grid.integers(f"--{axis}s", given.depths or given.widths)
-    seeds = grid.integers("--seeds", given.seeds)
+    seeds = grid.seeds("--seeds", given.seeds)
     check(len(at) > 1, f"--{axis}s {at[0]}: one {axis} only: nothing to compare")
     check(given.steps >= 2, f"--steps {given.steps}: must be at least 2")
     check(0 < given.max_slope < float("inf"), f"--max-slope {given.max_slope}: must be positive")
