@@ -21,6 +21,10 @@ PRESET = [
     *("data.batch_size=1", "data.seq_len=32", "optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=0.00390625"),
     *("optim.eps=1e-15", "precision.compute=float32", "model.n_layer=2"),
 ]
+# The control, and off with what it has no use for.
+STANDARD = [
+    *("optim.rule=sp", "model.n_layer_base=null", "optim.batch_base=null", "optim.tokens_base=null", "optim.eps_scaling=false"),
+]
 
 
 def main() -> int:
@@ -53,7 +57,7 @@ def run(given) -> int:
     control = []
     if axis == "width":
         if rule != "sp" and not given.no_control:
-            control = grid.along([*args, "optim.rule=sp", "model.n_layer_base=null"], axis, at)
+            control = grid.along([*args, *STANDARD], axis, at)
     elif rule in DEPTH_RULES:
         if not given.no_control:
             control = grid.along([*args, "model.n_layer_base=null"], axis, at, label=f"{rule} without depth")
