@@ -21,6 +21,10 @@ PRESET = [
     *("data.batch_size=1", "data.seq_len=32", "optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=0.00390625"),
     *("optim.eps=1e-15", "precision.compute=float32", "model.n_layer=2"),
 ]
+# The control, and off with what it has no use for.
+STANDARD = [
+    *("optim.rule=sp", "model.n_layer_base=null", "optim.batch_base=null", "optim.tokens_base=null", "optim.eps_scaling=false"),
+]
 
 
 def main() -> int:
@@ -44,7 +48,7 @@ def run(given) -> int:
     args = [*files, *PRESET, *(arg for arg in given.args if arg not in files)]
     axis = "depth" if given.depths else "width"
     at = grid.integers(f"--{axis}s", given.depths or given.widths)
-    seeds = grid.integers("--seeds", given.seeds)
+    seeds = grid.seeds("--seeds", given.seeds)
     check(len(at) > 1, f"--{axis}s {at[0]}: one {axis} only: nothing to compare")
     check(given.steps >= 2, f"--steps {given.steps}: must be at least 2")
     check(0 < given.max_slope < float("inf"), f"--max-slope {given.max_slope}: must be positive")
@@ -53,7 +57,7 @@ def run(given) -> int:
     control = []
     if axis == "width":
         if rule != "sp" and not given.no_control:
-            control = grid.along([*args, "optim.rule=sp", "model.n_layer_base=null"], axis, at)
+            control = grid.along([*args, *STANDARD], axis, at)
     elif rule in DEPTH_RULES:
         if not given.no_control:
             control = grid.along([*args, "model.n_layer_base=null"], axis, at, label=f"{rule} without depth")

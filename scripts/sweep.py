@@ -5,6 +5,7 @@ python scripts/sweep.py configs/small.yaml --widths 64,128,256 --lrs 2^-10:2^-2:
 The runs go to runs.jsonl in --out, a line each, for scripts/transfer_report.py. Cut off, the same command goes on.
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -38,9 +39,9 @@ def run(given) -> int:
 
     widths = grid.integers("--widths", given.widths)
     jobs = grid.jobs(given.args, widths, given.set, given.label)
-    points = [(lr, seed) for lr in grid.rates("--lrs", given.lrs) for seed in grid.integers("--seeds", given.seeds)]
-    check(min(seed for _, seed in points) >= 0, f"--seeds {given.seeds}: must not be negative")
+    points = [(lr, seed) for lr in grid.rates("--lrs", given.lrs) for seed in grid.seeds("--seeds", given.seeds)]
     check(given.cpu_devices is None or given.cpu_devices >= 1, f"--cpu-devices {given.cpu_devices}: must be at least 1")
+    check(given.memory is None or 0 < given.memory < math.inf, f"--memory {given.memory}: must be positive")
     config = jobs[0].config
     out = given.out or config.rundir.with_name(f"{config.name}-sweep")
 

@@ -26,7 +26,8 @@ def coordinates(found: Sequence[Line], subject: str, control: Optional[str], axi
         for line in found:
             if line.name == name:
                 style = {"color": colours[line.step]} if line.variant == subject else CONTROL
-                axes.plot(line.at, line.means, marker="o", markersize=2.5, **style)
+                shown = [mean if 0 < mean < math.inf else math.nan for mean in line.means]  # zero has no place on this scale
+                axes.plot(line.at, shown, marker="o", markersize=2.5, **style)
         at = found[0].at
         axes.set_xticks(at, [str(a) for a in at])
         axes.minorticks_off()

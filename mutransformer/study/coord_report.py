@@ -41,6 +41,7 @@ def coordinate_check(
     """
     from mutransformer.study import coord_plots, plots  # need matplotlib, which is an extra
 
+    folder.mkdir(parents=True, exist_ok=True)  # now, not when there are numbers to lose
     found: list[Coordinate] = []
     for job in (*subject, *control):
         at = job.config.model.d_model if axis == "width" else job.config.model.n_layer
@@ -61,7 +62,6 @@ def coordinate_check(
 
 def write(coordinates: Sequence[Coordinate], path: Path) -> None:
     """A line of CSV for each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(Coordinate))

@@ -81,6 +81,13 @@ def integers(option: str, text: str) -> list[int]:
     return _numbers(option, text, lambda item: int(item), "whole numbers with commas between")
 
 
+def seeds(option: str, text: str) -> list[int]:
+    """The same for seeds. Raises ConfigError if one is no seed."""
+    found = integers(option, text)
+    check(0 <= found[0] and found[-1] < 2**31, f"{option} {text}: must lie in 0 ... 2^31 - 1")
+    return found
+
+
 def rates(option: str, text: str) -> list[float]:
     """ "2^-10:2^-2:1" -> 2^-10, 2^-9, ... 2^-2, the last number in octaves; or "2^-6,0.03": as listed. Ascending.
 
@@ -88,13 +95,14 @@ def rates(option: str, text: str) -> list[float]:
         ConfigError: it is none of these, or gives no rate.
     """
     parts = text.split(":")
-    if len(parts) != 3:
-        found = _numbers(option, text, _rate, "2^-10:2^-2:1 (first:last:octaves between), or rates with commas between")
+    form = "2^-10:2^-2:1 (first:last:octaves between), or rates with commas between"
+    if len(parts) != 3 or "," in text:
+        found = _numbers(option, text, _rate, form)
         check(all(0 < rate < math.inf for rate in found), f"{option} {text}: rates must be positive")
         return found
-    first, last, octaves = (_numbers(option, part, _rate, "2^-10:2^-2:1 (first:last:octaves between)")[0] for part in parts)
+    first, last, octaves = (_numbers(option, part, _rate, form)[0] for part in parts)
     check(
-        0 < first < math.inf and 0 < last < math.inf and octaves > 0,
+        all(0 < number < math.inf for number in (first, last, octaves)),
         f"{option} {text}: rates and the octaves between them must be positive",
     )
     n = math.floor(math.log2(last / first) / octaves + 1e-9) + 1
@@ -104,7 +112,7 @@ def rates(option: str, text: str) -> list[float]:
 
 def _rate(text: str) -> float:
     base, power, exponent = text.partition("^")
-    return float(base) ** float(exponent) if power else float(text)
+    return math.pow(float(base), float(exponent)) if power else float(text)  # ** of a negative base gives complex numbers
 
 
 def _numbers(option: str, text: str, read: Callable[[str], T], form: str) -> list[T]:

@@ -59,13 +59,16 @@ class Line:
 
     @property
     def growth(self) -> float:
-        """The last mean over the first."""
-        return self.means[-1] / self.means[0] if self.means[0] else math.nan
+        """The last mean over the first; infinite if only the last is not finite; 1 if nothing is there to grow."""
+        first, last = self.means[0], self.means[-1]
+        if not math.isfinite(first) or first == last == 0:
+            return 1.0
+        return last / first if first and math.isfinite(last) else math.inf
 
     @property
     def ratio(self) -> float:
-        """The largest mean over the smallest."""
-        return max(self.means) / min(self.means) if min(self.means) else math.inf
+        """The largest mean over the smallest; infinite if one is zero or not finite."""
+        return max(self.means) / min(self.means) if all(0 < mean < math.inf for mean in self.means) else math.inf
 
 
 def lines(coordinates: Sequence[Coordinate]) -> list[Line]:
@@ -108,8 +111,11 @@ def judge(found: Sequence[Line], subject: str, control: Optional[str], axis: Axi
 
 
 def judged(line: Line) -> bool:
-    """Whether a line counts: the sizes of activations always, of products and all changes from the second update on."""
-    if line.kind == "update":
+    """Whether a line counts: the sizes of activations always, of products and all changes from the second update on.
+
+    What is zero at any size, as the queries of model.q_init=zero are at the start, neither grows nor falls.
+    """
+    if line.kind == "update" or (line.kind == "size" and not any(line.means)):
         return False
     return line.step >= (2 if line.kind == "change" or line.name in PRODUCTS else 0)
 
@@ -128,16 +134,16 @@ def _judge_width(of: list[Line], limits: Limits) -> Verdict:
 
 def _control_width(of: list[Line], limits: Limits) -> Verdict:
     last = max(line.step for line in of)
-    most = max((line for line in of if line.kind == "change" and line.step == last), key=lambda line: _or_inf(line.growth))
-    grows = _or_inf(most.growth) >= limits.growth
+    most = max((line for line in of if line.kind == "change" and line.step == last), key=lambda line: line.growth)
+    grows = most.growth >= limits.growth
     text = f"the control {most.variant} {'grows, as it must' if grows else 'does not grow'}: {most.name} changes "
     text += f"{most.growth:.1f} times as much at width {most.at[-1]} as at {most.at[0]} after {_updates(last)}"
     return Verdict("PASS" if grows else "FAIL", text + f" (at least {limits.growth:g} wanted)")
 
 
 def _judge_depth(of: list[Line], limits: Limits) -> Verdict:
-    worst = max((line for line in of if _is_final(line)), key=lambda line: _or_inf(line.ratio))
-    flat = _or_inf(worst.ratio) <= limits.depth_ratio
+    worst = max((line for line in of if _is_final(line)), key=lambda line: line.ratio)
+    flat = worst.ratio <= limits.depth_ratio
     text = f"{worst.variant}: the final residual stream is {'flat' if flat else 'not flat'} over depths {worst.at[0]} to "
     text += f"{worst.at[-1]}: largest over smallest at most {worst.ratio:.2f}, after {_updates(worst.step)}"
     return Verdict("PASS" if flat else "FAIL", text + f" (at most {limits.depth_ratio:g} allowed)")
@@ -145,7 +151,7 @@ def _judge_depth(of: list[Line], limits: Limits) -> Verdict:
 
 def _control_depth(of: list[Line], limits: Limits) -> Verdict:
     last = max((line for line in of if _is_final(line)), key=lambda line: line.step)
-    grows = _or_inf(last.growth) >= limits.depth_growth
+    grows = last.growth >= limits.depth_growth
     text = f"the control {last.variant} {'grows, as it must' if grows else 'does not grow'}: the final residual stream is "
     text += f"{last.growth:.1f} times as large at depth {last.at[-1]} as at {last.at[0]} after {_updates(last.step)}"
     return Verdict("PASS" if grows else "FAIL", text + f" (at least {limits.depth_growth:g} wanted)")
@@ -153,10 +159,6 @@ def _control_depth(of: list[Line], limits: Limits) -> Verdict:
 
 def _is_final(line: Line) -> bool:
     return line.kind == "size" and line.name == "final"
-
-
-def _or_inf(value: float) -> float:
-    return math.inf if math.isnan(value) else value
 
 
 def _updates(n: int) -> str:

@@ -48,6 +48,7 @@ def sweep(jobs: Sequence[Job], points: Sequence[Point], folder: Path, memory: Op
         ConfigError: the folder holds runs of other settings, or a setting does not fit the data or the devices.
     """
     path = folder / records.FILE
+    folder.mkdir(parents=True, exist_ok=True)  # now, not when there are runs to lose
     if jax.process_index() == 0 and records.mend(path):
         _log.warning("%s: the last line was cut short; its run is trained again", path)
     before = records.read(path) if path.exists() and path.stat().st_size else []
@@ -128,7 +129,8 @@ def _train(
     config, began = job.config, time.perf_counter()
     text, held_out, n_vocab = corpus.splits["train"], corpus.splits["validation"], corpus.tokenizer.n_vocab
     every, steps = config.log.every, config.steps
-    identity = [job.variant, changed(config), points, pipeline.fingerprint(text, config.data, 0)]
+    stacked = [leaf.shape for leaf in jax.tree.leaves(fleet.shapes)]  # for another number of devices otherwise
+    identity = [job.variant, changed(config), points, pipeline.fingerprint(text, config.data, 0), stacked]
     snapshots = Snapshots(folder, identity)
     step = snapshots.newest() or 0
     losses = np.full((steps, len(points)), np.nan, np.float32)

@@ -1,0 +1,567 @@
+"""The coordinate check: that it measures what it says, judges it rightly, and would find a parametrization wrong."""
+
+import dataclasses
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from runs import ROOT, finish, settings, start
+
+from mutransformer import hardware, launch
+from mutransformer.config import Config
+from mutransformer.data.corpus import prepare
+from mutransformer.data.pipeline import train_batches
+from mutransformer.launch import FAILED, FINISHED, MISTAKE
+from mutransformer.mesh import check_fits, make_mesh
+from mutransformer.model import Forward, Transformer, specs
+from mutransformer.ops import shift_right
+from mutransformer.settings import load
+from mutransformer.spec import Weight
+from mutransformer.state import init_state
+from mutransformer.study import coord_plots, coord_report, plots
+from mutransformer.study.coord import Axis, Coordinate, Kind, _mean_abs, measure
+from mutransformer.study.grid import Job
+from mutransformer.study.slopes import ACTIVATIONS, KINDS, Limits, Line, judge, judged, lines, table
+
+SCRIPT = "scripts/coord_check.py"
+BOS = 1
+
+
+# Slopes
+
+
+Law = Callable[[Kind, str, int, int], float]  # (kind, name, step, seed) -> exponent
+
+
+def synthetic(
+    law: Law, variant: str = "mup", at: Sequence[int] = (64, 128, 256, 512), steps: int = 3, seeds: int = 3
+) -> list[Coordinate]:
+    """0.7 x at ^ law, of every activation and one weight."""
+    found = []
+    for kind in KINDS:
+        for name in ("blocks.w_q",) if kind == "update" else ACTIVATIONS:
+            for step in range(0 if kind == "size" else 1, steps + 1):
+                for size in at:
+                    values = [0.7 * float(size) ** law(kind, name, step, seed) for seed in range(seeds)]
+                    found += [Coordinate(variant, size, s, step, kind, name, value) for s, value in enumerate(values)]
+    return found
+
+
+def only(found: Sequence[Line], kind: Kind, name: str, step: int) -> Line:
+    (line,) = (line for line in found if (line.kind, line.name, line.step) == (kind, name, step))
+    return line
+
+
+def test_the_slope_of_a_power_law_is_its_exponent() -> None:
+    for exponent in (-1.0, -0.5, 0.0, 0.03, 1.0):
+        for line in lines(synthetic(lambda *_, exponent=exponent: exponent)):
+            assert line.slope == pytest.approx(exponent, abs=1e-12) and line.spread == pytest.approx(0, abs=1e-12)
+            assert line.at == [64, 128, 256, 512] and line.means == pytest.approx([0.7 * a**exponent for a in line.at])
+            assert line.growth == pytest.approx(8**exponent) and line.ratio == pytest.approx(8 ** abs(exponent))
+
+
+def test_the_spread_is_that_of_the_seeds_own_slopes_and_means_come_before_logarithms() -> None:
+    (line,) = lines([Coordinate("v", a, s, 0, "size", "final", float(a) ** p) for a in (4, 16) for s, p in enumerate((0, 1))])
+    assert line.spread == pytest.approx(math.sqrt(0.5)) and line.means == [2.5, 8.5]
+    assert line.slope == pytest.approx(math.log(8.5 / 2.5, 4))
+    (line,) = lines([Coordinate("v", a, 5, 0, "size", "final", float(a)) for a in (16, 4)])
+    assert line.spread is None and line.at == [4, 16]
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+def test_what_is_zero_or_not_finite_has_no_slope(value: float) -> None:
+    found = [Coordinate("v", a, s, 0, "size", "final", value if (a, s) == (8, 1) else 1.0) for a in (4, 8) for s in (0, 1)]
+    (line,) = lines(found)
+    assert math.isnan(line.spread or 0)
+    assert line.slope == pytest.approx(-1) if value == 0 else math.isnan(line.slope)  # a mean over seeds that is not zero
+    (line,) = lines([c for c in found if c.seed == 1])
+    assert math.isnan(line.slope) and line.ratio == math.inf
+    assert line.growth == (0 if value == 0 else math.inf)
+
+
+def test_lines_come_as_the_forward_pass_has_them_and_the_table_shows_the_steps_asked_for() -> None:
+    found = lines(synthetic(lambda *_: 0.25, "sp", steps=2)[::-1] + synthetic(lambda *_: 0.0, steps=2))
+    of = [(line.variant, line.kind, line.name) for line in found]
+    assert list(dict.fromkeys(of)) == [
+        (variant, kind, name)
+        for variant in ("sp", "mup")
+        for kind in KINDS
+        for name in (("blocks.w_q",) if kind == "update" else ACTIVATIONS)
+    ]
+    rows = table(found, [0, 2])
+    assert rows[0] == ["sp", "size", "residual", "+0.250 ± 0.000", "+0.250 ± 0.000"]
+    assert rows[len(ACTIVATIONS)] == ["sp", "change", "residual", "", "+0.250 ± 0.000"]
+    assert len(rows) == 2 * (2 * len(ACTIVATIONS) + 1)
+
+
+# Verdicts
+
+
+def said(subject: Law, control: Law | None = lambda *_: 1.0, axis: Axis = "width", at: Sequence[int] = (64, 256, 1024), **limits):
+    against = [] if control is None else synthetic(control, "sp", at)
+    found = lines([*synthetic(subject, at=at), *against])
+    return [str(verdict) for verdict in judge(found, "mup", None if control is None else "sp", axis, Limits(**limits))]
+
+
+def steep(kind: Kind, name: str, step: int, exponent: float, elsewhere: float = 0.01) -> Law:
+    return lambda k, n, s, _: exponent if (k, n, s) == (kind, name, step) else elsewhere
+
+
+def test_a_flat_subject_and_a_growing_control_pass() -> None:
+    flat, control = said(lambda *_: 0.04)
+    n = 12 * 4 + 2 * 2 + 14 * 2  # sizes after 0 ... 3 updates, of products from 2 on; changes from 2 on
+    assert flat.startswith(f"PASS    mup: flat over widths 64 to 1024: {n} slopes within ±0.05; the steepest, +0.040 ± 0.000, ")
+    assert re.fullmatch(
+        r"PASS    the control sp grows, as it must: \w+ changes 16.0 times as much at .* after 3 updates .*", control
+    )
+
+
+@pytest.mark.parametrize("exponent", [0.06, -0.06, math.nan])
+@pytest.mark.parametrize(
+    ("kind", "name", "step"), [("size", "query", 0), ("size", "logits", 2), ("change", "key", 2), ("change", "final", 3)]
+)
+def test_one_slope_beyond_the_limit_fails_and_is_named(kind: Kind, name: str, step: int, exponent: float) -> None:
+    told, _ = said(steep(kind, name, step, exponent))
+    assert told.startswith("FAIL    mup: not flat over widths 64 to 1024: 1 of 80 slopes beyond ±0.05; the steepest, ")
+    assert f"{exponent:+.3f}" in told and told.endswith(f"is the {kind} of {name} after {step} updates")
+    assert math.isnan(exponent) or said(steep(kind, name, step, exponent), slope=0.07)[0].startswith("PASS")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "step"),
+    [("size", "logits", 0), ("size", "attention_logits", 1), ("change", "query", 1), ("update", "blocks.w_q", 3)],
+)
+def test_what_may_fall_is_not_judged(kind: Kind, name: str, step: int) -> None:
+    assert said(steep(kind, name, step, -1.0))[0].startswith("PASS")
+    assert not any(judged(line) for line in lines(synthetic(lambda *_: 0.0)) if line.kind == "update")
+
+
+def test_activations_that_start_at_zero_are_not_judged_before_they_grow_but_changes_of_nothing_are() -> None:
+    def zero(kind: Kind, steps: Sequence[int]) -> str:
+        found = synthetic(lambda *_: 0.0)
+        at = [dataclasses.replace(c, value=0.0) if (c.kind, c.name) == (kind, "query") and c.step in steps else c for c in found]
+        return judge(lines(at), "mup", None, "width", Limits())[0].outcome
+
+    assert zero("size", [0]) == "PASS"  # model.q_init=zero
+    assert zero("change", [2, 3]) == "FAIL"
+
+
+def test_a_control_that_does_not_grow_fails_and_none_is_a_warning() -> None:
+    _, control = said(lambda *_: 0.0, lambda *_: 0.49)  # 16x the width is 3.9 times as much
+    assert control.startswith("FAIL    the control sp does not grow: ") and "3.9 times" in control
+    assert said(lambda *_: 0.0, lambda *_: 0.51)[1].startswith("PASS")
+    assert said(lambda *_: 0.0, lambda *_: -math.inf)[1].startswith("FAIL"), "nothing has changed at any width"
+    assert said(lambda *_: 0.0, lambda *_: math.nan)[1].startswith("FAIL"), "it has diverged at every width"
+    # Its size does not count, nor what it did before the last step.
+    assert said(lambda *_: 0.0, lambda kind, name, step, _: float(kind == "size" or step < 3))[1].startswith("FAIL")
+    assert said(lambda *_: 0.0, None)[1].startswith("WARNING no control")
+
+
+def test_depth_is_judged_by_the_final_residual_stream() -> None:
+    def final(exponent: float) -> Law:
+        return lambda kind, name, *_: exponent if (kind, name) == ("size", "final") else 0.9
+
+    depths = (2, 8, 32)
+    flat, control = said(final(0.3), final(0.9), "depth", depths)  # 16x the depth: 2.3 and 12.1 times
+    assert flat.startswith(
+        "PASS    mup: the final residual stream is flat over depths 2 to 32: largest over smallest at most 2.30"
+    )
+    assert control.startswith("PASS    the control sp grows, as it must: the final residual stream is 12.1 times as large")
+    assert said(final(-0.3), None, "depth", depths)[0].startswith("PASS")
+    for exponent in (0.35, -0.35, math.nan):
+        assert said(final(exponent), None, "depth", depths)[0].startswith("FAIL")
+    assert said(final(0.0), final(0.8), "depth", depths)[1].startswith("FAIL")
+    at_the_end = synthetic(lambda *_: 0.0, at=depths)
+    at_the_end = [dataclasses.replace(c, value=math.nan) if (c.at, c.step) == (32, 3) else c for c in at_the_end]
+    assert judge(lines(at_the_end), "mup", None, "depth", Limits())[0].outcome == "FAIL", "the deepest has diverged"
+
+
+def test_figures_of_odd_numbers_can_be_drawn_and_the_table_read_again(tmp_path: Path) -> None:
+    odd = [0.0, math.nan, math.inf, 1e-30]
+    found = [
+        dataclasses.replace(c, value=odd[i % 7] if i % 7 < 4 else c.value)
+        for i, c in enumerate([*synthetic(lambda *_: 1.0), *synthetic(lambda *_: 0.0, "sp")])
+    ]
+    found += [Coordinate("mup", a, 0, 1, "update", "all_zero", 0.0) for a in (64, 128)]
+    for kind in KINDS:
+        of = [line for line in lines(found) if line.kind == kind]
+        plots.save(coord_plots.coordinates, of, "mup", "sp", "width", path=tmp_path / kind)
+        assert (tmp_path / f"{kind}.png").stat().st_size > 10_000 and "</svg>" in (tmp_path / f"{kind}.svg").read_text()
+    coord_report.write(found, tmp_path / "c.csv")
+    again = coord_report.read(tmp_path / "c.csv")
+    assert [dataclasses.replace(c, value=0.0) for c in again] == [dataclasses.replace(c, value=0.0) for c in found]
+    np.testing.assert_allclose([c.value for c in again], [c.value for c in found], rtol=1e-5)
+
+
+# Activations
+
+
+TINY = [
+    "model.d_model=64",
+    "model.d_base=32",
+    "model.d_head=8",
+    "model.n_layer=2",
+    "model.n_vocab=250",
+    "data.seq_len=16",
+    "data.batch_size=4",
+    "precision.compute=float32",
+]
+MODELS = {
+    "relu": [],
+    "all options": [
+        *("model.activation=swiglu", "model.n_kv_head=2", "model.qk_norm=true", "model.gains=vector", "model.biases=true"),
+        *("model.embed_norm=true", "model.remat=full"),
+    ],
+    "grouped heads, swiglu": ["model.n_kv_head=4", "model.activation=swiglu", "optim.rule=completep", "model.n_layer_base=1"],
+}
+
+
+def weights(config: Config) -> Transformer:
+    """In which no gain is one and no bias zero."""
+
+    def draw(path: tuple, w: Weight) -> np.ndarray:
+        rng = np.random.default_rng(crc32(jax.tree_util.keystr(path).encode()))
+        scale = w.fan_in**-0.5 if w.is_matrix else 0.3
+        return (scale * rng.standard_normal(w.shape) + ("gain" in w.role)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, specs(config))
+
+
+def rows(config: Config) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 250, (config.data.batch_size, config.data.seq_len), dtype=np.int32)
+
+
+def sizes_on(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transformer, Any], dict[str, jax.Array]]:
+    """A function of (weights, tokens) -> mean |x| of every activation, as the check takes it."""
+    forward = Forward(config, watch=True)
+
+    def look(params: Transformer, tokens: jax.Array) -> dict[str, jax.Array]:
+        return jax.tree.map(_mean_abs, forward.activations(params, shift_right(tokens, bos_id)))
+
+    in_specs = (forward.pspecs, PartitionSpec("x"))
+    return jax.jit(jax.shard_map(look, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec()))
+
+
+@cache
+def sizes(model: str, x: int, y: int) -> dict[str, float]:
+    config = load([*TINY, *MODELS[model], f"mesh.x={x}", f"mesh.y={y}"])
+    mesh = make_mesh(config.mesh, jax.devices()[: x * y])
+    check_fits(config, mesh)
+    return {name: float(value) for name, value in sizes_on(config, mesh, BOS)(weights(config), rows(config)).items()}
+
+
+@pytest.mark.parametrize("model", list(MODELS)[1:])
+def test_sizes_are_the_same_on_a_mesh(model: str) -> None:
+    ours, theirs = sizes(model, 2, 4), sizes(model, 1, 1)
+    assert set(ours) == set(theirs) == set(ACTIVATIONS)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert len(set(theirs.values())) == len(theirs), "two names are one thing"
+
+
+def test_sizes_are_those_of_the_model_written_out() -> None:
+    """By NumPy, for the plainest model: no gains, biases or normed queries."""
+    config = load(TINY)
+    w, tokens = weights(config), rows(config)
+    n, t, d = config.model.n_head, 16, 8
+    cos, sin = (f(np.arange(t)[:, None] / 10000.0 ** (np.arange(4) / 4))[:, None] for f in (np.cos, np.sin))
+
+    def norm(x: np.ndarray) -> np.ndarray:
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5)
+
+    def turn(x: np.ndarray) -> np.ndarray:
+        low, high = x[..., :4], x[..., 4:]
+        return np.concatenate([low * cos - high * sin, low * sin + high * cos], axis=-1)
+
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in ACTIVATIONS}
+    x = w.embed[np.concatenate([np.full((4, 1), BOS), tokens[:, :-1]], axis=1)]
+    for i in range(2):
+        seen["residual"].append(x)
+        q, k, v = (np.einsum("btm,mhd->bthd", norm(x), m[i]) for m in (w.blocks.w_q, w.blocks.w_k, w.blocks.w_v))
+        for name, z in (("query", q), ("key", k), ("value", v), ("rotated_query", turn(q)), ("rotated_key", turn(k))):
+            seen[name].append(z)
+        logits = np.einsum("bthd,bshd->bhts", turn(q), turn(k)) / d
+        causal = np.tril(np.ones((t, t), bool))
+        seen["attention_logits"].append(logits[:, :, causal])
+        share = np.where(causal, np.exp(logits), 0)
+        o = np.einsum("bhts,bshd->bthd", share / share.sum(axis=-1, keepdims=True), v)
+        branch = np.einsum("bthd,hdm->btm", o, w.blocks.w_o[i])
+        seen["attention_output"].append(o)
+        seen["attention_branch"].append(branch)
+        x = x + branch
+        hidden = norm(x) @ w.blocks.w_fi[i]
+        branch = np.maximum(hidden, 0) @ w.blocks.w_fo[i]
+        for name, z in (("hidden", hidden), ("activation", np.maximum(hidden, 0)), ("branch", branch)):
+            seen[f"feed_forward_{name}"].append(z)
+        x = x + branch
+    seen["final"].append(x)
+    seen["logits"].append(norm(x) @ w.unembed)
+    assert w.blocks.w_q.shape == (2, 64, n, d)
+    want = {name: float(np.mean([np.mean(np.abs(z)) for z in found])) for name, found in seen.items()}
+    assert sizes("relu", 1, 1) == pytest.approx(want, rel=1e-4)
+
+
+def test_unless_asked_nothing_of_it_is_computed() -> None:
+    config = load([*TINY, *MODELS["all options"]])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+
+    def equations(jaxpr: Any) -> Iterator[Any]:
+        for equation in jaxpr.eqns:
+            yield equation
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                yield from equations(inner) if hasattr(inner, "eqns") else ()
+
+    def computed(watch: bool) -> tuple[int, int]:
+        """What the loop over layers stacks, and products of matrices."""
+        forward = Forward(config, watch)
+        at = {"mesh": mesh, "in_specs": (forward.pspecs, PartitionSpec("x")), "out_specs": PartitionSpec("x", None, "y")}
+        found = list(equations(jax.make_jaxpr(jax.shard_map(forward.final, **at))(weights(config), rows(config)).jaxpr))
+        (loop,) = (equation for equation in found if equation.primitive.name == "scan")
+        return len(loop.outvars) - loop.params["num_carry"], sum(e.primitive.name == "dot_general" for e in found)
+
+    stacked, products = computed(watch=False)
+    assert stacked == 0
+    assert computed(watch=True) == (len(ACTIVATIONS) - 2, products + 1)  # all but final and logits; attention's logits anew
+    with pytest.raises(AssertionError):
+        Forward(config).activations(jax.tree.map(jnp.asarray, weights(config)), jnp.asarray(rows(config)))
+
+
+# Measuring
+
+
+def test_without_an_update_to_speak_of_nothing_changes(tmp_path: Path) -> None:
+    """And the sizes are those of the model that training with this seed starts with, on its first batch."""
+    config = load(settings(tmp_path, *TINY, "model.n_vocab=null", "optim.lr=1e-30", "optim.warmup_steps=0"))
+    corpus = prepare(config.data)
+    config = config.with_vocab(corpus.tokenizer.n_vocab)
+    found = measure(Job("still", config), 64, [7, 2], 2, corpus)
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(specs(config))
+    ]
+    assert {(c.kind, c.step): [] for c in found}.keys() == {
+        *[("size", step) for step in (0, 1, 2)],
+        *[(kind, step) for kind in ("change", "update") for step in (1, 2)],
+    }
+    assert {c.name for c in found if c.kind == "update"} == set(names)
+    assert all(c.value == 0 for c in found if c.kind != "size")
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    look = sizes_on(config, mesh, corpus.tokenizer.bos_id)
+    for seed in (7, 2):
+        with closing(train_batches(corpus.splits["train"], config.data, seed, 1, 0, config.model.n_vocab or 0)) as batches:
+            tokens = next(batches).tokens
+        want = look(init_state(dataclasses.replace(config, seed=seed), mesh).params, tokens)
+        for step in (0, 1, 2):
+            ours = {c.name: c.value for c in found if (c.kind, c.seed, c.step) == ("size", seed, step)}
+            assert ours == pytest.approx({name: float(value) for name, value in want.items()}, rel=1e-5)
+
+
+# The command
+
+
+CHECK = ["model.d_base=64", "model.n_layer=1", "data.seq_len=8", "data.batch_size=1", "optim.warmup_steps=0"]
+OPTIONS = [
+    "--widths",
+    "64,512",
+    "--seeds",
+    "0,1",
+    "--steps",
+    "3",
+    "--max-slope",
+    "0.1",
+]  # wider than usual: two seeds, two widths
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("coord_script", ROOT / SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command within this process; gives the exit code."""
+    monkeypatch.setattr(hardware, "keep_freed_memory", lambda: None)  # a setting of the whole process
+
+    def run(*args: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["coord_check.py", *args])
+        return script().main()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("coord")
+
+
+@pytest.fixture(scope="module")
+def told(folder: Path) -> str:
+    """What a real check of two widths prints, in which everything passes."""
+    args = [*settings(folder, *CHECK), *OPTIONS, "--out", str(folder / "out")]
+    return finish(start(SCRIPT, args, devices=2, optimize=False))
+
+
+def verdicts(out: str) -> list[str]:
+    return re.findall("^(?:PASS|FAIL|WARNING).*$", out, re.MULTILINE)
+
+
+def test_the_command_writes_tables_figures_and_verdicts(told: str, folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flat, control = verdicts(told)
+    assert flat.startswith("PASS    mup: flat over widths 64 to 512: 80 slopes within ±0.1; ")
+    assert control.startswith("PASS    the control sp grows, as it must: ")
+    assert told.endswith(f"results: {folder / 'out'}\n")
+    assert "slope over width" in told and re.search(r"^mup +size +query +[+-]0\.\d{3} ± 0\.\d{3} ", told, re.MULTILINE)
+    found = coord_report.read(folder / "out" / coord_report.TABLE)
+    assert {(c.variant, c.at, c.seed) for c in found} == {(v, a, s) for v in ("mup", "sp") for a in (64, 512) for s in (0, 1)}
+    assert len(found) == 8 * ((4 + 3) * len(ACTIVATIONS) + 3 * 8)
+    assert [str(v) for v in judge(lines(found), "mup", "sp", "width", Limits(slope=0.1))] == [flat, control]
+    for kind in KINDS:
+        assert (folder / "out" / f"coordinates_{kind}.png").read_bytes().startswith(b"\x89PNG")
+        assert (folder / "out" / f"coordinates_{kind}.svg").read_text().rstrip().endswith("</svg>")
+    boards = folder / "out" / "tensorboard"
+    assert {path.name for path in boards.iterdir()} == {"mup 64", "mup 512", "sp 64", "sp 512", "figures"}
+    of = [c for c in found if (c.variant, c.at, c.kind, c.name) == ("mup", 512, "change", "logits")]
+    means = {step: np.mean([c.value for c in of if c.step == step]) for step in (1, 2, 3)}
+    curve = EventAccumulator(str(boards / "mup 512")).Reload().Scalars("change/logits")
+    assert {e.step: e.value for e in curve} == pytest.approx(means, rel=1e-4)
+    shown = EventAccumulator(str(boards / "figures")).Reload()
+    assert set(shown.Tags()["images"]) == {f"coordinates/{kind}" for kind in KINDS}
+
+
+def test_the_first_update_of_adam_is_the_learning_rate_of_the_rule(told: str, folder: Path) -> None:
+    found = coord_report.read(folder / "out" / coord_report.TABLE)
+    for variant, at, share in (("mup", 64, 1), ("mup", 512, 1 / 8), ("sp", 64, 1), ("sp", 512, 1)):
+        for seed in (0, 1):
+            (moved,) = (
+                c.value for c in found if (c.variant, c.at, c.seed, c.step, c.name) == (variant, at, seed, 1, "blocks.w_v")
+            )
+            assert moved == pytest.approx(2**-8 * share, rel=1e-3)
+
+
+def replay(found: Sequence[Coordinate]) -> Callable[..., list[Coordinate]]:
+    """measure, from numbers at hand."""
+    return lambda job, at, *_: [c for c in found if (c.variant, c.at) == (job.config.optim.rule, at)]
+
+
+def test_a_wrong_parametrization_fails(told: str, folder: Path, check, monkeypatch, capsys) -> None:
+    found = coord_report.read(folder / "out" / coord_report.TABLE)
+    monkeypatch.setattr(coord_report, "measure", replay(found))
+    monkeypatch.setattr(plots, "save", lambda *_, **__: None)  # drawn above
+    monkeypatch.setattr(coord_report, "_tensorboard", lambda *_: None)
+    args = [*settings(folder, *CHECK), *OPTIONS, "--out", str(folder / "again")]
+    assert check(*args) == FINISHED
+    out = capsys.readouterr().out
+    assert re.findall("^(?:PASS|FAIL|WARNING).*$", out, re.MULTILINE) == re.findall(
+        "^(?:PASS|FAIL|WARNING).*$", told, re.MULTILINE
+    )
+    assert check(*args, "optim.rule=sp") == FAILED
+    out = capsys.readouterr().out
+    assert re.search(r"^FAIL    sp: not flat over widths 64 to 512: \d+ of 80 slopes beyond", out, re.MULTILINE)
+    assert "\nWARNING no control: " in out
+    assert check(*args, "--max-slope", "1e-6") == FAILED and "\nPASS    the control" in capsys.readouterr().out
+    assert check(*args, "--no-control") == FINISHED and "\nWARNING no control: " in capsys.readouterr().out
+    flat = [dataclasses.replace(c, variant=rule) for c in found if c.variant == "mup" for rule in ("mup", "sp")]
+    monkeypatch.setattr(coord_report, "measure", replay(flat))
+    assert check(*args) == FAILED and "\nFAIL    the control sp does not grow" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rule", ["optim.rule=completed_p optim.batch_base=64 optim.tokens_base=640", "optim.eps_scaling=true"])
+def test_the_control_takes_off_what_the_standard_parametrization_has_no_use_for(
+    rule: str, folder: Path, check, monkeypatch
+) -> None:
+    jobs: list[Job] = []
+    monkeypatch.setattr(coord_report, "coordinate_check", lambda subject, control, *_: jobs.extend([*subject, *control]) or [])
+    assert check(*settings(folder, *CHECK, *rule.split()), *OPTIONS) == FINISHED
+    assert [job.config.optim.rule for job in jobs[2:]] == ["sp", "sp"]
+
+
+def test_what_is_checked_over_depth(folder: Path, check, monkeypatch) -> None:
+    jobs: list[list[Job]] = []
+    monkeypatch.setattr(coord_report, "coordinate_check", lambda subject, control, *_: jobs.extend([subject, control]) or [])
+    depth = ["--depths", "8,2", "--steps", "2"]
+
+    def given(*args: str) -> list[list[tuple[str, int, int | None]]]:
+        jobs.clear()
+        assert check(*settings(folder, *CHECK), *depth, *args) == FINISHED
+        return [[(job.variant, job.config.model.n_layer, job.config.model.n_layer_base) for job in each] for each in jobs]
+
+    assert given("optim.rule=completep") == [
+        [("completep", 2, 2), ("completep", 8, 2)],
+        [("completep without depth", 2, None), ("completep without depth", 8, None)],
+    ]
+    assert given("optim.rule=completep", "model.n_layer_base=4")[0] == [("completep", 2, 4), ("completep", 8, 4)]
+    assert given("optim.rule=mup") == [[("mup", 2, None), ("mup", 8, None)], []]
+
+
+def test_the_preset_can_be_overridden(folder: Path, check, monkeypatch) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr(coord_report, "coordinate_check", lambda subject, *_: seen.append(subject[0].config) or [])
+    assert check(str(ROOT / "configs/small.yaml"), "optim.lr=0.5", *OPTIONS) == FINISHED
+    (config,) = seen
+    assert (config.data.batch_size, config.data.seq_len, config.optim.schedule, config.optim.lr) == (1, 32, "constant", 0.5)
+    assert (config.optim.eps, config.precision.compute, config.model.n_layer, config.name) == (1e-15, "float32", 2, "small")
+
+
+MISTAKES = {
+    "one width": (["--widths", "64"], "--widths 64: one width only: nothing to compare"),
+    "one depth": (["--depths", "2"], "--depths 2: one depth only: nothing to compare"),
+    "one step": (["--steps", "1"], "--steps 1: must be at least 2"),
+    "width that heads do not divide": (["--widths", "64,100"], "model.d_model = 100: not divisible by model.d_head = 16"),
+    "width twice": (["--widths", "64,64"], "--widths 64,64: one is there twice"),
+    "no width": (["--widths", "x"], "--widths x: must be whole numbers"),
+    "negative seed": (["--seeds=-1,0"], r"--seeds -1,0: must lie in 0 \.\.\. 2\^31 - 1"),
+    "no slope": (["--max-slope", "nan"], "--max-slope nan: must be positive"),
+    "unknown key": (["optim.rul=sp"], "optim.rul"),
+    "unknown rule": (["optim.rule=spp"], "optim.rule"),
+    "missing file": (["missing.yaml"], "missing.yaml: cannot read it"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line_and_exit_code_2_before_jax_starts(name: str, tmp_path: Path, check, monkeypatch, capsys) -> None:
+    def started(*_: object) -> None:
+        raise AssertionError("JAX was started")
+
+    args, message = MISTAKES[name]
+    monkeypatch.setattr(launch, "prepare_jax", started)
+    monkeypatch.setattr(launch, "simulate_devices", started)
+    monkeypatch.chdir(tmp_path)
+    assert check("model.d_head=16", *args) == MISTAKE
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"error: .*\n", err) and re.search(message, err), err
+    assert not out and not list(tmp_path.iterdir())
+    if name == "one width":  # the control: a good command does start it
+        with pytest.raises(AssertionError, match="JAX was started"):
+            check("model.d_head=16", "--widths", "64,128")
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_measuring(folder: Path, check, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(coord_report, "measure", lambda *_: pytest.fail("measured"))
+    assert check(*settings(folder, *CHECK), *OPTIONS, "--out", "/dev/null/out") == MISTAKE
+    assert capsys.readouterr().err == "error: /dev/null/out: Not a directory\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("args", [[], ["--depths", "2,4,8,16,32", "optim.rule=completep"]])
+def test_the_defaults_pass(args: list[str], tmp_path: Path) -> None:
+    process = start(SCRIPT, ["configs/small.yaml", f"workdir={tmp_path}", *args], devices=3)
+    out, err = process.communicate(timeout=1200)
+    assert process.returncode == FINISHED, out + err
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["PASS", "PASS", "results:"]

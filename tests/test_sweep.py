@@ -1,0 +1,404 @@
+"""The sweep as a user runs it: what it trains and writes, how it goes on after a stop, and what it refuses."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import ROOT, finish, settings, start
+
+from mutransformer import hardware, launch
+from mutransformer.config import Config, ConfigError
+from mutransformer.data.corpus import prepare
+from mutransformer.launch import FINISHED, MISTAKE, STOPPED
+from mutransformer.settings import load
+from mutransformer.study import grid, records
+from mutransformer.study.fleet import Fleet, Sharded
+from mutransformer.study.sweep import _groups
+from mutransformer.train import train
+
+SCRIPT = "scripts/sweep.py"
+STEPS = 80
+TINY = [
+    *("model.d_model=64", "model.d_base=32", "model.d_head=8", "model.n_layer=1", "model.vocab_multiple=64"),
+    *("data.seq_len=16", "precision.compute=float32", "eval.batches=2", "log.every=10"),
+]
+GRID = ["--widths", "32,64", "--lrs", "2^-8:2^-6:2", "--seeds", "0,1"]
+POINTS = [(2.0**-8, 0), (2.0**-8, 1), (2.0**-6, 0), (2.0**-6, 1)]
+
+
+def arguments(folder: Path, *more: str, steps: int = STEPS) -> list[str]:
+    return settings(folder, *TINY, f"steps={steps}", *more)
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("sweep_script", ROOT / SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch):
+    """The command within this process, on its eight devices; gives the exit code."""
+    monkeypatch.setattr(hardware, "keep_freed_memory", lambda: None)  # a setting of the whole process
+
+    def run(*args: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *args])
+        return script().main()
+
+    return run
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Filled with (class, width, runs) of whatever is trained from now on."""
+    found = []
+    for kind in (Fleet, Sharded):
+
+        def init(one: Any, kind: type = kind, own: Callable[[Any], Any] = kind.init) -> Any:
+            found.append((kind.__name__, one.config.model.d_model, len(one.hyper.lr) if isinstance(one, Fleet) else 1))
+            return own(one)
+
+        monkeypatch.setattr(kind, "init", init)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweep")
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """A sweep from start to end: four runs each of two widths on two devices."""
+    out = folder / "whole"
+    finish(start(SCRIPT, [*arguments(folder), *GRID, "--out", str(out)], devices=2, optimize=False))
+    return out
+
+
+def lines(out: Path) -> list[str]:
+    return (out / records.FILE).read_text(encoding="utf-8").splitlines()
+
+
+def outcome(run: records.Run) -> tuple:
+    return run.key, run.status, run.steps, run.diverged_at, run.logged, run.train_loss, run.validation_loss
+
+
+def close(ours: records.Run, theirs: records.Run) -> bool:
+    """Whether losses are those of the other program: to 1e-5 in the first half, and later to what training makes of that."""
+    assert ours.key == theirs.key and ours.logged == theirs.logged
+    a, b = (np.array([*run.train_loss, run.validation_loss], float) for run in (ours, theirs))
+    apart = np.abs(a - b)
+    return bool(np.max(apart[:5]) <= 1e-5 and np.max(apart) <= 2e-4)
+
+
+# What it writes
+
+
+def test_each_run_leaves_a_line(whole: Path, folder: Path) -> None:
+    runs = records.read(whole)
+    assert [run.key for run in runs] == [("mup", width, lr, seed) for width in (32, 64) for lr, seed in POINTS]
+    for run in runs:
+        assert (run.status, run.steps, run.diverged_at) == ("finished", STEPS, None)
+        assert run.logged == list(range(10, STEPS + 1, 10)) and len(run.train_loss) == 8
+        losses = np.array([*run.train_loss, run.validation_loss], float)
+        assert np.isfinite(losses).all() and losses[-2] < losses[0]
+        assert run.settings == grid.changed(load(arguments(folder, f"model.d_model={run.width}")))
+    assert len({run.validation_loss for run in runs}) == len(runs)
+    assert not list((whole / "snapshots").glob("*")), "ended runs need no snapshot"
+
+
+def test_a_run_of_a_sweep_is_the_run_that_train_makes(whole: Path, folder: Path) -> None:
+    (ours,) = (run for run in records.read(whole) if run.key == ("mup", 32, 2**-6, 1))
+    more = ("model.d_model=32", "optim.lr=0.015625", "seed=1", "log.every=1", "name=alone", f"eval.every={STEPS}")
+    config = load(arguments(folder, *more))
+    assert train(config) == FINISHED
+    told = [json.loads(line) for line in (config.rundir / "metrics.jsonl").read_text().splitlines()]
+    means = np.mean(np.reshape([line["train/loss"] for line in told], (-1, 10)), axis=1)
+    theirs = dataclasses.replace(ours, train_loss=means.tolist(), validation_loss=told[-1]["validation/loss"])
+    assert close(ours, theirs)
+    another = dataclasses.replace(records.read(whole)[2], seed=1)  # the control: a run of another seed
+    assert another.lr == ours.lr and not close(ours, another)
+
+
+def test_tensorboard_has_a_curve_and_settings_of_each_run(whole: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    runs = records.read(whole)
+    names = {f"{r.variant} width={r.width} lr={r.lr:.6g} seed={r.seed}": r for r in runs}
+    assert {path.name for path in (whole / "tensorboard").iterdir()} == set(names)
+    for name, run in names.items():
+        board = EventAccumulator(str(whole / "tensorboard" / name)).Reload()
+        curve = {e.step: e.value for e in board.Scalars("train/loss")}
+        assert curve == pytest.approx(dict(zip(run.logged, run.train_loss, strict=True)), abs=1e-5)
+        assert [(e.step, e.value) for e in board.Scalars("validation/loss")] == [
+            (STEPS, pytest.approx(run.validation_loss, abs=1e-5))
+        ]
+        told = board.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
+        hparams = metadata.parse_session_start_info_plugin_data(told).hparams
+        assert hparams["optim.lr"].number_value == run.lr and hparams["seed"].number_value == run.seed
+        assert hparams["model.d_model"].number_value == run.width and hparams["variant"].string_value == "mup"
+
+
+# How it goes on
+
+
+def test_the_same_command_again_trains_nothing(whole: Path, folder: Path, sweep, trained) -> None:
+    before = lines(whole)
+    assert sweep(*arguments(folder), *GRID, "--out", str(whole)) == FINISHED
+    assert lines(whole) == before and trained == []
+
+
+def test_stopped_by_a_signal_it_goes_on_to_the_same_losses_bit_for_bit(whole: Path, folder: Path) -> None:
+    out = folder / "stopped"
+    command = [*arguments(folder), *GRID, "--out", str(out)]
+    process = start(SCRIPT, command, devices=2, optimize=False)
+    watchdog = threading.Timer(200, process.kill)
+    watchdog.start()
+    assert process.stdout is not None
+    told = ""
+    while "width 64: step" not in told:  # within the second group, the first has ended
+        line = process.stdout.readline()
+        assert line, f"ended before it was stopped: {process.communicate()}"
+        told += line
+    process.send_signal(signal.SIGTERM)
+    assert "stopped, all is saved" in finish(process, expect=STOPPED)
+    watchdog.cancel()
+    assert [run.width for run in records.read(out)] == [32] * 4
+    (saved,) = (out / "snapshots").glob("*/*")
+    assert 0 < int(saved.name) < STEPS
+    told = finish(start(SCRIPT, command, devices=2, optimize=False))
+    assert "4 runs to train, 4 are there" in told and f"goes on after step {saved.name}" in told
+    assert list(map(outcome, records.read(out))) == list(map(outcome, records.read(whole)))
+    assert not list((out / "snapshots").glob("*"))
+
+
+def test_a_line_cut_short_is_mended_and_only_its_run_trained_again(whole: Path, folder: Path, sweep, trained, capsys) -> None:
+    out = folder / "cut"
+    out.mkdir()
+    text = (whole / records.FILE).read_bytes()
+    (out / records.FILE).write_bytes(text[:-20])
+    assert sweep(*arguments(folder), *GRID, "--out", str(out)) == FINISHED
+    assert trained == [("Fleet", 64, 8)]  # one run, on each of the eight devices
+    assert "the last line was cut short" in capsys.readouterr().out
+    assert lines(out)[:7] == lines(whole)[:7] and len(lines(out)) == 8
+    assert close(records.read(out)[-1], records.read(whole)[-1])
+
+
+@pytest.mark.parametrize("change", [["steps=81"], ["optim.beta2=0.9"], ["data.batch_size=4", "optim.clip_norm=0"]])
+def test_other_settings_in_the_same_folder_are_refused(change, whole: Path, folder: Path, sweep, trained, capsys) -> None:
+    before = lines(whole)
+    assert sweep(*arguments(folder), *change, *GRID, "--out", str(whole)) == MISTAKE
+    err = capsys.readouterr().err
+    keys = ", ".join(sorted(text.partition("=")[0] for text in change))
+    assert re.fullmatch(r"error: .*\n", err) and f"had other settings: {keys}; choose another --out or --label" in err
+    assert lines(whole) == before and trained == []
+
+
+# How runs are spread
+
+
+def test_runs_that_do_not_fit_go_one_by_one_sharded_whatever_was_saved_of_them_together(
+    whole: Path, folder: Path, sweep, trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = folder / "sharded"
+    command = [*arguments(folder), "--widths", "64", "--lrs", "2^-6", "--seeds", "1", "--out", str(out)]
+    step, before = Fleet.step, signal.getsignal(signal.SIGTERM)
+
+    def interrupted(fleet: Fleet, *given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(fleet, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fleet, "step", interrupted)
+        assert sweep(*command) == STOPPED
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [path.name for path in (out / "snapshots").glob("*/*")] == ["1"]
+    assert sweep(*command, "--memory", "1e-6") == FINISHED
+    assert trained == [("Fleet", 64, 8), ("Sharded", 64, 1)]
+    (ours,) = records.read(out)
+    assert close(ours, records.read(whole)[-1])
+
+
+def test_runs_that_do_not_fit_together_go_in_halves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups only; what is trained in them is tested elsewhere."""
+    config = load(arguments(folder, "model.d_model=32"))
+    corpus, points = prepare(config.data), [(2.0**-i, 0) for i in range(20)]  # on eight devices: three runs on each, or one
+    monkeypatch.setattr(Fleet, "compile", lambda fleet: len(fleet.hyper.lr) // 8)
+
+    def sizes(memory: int) -> list[tuple[type, int, int]]:
+        found = list(_groups(config.with_vocab(corpus.tokenizer.n_vocab), corpus, points, memory))
+        assert [point for _, group in found for point in group] == points
+        for fleet, group in found:
+            if isinstance(fleet, Fleet):
+                lrs = np.asarray(fleet.hyper.lr).tolist()
+                assert lrs[: len(group)] == [lr for lr, _ in group] and set(lrs[len(group) :]) <= {group[-1][0]}
+            else:
+                assert (fleet.config.optim.lr, fleet.config.seed) == group[0]
+        return [(type(fleet), len(fleet.hyper.lr) if isinstance(fleet, Fleet) else 1, len(group)) for fleet, group in found]
+
+    assert sizes(3) == [(Fleet, 24, 20)]
+    assert sizes(2) == [(Fleet, 8, 8), (Fleet, 8, 8), (Fleet, 8, 4)]
+    assert sizes(0) == [(Sharded, 1, 1)] * 20
+
+
+def test_diverged_runs_are_told_and_the_swept_setting_named(folder: Path, sweep) -> None:
+    out = folder / "diverged"
+    options = ["--widths", "32", "--lrs", "2^-6,1e30", "--set", "model.qk_scale=0.5", "--label", "hot", "--out", str(out)]
+    assert sweep(*arguments(folder, "optim.clip_norm=0", steps=20), *options) == FINISHED
+    calm, wild = records.read(out)
+    assert (calm.variant, wild.variant) == ("hot model.qk_scale=0.5",) * 2 and (calm.lr, wild.lr) == (2**-6, 1e30)
+    assert calm.settings["model.qk_scale"] == wild.settings["model.qk_scale"] == 0.5
+    assert calm.status == "finished" and calm.diverged_at is None and calm.validation_loss and all(calm.train_loss)
+    assert wild.status == "diverged" and wild.validation_loss is None and wild.loss == math.inf
+    assert wild.diverged_at is not None and 1 < wild.diverged_at <= 10 and wild.train_loss == [None, None]
+
+
+# The grid
+
+
+def test_rates() -> None:
+    assert grid.rates("--lrs", "2^-10:2^-2:1") == [2.0**i for i in range(-10, -1)]
+    assert grid.rates("--lrs", "2^-3:2^-2:0.5") == pytest.approx([2**-3, 2**-2.5, 2**-2], rel=1e-12)
+    assert grid.rates("--lrs", "0.01:0.05:1") == pytest.approx([0.01, 0.02, 0.04])  # the last is a bound
+    assert grid.rates("--lrs", "2^-4:2^-4:1") == [2**-4]
+    assert grid.rates("--lrs", "0.03,2^-6,1e-3") == [1e-3, 2**-6, 0.03]
+    # A third of an octave ninety times is thirty octaves, whatever is rounded on the way.
+    assert len(grid.rates("--lrs", f"2^-30:1:{1 / 3}")) == 91
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("x", "", "2^-2:2^-4:1", "2^-4:2^-2:0", "2^-4:2^-2:-1", "2^-4:2^-2:inf", "0:1:1", "2^-4:2^-2", "2^-4:2^-2:1:1"),
+        *("0.1,0.1", "0.5,2^-1", "-0.1", "0", "nan", "inf", "2^9999", "0^-1", "-2^0.5", "2^-4,2^-3:2^-2:1", "0.1,"),
+    ],
+)
+def test_what_is_no_grid_of_rates(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--lrs {re.escape(text)}: ") as told:
+        grid.rates("--lrs", text)
+    assert "\n" not in str(told.value)
+
+
+def test_integers() -> None:
+    assert grid.integers("--widths", "256,64,128") == [64, 128, 256]
+    for text in ("", "x", "64,", "64,64", "6.4", "1e2", "64:128"):
+        with pytest.raises(ConfigError, match=f"^--widths {re.escape(text)}: "):
+            grid.integers("--widths", text)
+    assert grid.seeds("--seeds", f"{2**31 - 1},0") == [0, 2**31 - 1]
+    for text in ("-1,0", f"0,{2**31}"):
+        with pytest.raises(ConfigError, match=f"^--seeds {text}: must lie in 0 ... "):
+            grid.seeds("--seeds", text)
+
+
+def test_a_job_for_each_combination_and_width() -> None:
+    base = ["model.d_head=32", "optim.rule=mup"]
+    found = grid.jobs(base, [64, 128], ["model.qk_scale=0.1,0.2", "optim.rule=mup,sp"])
+    assert [(job.variant, job.width, job.config.model.qk_scale, job.config.optim.rule) for job in found] == [
+        (f"{rule} model.qk_scale={scale}", width, scale, rule)
+        for scale in (0.1, 0.2)
+        for rule in ("mup", "sp")
+        for width in (64, 128)
+    ]
+    assert [job.variant for job in grid.jobs(base, [64], [])] == ["mup"]
+    assert [job.variant for job in grid.jobs(base, [64], [], "mine")] == ["mine"]
+    assert [job.variant for job in grid.jobs(base, [64], ["steps=1,2"], "mine")] == ["mine steps=1", "mine steps=2"]
+    listed = grid.jobs([*base, "data.source=text"], [64], ["data.files=[a,b],[c]"])
+    assert [job.config.data.files for job in listed] == [["a", "b"], ["c"]]
+
+
+def test_jobs_along_an_axis() -> None:
+    width = grid.along(["optim.rule=sp"], "width", [64, 128])
+    assert [(job.variant, job.width) for job in width] == [("sp", 64), ("sp", 128)]
+    depth = grid.along(["model.n_layer=3"], "depth", [2, 4], "deep")
+    assert [(job.variant, job.config.model.n_layer) for job in depth] == [("deep", 2), ("deep", 4)]
+
+
+def test_changed_settings() -> None:
+    assert grid.changed(Config()) == {}
+    assert grid.changed(load(["optim.lr=0.5", "steps=1000", "model.n_vocab=300", "data.threads=1"])) == {
+        "optim.lr": 0.5,
+        "model.n_vocab": 300,
+        "data.threads": 1,
+    }
+
+
+# Mistakes
+
+
+MISTAKES = {
+    "width that heads do not divide": (
+        ["--widths", "32,36"],
+        "model.d_model = 36: not divisible by model.d_head = 8; .*32 and 40",
+    ),
+    "width twice": (["--widths", "32,32"], "--widths 32,32: one is there twice"),
+    "width of nothing": (["--widths", "0,32"], "model.d_model = 0: must be at least 1"),
+    "empty grid": (["--lrs", "2^-2:2^-4:1"], r"--lrs 2\^-2:2\^-4:1: an empty grid: the first rate is above the last"),
+    "no rate": (["--lrs", "x"], "--lrs x: must be "),
+    "negative seed": (["--seeds=-1"], r"--seeds -1: must lie in 0 \.\.\. 2\^31 - 1"),
+    "seed of 32 bits": (["--seeds", "4294967295"], r"--seeds 4294967295: must lie in 0 \.\.\. 2\^31 - 1"),
+    "unknown key": (["--set", "model.d_modle=32"], "model.d_modle=32: Key 'd_modle' not in 'ModelConfig'|d_modle"),
+    "value of the wrong kind": (["--set", "model.qk_scale=a,b"], "model.qk_scale"),
+    "no values": (["--set", "model.qk_scale"], "--set model.qk_scale: must be key=value,value,..."),
+    "rate by --set": (["--set", "optim.lr=0.1,0.2"], "--set optim.lr=0.1,0.2: use --lrs"),
+    "seed by --set": (["--set", "seed=1,2"], "--set seed=1,2: use --seeds"),
+    "width by --set": (["--set", "model.d_model=32,64"], "--set model.d_model=32,64: use --widths"),
+    "value twice": (["--set", "steps=2,2"], "--set: two of the combinations are called the same"),
+    "rules under one label": (
+        ["--set", "optim.rule=mup,sp", "--label", "mine"],
+        "--set: two of the combinations .* called the same",
+    ),
+    "memory": (["--memory", "nan"], "--memory nan: must be positive"),
+    "no devices": (["--cpu-devices", "0"], "--cpu-devices 0: must be at least 1"),
+    "missing file": (["missing.yaml"], "missing.yaml: cannot read it: No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line_and_exit_code_2_before_jax_starts(name: str, tmp_path: Path, sweep, monkeypatch, capsys) -> None:
+    def started(*_: object) -> None:
+        raise AssertionError("JAX was started")
+
+    args, message = MISTAKES[name]
+    monkeypatch.setattr(launch, "prepare_jax", started)
+    monkeypatch.setattr(launch, "simulate_devices", started)
+    monkeypatch.chdir(tmp_path)
+    given = ["--widths", "32", "--lrs", "0.1", *TINY, *args]
+    assert sweep(*given, "--out", str(tmp_path / "out")) == MISTAKE
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"error: .*\n", err) and re.search(message, err), err
+    assert not out and not list(tmp_path.iterdir())
+    if name == "width twice":  # the control: a good command does start it
+        with pytest.raises(AssertionError, match="JAX was started"):
+            sweep("--widths", "32", "--lrs", "0.1", *TINY)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_training(folder: Path, sweep, trained, capsys) -> None:
+    options = ["--widths", "32", "--lrs", "0.1", "--out", "/dev/null/out"]
+    assert sweep(*arguments(folder, "log.tensorboard=false"), *options) == MISTAKE
+    assert capsys.readouterr().err == "error: /dev/null/out: Not a directory\n" and trained == []
+
+
+def test_a_mistake_as_a_process_needs_no_jax(tmp_path: Path) -> None:
+    without = (
+        "import runpy, sys; sys.modules['jax'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    given = [sys.executable, "-c", without, ROOT / SCRIPT, "--widths", "100", "--lrs", "0.1"]
+    done = subprocess.run(given, cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert done.returncode == MISTAKE and not done.stdout
+    assert re.fullmatch(r"error: model.d_model = 100: not divisible by model.d_head = 64; .*\n", done.stderr)
