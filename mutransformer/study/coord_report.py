@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 
+import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
@@ -45,7 +46,7 @@ def coordinate_check(
     found: list[Coordinate] = []
     for job in (*subject, *control):
         at = job.config.model.d_model if axis == "width" else job.config.model.n_layer
-        corpus = prepare(job.config.data)
+        corpus = prepare(job.config.data, jax.process_count(), jax.process_index())
         job = Job(job.variant, job.config.with_vocab(corpus.tokenizer.n_vocab))
         found += measure(job, at, seeds, steps, corpus)
         _log.info("%s, %s %d: measured", job.variant, axis, at)

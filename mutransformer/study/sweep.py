@@ -57,7 +57,7 @@ def sweep(jobs: Sequence[Job], points: Sequence[Point], folder: Path, memory: Op
     _log.info("%d runs to train, %d are there; results: %s", n_todo, len(jobs) * len(points) - n_todo, path)
     with stop_on_signals() as stop:
         for job, missing in todo:
-            corpus = prepare(job.config.data)
+            corpus = prepare(job.config.data, jax.process_count(), jax.process_index())
             job = Job(job.variant, job.config.with_vocab(corpus.tokenizer.n_vocab))
             for fleet, together in _groups(job.config, corpus, missing, memory):
                 runs = _train(job, fleet, together, corpus, folder, stop)
