@@ -117,7 +117,7 @@ def test_evaluation_counts_every_token_once_in_order(n_process: int, n_tokens: i
     counted = []
     for parts in zip(*processes, strict=True):
         assert all(part.tokens.shape == (B // n_process, T) and part.tokens.dtype == np.int32 for part in parts)
-        tokens, mask = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        tokens, mask = (np.concatenate([part[i] for part in parts]) for i in range(2))
         counted += tokens[mask].tolist()
         assert (tokens[~mask] == EOS).all()
     assert counted == list(range(n_tokens))
@@ -164,8 +164,9 @@ def test_loss_mask_ends_with_the_document(eos: int, pad: int, expected: list[lis
 
 def test_fingerprint_changes_with_what_decides_the_batches() -> None:
     base = fingerprint(token_file(), config(), 0)
-    assert base.keys() == {"tokens", "tokenizer", "rows", "truncated_eos", "seq_len", "batch_size", "seed"}
-    for other in (config(seq_len=6), config(batch_size=8), config(rows="pad"), config(rows="pad", truncated_eos=True)):
+    assert base.keys() == {"tokens", "tokenizer", "rows", "documents", "truncated_eos", "seq_len", "batch_size", "seed"}
+    padded = config(rows="pad"), config(rows="pad", truncated_eos=True)
+    for other in (config(seq_len=6), config(batch_size=8), config(documents="apart"), *padded):
         assert fingerprint(token_file(), other, 0) != base
     assert fingerprint(token_file(), config(), 1) != base and fingerprint(token_file(90), config(), 0) != base
     assert fingerprint(token_file(), config(prefetch=7, threads=1), 0) == base
