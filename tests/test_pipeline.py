@@ -132,6 +132,21 @@ def test_evaluation_spreads_its_rows_or_takes_what_there_is() -> None:
     assert len(list(eval_batches(token_file(2), config(), 99, 1, 0, N_VOCAB))) == 1
 
 
+def test_batches_tell_documents_apart_if_asked() -> None:
+    text = mixture([[1, 2, EOS], [3, EOS], [4, 5, 6, 7, EOS]] * 7)
+    for documents in ("join", "apart"):
+        c = config(documents=documents)
+        train, held_out = take(train_batches(text, c, 0, 2, 1, N_VOCAB), 1), list(eval_batches(text, c, None, 1, 0, N_VOCAB))
+        for batch in (*train, *held_out):
+            if documents == "join":
+                assert batch.segments is None
+                continue
+            assert batch.segments.dtype == np.int32 and batch.segments.shape == batch.tokens.shape
+            begins = np.diff(batch.segments, axis=1) == 1
+            np.testing.assert_array_equal(begins & batch.mask[:, 1:], (batch.tokens[:, :-1] == EOS) & batch.mask[:, 1:])
+    assert not held_out[-1].mask[-1].any(), "no row beyond the split: nothing is shown of it"
+
+
 def test_too_little_text_and_batches_that_do_not_divide() -> None:
     enough = token_file(B * T)
     assert take(train_batches(enough, config(), 0, 1, 0, N_VOCAB), 1)

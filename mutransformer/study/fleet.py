@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from mutransformer.config import Config
 from mutransformer.data.pipeline import Batch
@@ -138,8 +138,8 @@ class Fleet:
         """
         return self._step(state, self.place(batches), self.hyper)
 
-    def read(self, losses: Sequence[Array]) -> Float[np.ndarray, "n R"]:
-        """Losses of several steps on the host."""
+    def read(self, losses: Sequence[Array]) -> Num[np.ndarray, "n R"]:
+        """Losses of several steps, or counts of several batches, on the host."""
         return np.asarray(self._gather(list(losses)))
 
     def evaluate(self, state: TrainState[Array], batches: Sequence[Batch]) -> Float[np.ndarray, " R"]:
