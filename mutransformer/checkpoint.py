@@ -32,7 +32,7 @@ FREE = {
     *(f"{section}." for section in ("mesh", "distributed", "eval", "log", "checkpoint", "profile")),
     "data.",  # but for those below: what they decide is in the fingerprints of tokens and tokenizer
 }
-BOUND = {"data.seq_len", "data.batch_size", "data.rows", "data.truncated_eos"}
+BOUND = {"data.seq_len", "data.batch_size", "data.rows", "data.documents", "data.truncated_eos"}
 ITEMS = ("state", "run")  # the folders in a checkpoint
 SEAL = "sha256.json"  # in a checkpoint: the hash of each of its other files
 UNSEALED = (SEAL, "_CHECKPOINT_METADATA")  # Orbax writes times into the latter at the very end

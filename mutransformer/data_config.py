@@ -71,6 +71,7 @@ class DataConfig(SourceConfig):
     validation_share: float = 0.05  # of the documents, by a hash: of the name for stdlib and text, else of the text itself
     test_share: float = 0.05
     rows: Literal["concat", "pad"] = "concat"  # cut from the documents joined by eos; or one document each, cut off or filled up
+    documents: Literal["join", "apart"] = "join"  # in a row of concat; apart: neither attention nor loss from one to the next
     truncated_eos: bool = False  # with rows=pad: the last token of a document that is cut off becomes an eos, as with T5
     seq_len: int = 256  # tokens a row
     batch_size: int = 16  # rows a step, over all devices and processes
@@ -92,6 +93,10 @@ class DataConfig(SourceConfig):
         for key in ("validation_share", "test_share"):
             check(0 < getattr(self, key) < 0.5, f"data.{key} = {getattr(self, key)}: must lie between 0 and 0.5")
         check(not self.truncated_eos or self.rows == "pad", "data.truncated_eos = true: it needs data.rows=pad")
+        check(
+            self.documents == "join" or self.rows == "concat",
+            f"data.documents = {self.documents}: it needs data.rows=concat; a row of pad holds one document",
+        )
         for name, source in self.sources.items():
             check(
                 re.fullmatch(r"[\w-]+", name) is not None,

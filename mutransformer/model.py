@@ -22,6 +22,7 @@ from mutransformer.spec import Init, Role, Weight, weight
 
 T = TypeVar("T")  # Weight, NamedSharding, Array, float, bool, ...
 Activations = dict[str, Array]
+Segments = Int[Array, "b T"] | None  # of the targets, and so of the inputs that predict them; None: a row is one
 
 
 class Block(eqx.Module, Generic[T]):
@@ -139,7 +140,9 @@ class Forward:
         self.precision = Precision(config.precision.compute, config.precision.reduce)
         self.use = partial(gather_x, compute=config.precision.compute, reduce=config.precision.reduce)
 
-    def residual(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> tuple[Float[Array, "b T m"], Activations]:
+    def residual(
+        self, params: Transformer[Array], inputs: Int[Array, "b T"], segments: Segments
+    ) -> tuple[Float[Array, "b T m"], Activations]:
         """The residual stream behind the last layer, and what was watched in the layers, stacked over them."""
         c, s = self.c, self.specs
         x = jnp.take(self.use(params.embed, s.embed), inputs, axis=0)
@@ -148,7 +151,7 @@ class Forward:
 
         def layer(x: Array, block: Block[Array]) -> tuple[Array, Activations]:
             seen = self.seen(residual=x)
-            branch, in_attention = self.attention(block, x)
+            branch, in_attention = self.attention(block, x, segments)
             x = x + self.times(branch, self.block_specs.w_o)
             branch, in_feed_forward = self.feed_forward(block, x)
             x = x + self.times(branch, self.block_specs.w_fo)
@@ -158,7 +161,9 @@ class Forward:
             layer = jax.checkpoint(layer)
         return lax.scan(layer, x, params.blocks)
 
-    def attention(self, w: Block[Array], x: Float[Array, "b T m"]) -> tuple[Float[Array, "b T m"], Activations]:
+    def attention(
+        self, w: Block[Array], x: Float[Array, "b T m"], segments: Segments
+    ) -> tuple[Float[Array, "b T m"], Activations]:
         c, s = self.c, self.block_specs
         h = gather_y(self.norm(x, w.g_a, s.g_a), dim=2)
         q = project(h, w.w_q, s.w_q, self.precision)
@@ -175,7 +180,7 @@ class Forward:
             q, k = ops.rotary(q, c.rotary_base), ops.rotary(k, c.rotary_base)
         if self.watch:
             seen |= self.seen(rotated_query=q, rotated_key=k, attention_logits=ops.attention_logits(q, k, c.logit_scale))
-        o = ops.attention(q, k, v, c.logit_scale, c.attention_activation, c.norm_eps)
+        o = ops.attention(q, k, v, c.logit_scale, c.attention_activation, c.norm_eps, segments)
         r = scatter_y(project(o, w.w_o, s.w_o, self.precision), dim=2)
         r = self.bias(r, w.b_o, s.b_o)
         return r, seen | self.seen(attention_output=o, attention_branch=r)
@@ -194,46 +199,56 @@ class Forward:
         r = self.bias(r, w.b_fo, s.b_fo)
         return r, seen | self.seen(feed_forward_activation=f, feed_forward_branch=r)
 
-    def final(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> Float[Array, "b T M"]:
+    def final(self, params: Transformer[Array], inputs: Int[Array, "b T"], segments: Segments) -> Float[Array, "b T M"]:
         """The normed residual stream that the unembedding reads, whole along y."""
-        return self.unembed_input(params, self.residual(params, inputs)[0])
+        return self.unembed_input(params, self.residual(params, inputs, segments)[0])
 
     def unembed_input(self, params: Transformer[Array], x: Float[Array, "b T m"]) -> Float[Array, "b T M"]:
         x = gather_y(self.norm(x, params.g_u, self.specs.g_u), dim=2)
         return self.times(x, self.specs.unembed)
 
-    def logits(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> Float[Array, "b T v"]:
+    def logits(self, params: Transformer[Array], inputs: Int[Array, "b T"], segments: Segments) -> Float[Array, "b T v"]:
         """This device's slice of the padded vocabulary."""
-        return self.unembed(params, self.final(params, inputs))
+        return self.unembed(params, self.final(params, inputs, segments))
 
     def unembed(self, params: Transformer[Array], h: Float[Array, "b T M"]) -> Float[Array, "b T v"]:
         y = project(h, params.unembed, self.specs.unembed, self.precision)
         return self.bias(y, params.b_u, self.specs.b_u)
 
-    def activations(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> Activations:
+    def activations(self, params: Transformer[Array], inputs: Int[Array, "b T"], segments: Segments) -> Activations:
         """What passes through the model, by name, on this device; those of the layers are stacked over them in dim 0.
 
         residual: the input of each layer. query, key, value: projections; rotated_…: as attention takes them. attention_logits:
-        of the pairs that the causal mask lets through. attention_output: before w_o; …_branch: what is added to the residual
-        stream, before its multiplier. feed_forward_hidden, …_activation: before and after the activation. final: the residual
-        stream behind the last layer. logits: over the padded vocabulary.
+        of the pairs that the causal mask lets through, even if of two segments. attention_output: before w_o; …_branch: what is
+        added to the residual stream, before its multiplier. feed_forward_hidden, …_activation: before and after the activation.
+        final: the residual stream behind the last layer. logits: over the padded vocabulary.
         """
         assert self.watch
-        x, seen = self.residual(params, inputs)
+        x, seen = self.residual(params, inputs, segments)
         return seen | self.seen(final=x, logits=self.unembed(params, self.unembed_input(params, x)))
 
     def seen(self, **named: Array) -> Activations:
         return named if self.watch else {}
 
     def loss(
-        self, params: Transformer[Array], tokens: Int[Array, "b T"], mask: Bool[Array, "b T"], bos_id: int
+        self,
+        params: Transformer[Array],
+        tokens: Int[Array, "b T"],
+        mask: Bool[Array, "b T"],
+        segments: Segments,
+        bos_id: int,
     ) -> Float[Array, ""]:
-        """The sum of this device's rows' losses over unmasked targets, in nats; the same on all of y."""
+        """The sum of this device's rows' losses over unmasked targets, in nats; the same on all of y.
+
+        With segments each is predicted as if it stood in a row alone: its first token from bos, the others from their own
+        segment. Positions need no change, for rotary ones are relative.
+        """
         assert self.c.n_vocab is not None
         s = self.specs
         bias = None if params.b_u is None or s.b_u is None else self.use(params.b_u, s.b_u)
         head = Head(s.unembed, self.precision, self.c.n_vocab, self.c.head_chunk)
-        return head_loss(self.final(params, ops.shift_right(tokens, bos_id)), params.unembed, bias, tokens, mask, head)
+        h = self.final(params, ops.shift_right(tokens, bos_id, segments), segments)
+        return head_loss(h, params.unembed, bias, tokens, mask, head)
 
     def times(self, x: Float[Array, "b T _"], s: Weight) -> Float[Array, "b T _"]:
         """x times a weight's forward multiplier."""

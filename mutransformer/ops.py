@@ -4,6 +4,7 @@ Weights do not enter here. Dims are those of `spec`; statistics, softmax are flo
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,13 @@ ATTENTION_ACTIVATIONS: dict[str, Callable[[Array, float], Array]] = {
 
 
 def attention(
-    q: Float[Array, "b T h D"], k: Float[Array, "b T k D"], v: Float[Array, "b T k D"], scale: float, activation: str, eps: float
+    q: Float[Array, "b T h D"],
+    k: Float[Array, "b T k D"],
+    v: Float[Array, "b T k D"],
+    scale: float,
+    activation: str,
+    eps: float,
+    segments: Int[Array, "b T"] | None = None,
 ) -> Float[Array, "b T h D"]:
     """Causal attention; query head i reads key/value head i // (h / k).
 
@@ -92,23 +99,28 @@ def attention(
         scale: the factor on q . k.
         activation: softmax, or a key of ATTENTION_ACTIVATIONS.
         eps: added to the sum of weights by the normalised activations.
+        segments: of each position, which reads those of its own segment only; None: a row is one.
     """
     b, T, h, D = q.shape
     n_kv = k.shape[2]
     q = jnp.transpose(q.reshape(b, T, n_kv, h // n_kv, D), (0, 2, 3, 1, 4))
     k, v = (jnp.transpose(a, (0, 2, 1, 3)) for a in (k, v))
     if activation == "softmax":
-        o = softmax_attention(q, k, v, scale)
+        o = softmax_attention(q, k, v, scale, segments)
     else:
-        logits = jnp.where(_causal(0, T, T), scale * contract("bkgqd,bksd->bkgqs", q, k), MASKED)
+        logits = jnp.where(_readable(0, T, T, segments), scale * contract("bkgqd,bksd->bkgqs", q, k), MASKED)
         weights = ATTENTION_ACTIVATIONS[activation](logits, eps).astype(v.dtype)
         o = contract("bkgqs,bksd->bkgqd", weights, v).astype(v.dtype)
     return jnp.transpose(o, (0, 3, 1, 2, 4)).reshape(b, T, h, D)
 
 
-def _causal(first: int, n: int, m: int) -> Bool[Array, "1 1 1 n m"]:
-    """Which of keys 0 ... m - 1 the queries first ... first + n - 1 may read."""
-    return (first + jnp.arange(n)[:, None] >= jnp.arange(m)[None])[None, None, None]
+def _readable(first: int, n: int, m: int, segments: Int[Array, "b T"] | None) -> Bool[Array, "_ 1 1 n m"]:
+    """Which of keys 0 ... m - 1 the queries first ... first + n - 1 may read: none behind, and of their own segment only."""
+    causal = (first + jnp.arange(n)[:, None] >= jnp.arange(m)[None])[None, None, None]
+    if segments is None:
+        return causal
+    same = segments[:, first : first + n, None] == segments[:, None, :m]
+    return causal & same[:, None, None]
 
 
 def _query_blocks(T: int) -> list[tuple[int, int]]:
@@ -117,10 +129,10 @@ def _query_blocks(T: int) -> list[tuple[int, int]]:
     return [(i * T // n, (i + 1) * T // n) for i in range(n)]
 
 
-def _softmax_forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, tuple[Array, Array, Array, Array, Array]]:
+def _softmax_forward(q: Array, k: Array, v: Array, scale: float, segments: Array | None) -> tuple[Array, tuple[Any, ...]]:
     outs, norms = [], []
     for first, last in _query_blocks(q.shape[3]):
-        logits = _block_logits(q, k, scale, first, last)
+        logits = _block_logits(q, k, scale, segments, first, last)
         top = jnp.max(logits, axis=-1, keepdims=True)
         power = jnp.exp(logits - top)
         total = jnp.sum(power, axis=-1, keepdims=True)
@@ -128,37 +140,41 @@ def _softmax_forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array,
         outs.append((o / total).astype(v.dtype))
         norms.append(top + jnp.log(total))
     o, norm = jnp.concatenate(outs, axis=3), jnp.concatenate(norms, axis=3)
-    return o, (q, k, v, o, norm)
+    return o, (q, k, v, segments, o, norm)
 
 
-def _softmax_backward(scale: float, saved: tuple[Array, Array, Array, Array, Array], grad: Array) -> tuple[Array, Array, Array]:
-    q, k, v, o, norm = saved
+def _softmax_backward(scale: float, saved: tuple[Any, ...], grad: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, segments, o, norm = saved
     inner = jnp.sum(grad.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
     grads_q, grad_k, grad_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for first, last in _query_blocks(q.shape[3]):
         rows = slice(first, last)
-        p = jnp.exp(_block_logits(q, k, scale, first, last) - norm[:, :, :, rows])
+        p = jnp.exp(_block_logits(q, k, scale, segments, first, last) - norm[:, :, :, rows])
         grad_p = contract("bkgqd,bksd->bkgqs", grad[:, :, :, rows], v[:, :, :last])
         grad_s = (scale * p * (grad_p - inner[:, :, :, rows])).astype(q.dtype)
         grads_q.append(contract("bkgqs,bksd->bkgqd", grad_s, k[:, :, :last]).astype(q.dtype))
         behind = ((0, 0), (0, 0), (0, q.shape[3] - last), (0, 0))
         grad_k += jnp.pad(contract("bkgqs,bkgqd->bksd", grad_s, q[:, :, :, rows]), behind)
         grad_v += jnp.pad(contract("bkgqs,bkgqd->bksd", p.astype(v.dtype), grad[:, :, :, rows]), behind)
-    return jnp.concatenate(grads_q, axis=3), grad_k.astype(k.dtype), grad_v.astype(v.dtype)
+    return jnp.concatenate(grads_q, axis=3), grad_k.astype(k.dtype), grad_v.astype(v.dtype), None
 
 
 @differentiated(_softmax_forward, _softmax_backward, static=(3,))
 def softmax_attention(
-    q: Float[Array, "b k g T D"], k: Float[Array, "b k T D"], v: Float[Array, "b k T D"], scale: float
+    q: Float[Array, "b k g T D"],
+    k: Float[Array, "b k T D"],
+    v: Float[Array, "b k T D"],
+    scale: float,
+    segments: Int[Array, "b T"] | None,
 ) -> Float[Array, "b k g T D"]:
     """Causal softmax attention whose backward pass computes the weights again from their log-normaliser, as in FlashAttention
     (Dao et al., arXiv 2205.14135): nothing of size T x T is kept."""
-    return _softmax_forward(q, k, v, scale)[0]
+    return _softmax_forward(q, k, v, scale, segments)[0]
 
 
-def _block_logits(q: Array, k: Array, scale: float, first: int, last: int) -> Float[Array, "b k g n m"]:
+def _block_logits(q: Array, k: Array, scale: float, segments: Array | None, first: int, last: int) -> Float[Array, "b k g n m"]:
     logits = scale * contract("bkgqd,bksd->bkgqs", q[:, :, :, first:last], k[:, :, :last])
-    return jnp.where(_causal(first, last - first, last), logits, MASKED)
+    return jnp.where(_readable(first, last - first, last, segments), logits, MASKED)
 
 
 def attention_logits(q: Float[Array, "b T h D"], k: Float[Array, "b T k D"], scale: float) -> Float[Array, "b k g n"]:
@@ -185,6 +201,10 @@ def select_kv(kv: Float[Array, "b T K D"], n_local: int, n_head: int) -> Float[A
     return jnp.take(kv, mine, axis=2)
 
 
-def shift_right(tokens: Int[Array, "b T"], bos_id: int) -> Int[Array, "b T"]:
-    """What the model reads to predict each token: the row behind bos."""
-    return jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=bos_id)
+def shift_right(tokens: Int[Array, "b T"], bos_id: int, segments: Int[Array, "b T"] | None = None) -> Int[Array, "b T"]:
+    """What the model reads to predict each token: the row behind bos; with segments, each of them behind a bos of its own."""
+    inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=bos_id)
+    if segments is None:
+        return inputs
+    begins = segments != jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return jnp.where(begins, bos_id, inputs)

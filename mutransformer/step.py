@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
 from mutransformer.collectives import sum_x
 from mutransformer.config import Config
@@ -19,26 +19,24 @@ from mutransformer.optim import make_optimizer, make_schedule
 from mutransformer.state import TrainState, plan
 
 Metrics = dict[str, Array]
-ROWS = PartitionSpec("x")
+ROWS = PartitionSpec("x")  # of all that a batch has
 
 
-def device_grads(config: Config, bos_id: int) -> Callable[[Transformer[Array], Array, Array], tuple[Metrics, Any]]:
-    """What one device computes inside shard_map: (its shards of the params, its rows' tokens, mask) -> as make_loss_and_grads."""
+def device_grads(config: Config, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Metrics, Any]]:
+    """What one device computes inside shard_map: (its shards of the params, its rows) -> as make_loss_and_grads."""
     forward, parts = Forward(config), config.optim.accumulate
 
-    def grads_of(
-        params: Transformer[Array], tokens: Int[Array, "b T"], mask: Bool[Array, "b T"]
-    ) -> tuple[Metrics, Transformer[Array]]:
-        count = jnp.maximum(1, sum_x(jnp.sum(mask, dtype=jnp.float32)))
-        per = count if config.optim.loss_per == "target" else sum_x(jnp.sum(jnp.ones_like(mask), dtype=jnp.float32))
+    def grads_of(params: Transformer[Array], batch: Batch) -> tuple[Metrics, Transformer[Array]]:
+        count = jnp.maximum(1, sum_x(jnp.sum(batch.mask, dtype=jnp.float32)))
+        per = count if config.optim.loss_per == "target" else sum_x(jnp.sum(jnp.ones_like(batch.mask), dtype=jnp.float32))
 
         def objective(params: Transformer[Array], part: Batch) -> Array:
-            return sum_x(forward.loss(params, part.tokens, part.mask, bos_id)) / per
+            return sum_x(forward.loss(params, *part, bos_id)) / per
 
         if parts == 1:
-            value, grads = jax.value_and_grad(objective)(params, Batch(tokens, mask))
+            value, grads = jax.value_and_grad(objective)(params, batch)
         else:
-            split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), Batch(tokens, mask))
+            split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
 
             def add(total: tuple[Array, Any], part: Batch) -> tuple[tuple[Array, Any], None]:
                 return jax.tree.map(jnp.add, total, jax.value_and_grad(objective)(params, part)), None
@@ -57,10 +55,7 @@ def make_loss_and_grads(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Tr
     optim.loss_per = position the sum over unmasked targets divided by all positions. Not jitted.
     """
     pspecs = Forward(config).pspecs
-    mapped = jax.shard_map(
-        device_grads(config, bos_id), mesh=mesh, in_specs=(pspecs, ROWS, ROWS), out_specs=(PartitionSpec(), pspecs)
-    )
-    return lambda params, batch: mapped(params, batch.tokens, batch.mask)
+    return jax.shard_map(device_grads(config, bos_id), mesh=mesh, in_specs=(pspecs, ROWS), out_specs=(PartitionSpec(), pspecs))
 
 
 def update(
@@ -107,30 +102,32 @@ def make_train_step(config: Config, mesh: Mesh, bos_id: int) -> jax.stages.Wrapp
     return jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
 
 
-def device_sums(config: Config, bos_id: int) -> Callable[[Transformer[Array], Array, Array], tuple[Array, Array]]:
+def device_sums(config: Config, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Array, Array]]:
     """What one device computes inside shard_map: as make_eval_step."""
     forward = Forward(config)
 
-    def sums(params: Transformer[Array], tokens: Int[Array, "b T"], mask: Bool[Array, "b T"]) -> tuple[Array, Array]:
-        return sum_x(forward.loss(params, tokens, mask, bos_id)), sum_x(jnp.sum(mask, dtype=jnp.int32))
+    def sums(params: Transformer[Array], batch: Batch) -> tuple[Array, Array]:
+        return sum_x(forward.loss(params, *batch, bos_id)), sum_x(jnp.sum(batch.mask, dtype=jnp.int32))
 
     return sums
 
 
 def make_eval_step(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Array, Array]]:
     """The jitted sum of losses over unmasked targets, in nats, and the number of those targets."""
-    in_specs = (Forward(config).pspecs, ROWS, ROWS)
-    mapped = jax.shard_map(device_sums(config, bos_id), mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec())
-    return jax.jit(lambda params, batch: mapped(params, batch.tokens, batch.mask))
+    in_specs = (Forward(config).pspecs, ROWS)
+    return jax.jit(jax.shard_map(device_sums(config, bos_id), mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec()))
 
 
-def make_logits(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transformer[Array], Array], Float[Array, "B T V"]]:
-    """The jitted logits of rows of tokens [B, T], over the padded vocabulary; position t has read the tokens before t."""
+def make_logits(config: Config, mesh: Mesh, bos_id: int) -> Callable[..., Float[Array, "B T V"]]:
+    """The jitted logits over the padded vocabulary, a function of (params, tokens [B, T], segments [B, T] or nothing).
+
+    Position t has read the tokens before t; with segments, those of them that are of its own.
+    """
     forward = Forward(config)
     mapped = jax.shard_map(
-        lambda params, tokens: forward.logits(params, shift_right(tokens, bos_id)),
+        lambda params, tokens, segments: forward.logits(params, shift_right(tokens, bos_id, segments), segments),
         mesh=mesh,
-        in_specs=(forward.pspecs, ROWS),
+        in_specs=(forward.pspecs, ROWS, ROWS),
         out_specs=PartitionSpec("x", None, "y"),
     )
-    return jax.jit(mapped)
+    return jax.jit(lambda params, tokens, segments=None: mapped(params, tokens, segments))

@@ -1,6 +1,7 @@
 """Shows what a run trains on: python scripts/inspect_data.py configs/small.yaml [key=value ...] [--rows N] [--batch K]
 
-Counts by source and split, then rows of a training batch: each document in a row on a line of its own, with its place in the row.
+Counts by source and split, then rows of a training batch: each document in a row on a line of its own, with its place in the row,
+and with data.documents=apart its segment.
 """
 
 import sys
@@ -43,12 +44,16 @@ def run(given: Namespace) -> int:
         shown = next(batches)
     for row, (ids, mask) in enumerate(zip(shown.tokens[: given.rows], shown.mask[: given.rows], strict=True)):
         print(f"\nbatch {given.batch}, row {row}: {mask.sum()} of {len(ids)} tokens count")
-        start = 0
-        for stop in [*(k + 1 for k in range(len(ids)) if ids[k] == tokenizer.eos_id and mask[k]), int(mask.sum())]:
+        segments = None if shown.segments is None else shown.segments[row]
+        ends_here = ids[:-1] == tokenizer.eos_id if segments is None else segments[1:] != segments[:-1]
+        start, n = 0, int(mask.sum())
+        for stop in [*(k + 1 for k in ends_here.nonzero()[0].tolist() if k + 1 < n), n]:
             if stop > start:
                 text = tokenizer.decode(ids[start:stop])
                 ends = "eos" if ids[stop - 1] == tokenizer.eos_id else "..."
-                print(f"  {start:5}-{stop - 1:<5} {text[:70]!r}{' ... ' + repr(text[-20:]) if len(text) > 90 else ''} {ends}")
+                which = "" if segments is None else f"segment {segments[start]}: "
+                shortened = f"{text[:70]!r}{' ... ' + repr(text[-20:]) if len(text) > 90 else ''}"
+                print(f"  {start:5}-{stop - 1:<5} {which}{shortened} {ends}")
                 start = stop
         if start < len(ids):
             print(f"  {start:5}-{len(ids) - 1:<5} filled up, does not count")

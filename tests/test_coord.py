@@ -249,7 +249,7 @@ def sizes_on(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transformer, 
     forward = Forward(config, watch=True)
 
     def look(params: Transformer, tokens: jax.Array) -> dict[str, jax.Array]:
-        return jax.tree.map(_mean_abs, forward.activations(params, shift_right(tokens, bos_id)))
+        return jax.tree.map(_mean_abs, forward.activations(params, shift_right(tokens, bos_id), None))
 
     in_specs = (forward.pspecs, PartitionSpec("x"))
     return jax.jit(jax.shard_map(look, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec()))
@@ -336,7 +336,7 @@ def test_unless_asked_nothing_of_it_is_computed() -> None:
     assert stacked == 0
     assert computed(watch=True) == (len(ACTIVATIONS) - 2, products + 1)  # all but final and logits; attention's logits anew
     with pytest.raises(AssertionError):
-        Forward(config).activations(jax.tree.map(jnp.asarray, weights(config)), jnp.asarray(rows(config)))
+        Forward(config).activations(jax.tree.map(jnp.asarray, weights(config)), jnp.asarray(rows(config)), None)
 
 
 # Measuring

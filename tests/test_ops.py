@@ -196,13 +196,21 @@ def test_attention(heads, activation):
         assert distance(ours[0], plain(args, **change)) > 1e-3
 
 
-def whole_attention(q: Any, k: Any, v: Any, scale: float, causal: bool = True) -> Any:
-    """Softmax attention with the whole T x T matrix of logits."""
+def whole_attention(
+    q: Any, k: Any, v: Any, scale: float, causal: bool = True, segments: Any = None, activation: str = "softmax"
+) -> Any:
+    """Attention with the whole T x T matrix of logits."""
     T, group = q.shape[1], q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)
     logits = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest")
-    mask = (jnp.arange(T)[:, None] >= jnp.arange(T)[None])[None, None]
-    weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf) if causal else logits, -1)
+    mask = (jnp.arange(T)[:, None] >= jnp.arange(T)[None] if causal else jnp.ones((T, T), bool))[None, None]
+    if segments is not None:
+        mask = mask & (segments[:, None, :, None] == segments[:, None, None])
+    if activation == "softmax":
+        weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), -1)
+    else:
+        weights = jnp.where(mask, jnp.square(jax.nn.relu(logits)), 0)
+        weights = weights / (EPS + jnp.sum(weights, -1, keepdims=True)) if activation == "norm_sqrelu" else weights / T
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest")
 
 
@@ -225,6 +233,27 @@ def test_softmax_attention_in_blocks_of_queries(T):
     )(*args)
     assert close(ours, theirs, 3e-6)
     assert distance(ours[0], control) > 1e-3
+
+
+@pytest.mark.parametrize(("activation", "T"), [("softmax", 130), ("softmax", 256), ("sqrelu", 64), ("norm_sqrelu", 64)])
+def test_attention_within_segments(activation, T):
+    args, by = tuple(map(f32, qkv(T, 4, 2))), f32(normal(3, 2, T, 4, 4))
+    borders = np.zeros((2, T), np.int32)
+    borders[0, [3, 4, T // 2]] = borders[1, [T // 4 + 1, T - 1]] = 1  # one between two blocks of queries
+    segments = jnp.cumsum(jnp.asarray(borders), 1)
+    attend = partial(ops.attention, scale=0.7, activation=activation, eps=EPS)
+    whole = partial(whole_attention, scale=0.7, activation=activation)
+    ours, theirs, control = jax.jit(
+        lambda *args: (
+            value_and_grads(partial(attend, segments=segments), by)(*args),
+            value_and_grads(partial(whole, segments=segments), by)(*args),
+            value_and_grads(whole, by)(*args),
+        )
+    )(*args)
+    assert close(ours, theirs, 3e-6)
+    assert all(distance(a, b) > 0.01 for a, b in zip(ours, control, strict=True))
+    one = jax.jit(partial(attend, segments=jnp.zeros_like(segments)))(*args)
+    assert distance(one, control[0]) < 3e-6
 
 
 @pytest.mark.parametrize("activation", KINDS)
@@ -278,3 +307,4 @@ def test_select_kv(n_head, n_kv, y):
 def test_shift_right():
     tokens = jnp.array([[5, 6, 7], [8, 9, 10]])
     assert ops.shift_right(tokens, 3).tolist() == [[3, 5, 6], [3, 8, 9]]
+    assert ops.shift_right(tokens, 3, jnp.array([[0, 0, 1], [0, 1, 2]])).tolist() == [[3, 5, 3], [3, 3, 3]]

@@ -42,9 +42,9 @@ def mixture(weights: dict[str, float] | None = None, drop: int = 0) -> Mixture:
 
 
 def config(rows: str = "concat", **settings: Any) -> DataConfig:
-    return dataclasses.replace(
-        DataConfig(seq_len=T, batch_size=B, prefetch=0, rows="pad" if rows == "pad" else "concat"), **settings
-    )
+    """rows: concat, pad, or apart for documents kept apart in rows of concat."""
+    settings = ({"documents": "apart"} if rows == "apart" else {"rows": rows}) | settings
+    return dataclasses.replace(DataConfig(seq_len=T, batch_size=B, prefetch=0), **settings)
 
 
 def hashes(text: Mixture, c: DataConfig, n_process: int = 1, seed: int = 0, first: int = 0, steps: int = STEPS) -> list[str]:
@@ -55,14 +55,14 @@ def hashes(text: Mixture, c: DataConfig, n_process: int = 1, seed: int = 0, firs
         batches.set_state({"next_index": first})
     for _ in range(steps):
         parts = [next(batches) for batches in drawing]
-        joined = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        joined = [np.concatenate(arrays) for arrays in zip(*parts, strict=True) if arrays[0] is not None]
         found.append(hashlib.sha256(b"".join(a.tobytes() for a in joined)).hexdigest())
     for batches in drawing:
         batches.close()
     return found
 
 
-@pytest.mark.parametrize("rows", ["concat", "pad"])
+@pytest.mark.parametrize("rows", ["concat", "apart", "pad"])
 def test_any_number_of_processes_and_threads_draws_the_same_batches(rows: str) -> None:
     text = mixture()
     one = hashes(text, config(rows))
@@ -74,7 +74,8 @@ def test_any_number_of_processes_and_threads_draws_the_same_batches(rows: str) -
 @pytest.mark.parametrize("workers", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_worker_processes_draw_the_same_batches(workers: int) -> None:
     text = mixture()
-    assert hashes(text, config(workers=workers, prefetch=2)) == hashes(text, config())
+    one = hashes(text, config("apart"))
+    assert hashes(text, config("apart", workers=workers, prefetch=2)) == one != hashes(text, config())
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def test_evaluation_counts_every_token_once_in_order(n_process: int, n_tokens: i
     counted = []
     for parts in zip(*processes, strict=True):
         assert all(part.tokens.shape == (B // n_process, T) and part.tokens.dtype == np.int32 for part in parts)
-        tokens, mask = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        tokens, mask = (np.concatenate([part[i] for part in parts]) for i in range(2))
         counted += tokens[mask].tolist()
         assert (tokens[~mask] == EOS).all()
     assert counted == list(range(n_tokens))
@@ -130,6 +130,21 @@ def test_evaluation_spreads_its_rows_or_takes_what_there_is() -> None:
     assert all(b.mask.all() for b in batches)
     assert len(list(eval_batches(token_file(), config(), 99, 1, 0, N_VOCAB))) == 10
     assert len(list(eval_batches(token_file(2), config(), 99, 1, 0, N_VOCAB))) == 1
+
+
+def test_batches_tell_documents_apart_if_asked() -> None:
+    text = mixture([[1, 2, EOS], [3, EOS], [4, 5, 6, 7, EOS]] * 7)
+    for documents in ("join", "apart"):
+        c = config(documents=documents)
+        train, held_out = take(train_batches(text, c, 0, 2, 1, N_VOCAB), 1), list(eval_batches(text, c, None, 1, 0, N_VOCAB))
+        for batch in (*train, *held_out):
+            if documents == "join":
+                assert batch.segments is None
+                continue
+            assert batch.segments.dtype == np.int32 and batch.segments.shape == batch.tokens.shape
+            begins = np.diff(batch.segments, axis=1) == 1
+            np.testing.assert_array_equal(begins & batch.mask[:, 1:], (batch.tokens[:, :-1] == EOS) & batch.mask[:, 1:])
+    assert not held_out[-1].mask[-1].any(), "no row beyond the split: nothing is shown of it"
 
 
 def test_too_little_text_and_batches_that_do_not_divide() -> None:
@@ -164,8 +179,9 @@ def test_loss_mask_ends_with_the_document(eos: int, pad: int, expected: list[lis
 
 def test_fingerprint_changes_with_what_decides_the_batches() -> None:
     base = fingerprint(token_file(), config(), 0)
-    assert base.keys() == {"tokens", "tokenizer", "rows", "truncated_eos", "seq_len", "batch_size", "seed"}
-    for other in (config(seq_len=6), config(batch_size=8), config(rows="pad"), config(rows="pad", truncated_eos=True)):
+    assert base.keys() == {"tokens", "tokenizer", "rows", "documents", "truncated_eos", "seq_len", "batch_size", "seed"}
+    padded = config(rows="pad"), config(rows="pad", truncated_eos=True)
+    for other in (config(seq_len=6), config(batch_size=8), config(documents="apart"), *padded):
         assert fingerprint(token_file(), other, 0) != base
     assert fingerprint(token_file(), config(), 1) != base and fingerprint(token_file(90), config(), 0) != base
     assert fingerprint(token_file(), config(prefetch=7, threads=1), 0) == base

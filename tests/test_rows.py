@@ -37,6 +37,33 @@ def test_rows_run_over_the_ends_of_shards(n_shards: int) -> None:
         assert PadRows(tokens, T, N_VOCAB, truncated_eos=True)[k].tokens[-1] == EOS
 
 
+@pytest.mark.parametrize("n_shards", [1, 2, 5, 8])
+@pytest.mark.parametrize("seq_len", [1, 8, 9, 33, 200])
+def test_segments_are_the_documents_of_a_slow_reading(n_shards: int, seq_len: int) -> None:
+    """Ids repeat, and documents hold the id of eos: only the ends of documents tell them apart."""
+    lengths = [3, 1, 1, 20, 8, 2, 40, 7, 9, 1]
+    documents = [[EOS if i % 5 == 3 else i for i in range(n - 1)] + [EOS] for n in lengths]
+    tokens = source(documents, n_shards)
+    document_of = [k for k, document in enumerate(documents) for _ in document]
+    rows = ConcatRows(tokens, seq_len, N_VOCAB, apart=True)
+    joined = ConcatRows(tokens, seq_len, N_VOCAB)
+    for i in range(rows.n_all):
+        inside = [*document_of, *[len(documents)] * seq_len][i * seq_len : (i + 1) * seq_len]
+        slow, segment = [], 0
+        for t in range(seq_len):
+            segment += t > 0 and inside[t] != inside[t - 1]
+            slow.append(segment)
+        row = rows[i]
+        assert row.segments is not None and row.segments.dtype == np.int32 and row.segments.tolist() == slow
+        assert row.tokens.tolist() == joined[i].tokens.tolist() and row.mask.tolist() == joined[i].mask.tolist()
+        assert joined[i].segments is None
+
+
+def test_segments_of_a_split_with_empty_shards() -> None:
+    tokens = source([[1, EOS], [2, 3, EOS]], n_shards=5)
+    assert [ConcatRows(tokens, 5, N_VOCAB, apart=True)[0].segments] == [pytest.approx([0, 0, 1, 1, 1])]
+
+
 @pytest.mark.parametrize(("family", "truncated_eos"), [("t5", True), ("gpt2", False)])
 def test_pad_rows_and_mask_are_the_references(family: str, truncated_eos: bool, tmp_path: Path) -> None:
     """The reference lets the tokenizer pad with eos and cut off, with its template; then counts up to the first eos or pad."""
@@ -80,3 +107,11 @@ def test_an_id_outside_the_vocabulary_is_found_in_either_kind() -> None:
 def test_truncated_eos_needs_pad_rows() -> None:
     with pytest.raises(ConfigError, match=r"data\.truncated_eos = true: it needs data\.rows=pad"):
         DataConfig(truncated_eos=True)
+
+
+def test_documents_apart_need_concat_rows() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^data\.documents = apart: it needs data\.rows=concat; a row of pad holds one document$"
+    ):
+        DataConfig(documents="apart", rows="pad")
+    assert DataConfig().documents == "join"

@@ -24,10 +24,13 @@ class Batch(NamedTuple):
     Attributes:
         tokens: int32 [rows, T].
         mask: bool [rows, T], the targets that count.
+        segments: int32 [rows, T] with data.documents=apart: which of its row's documents a target belongs to, counted from 0.
+            Then none is predicted from another document, its first token from bos alone. None: a row is read as one text.
     """
 
     tokens: Any
     mask: Any
+    segments: Any = None
 
 
 class Batches(Iterator[Batch]):
@@ -150,7 +153,11 @@ def eval_batches(
     sources = [rows_of(tokens, config, n_vocab) for tokens in text.sources]
     before = np.cumsum([0, *(rows.n_all for rows in sources)])
     n_rows = int(before[-1])
-    beyond = Row(np.full(config.seq_len, text.sources[0].eos_id, np.int32), np.zeros(config.seq_len, np.bool_))
+    beyond = Row(
+        np.full(config.seq_len, text.sources[0].eos_id, np.int32),
+        np.zeros(config.seq_len, np.bool_),
+        np.zeros(config.seq_len, np.int32) if config.documents == "apart" else None,
+    )
 
     def row(index: int) -> Row:
         if index >= n_rows:
@@ -171,6 +178,7 @@ def fingerprint(text: Mixture, config: DataConfig, seed: int) -> dict[str, Any]:
         "tokens": text.fingerprint,
         "tokenizer": text.tokenizer_fingerprint,
         "rows": config.rows,
+        "documents": config.documents,
         "truncated_eos": config.truncated_eos,
         "seq_len": config.seq_len,
         "batch_size": config.batch_size,
@@ -179,7 +187,12 @@ def fingerprint(text: Mixture, config: DataConfig, seed: int) -> dict[str, Any]:
 
 
 def _stacked(rows: list[Any]) -> Batch:
-    return Batch(np.stack([row.tokens for row in rows]), np.stack([row.mask for row in rows]))
+    segments = [row.segments for row in rows if row.segments is not None]
+    return Batch(
+        np.stack([row.tokens for row in rows]),
+        np.stack([row.mask for row in rows]),
+        np.stack(segments) if segments else None,
+    )
 
 
 def _seed(seed: int, name: str, n_sources: int) -> int:

@@ -10,10 +10,11 @@ from mutransformer.data.shards import Tokens
 
 
 class Row(NamedTuple):
-    """T tokens, and which of them count as targets."""
+    """T tokens, which of them count as targets, and where documents are kept apart, which of the row's each belongs to."""
 
     tokens: Int32[np.ndarray, " T"]
     mask: Bool[np.ndarray, " T"]
+    segments: Int32[np.ndarray, " T"] | None = None  # 0, 1, 2, ... along the row
 
 
 @runtime_checkable
@@ -37,23 +38,30 @@ def rows_of(tokens: Tokens, config: DataConfig, n_vocab: int) -> Rows:
     """The rows of a split as data.rows says; ids must lie below n_vocab."""
     if config.rows == "pad":
         return PadRows(tokens, config.seq_len, n_vocab, config.truncated_eos)
-    return ConcatRows(tokens, config.seq_len, n_vocab)
+    return ConcatRows(tokens, config.seq_len, n_vocab, apart=config.documents == "apart")
 
 
 class ConcatRows:
-    """The documents joined, each with its eos, and cut. Where training leaves out the rest, the last row is filled with eos."""
+    """The documents joined, each with its eos, and cut. Where training leaves out the rest, the last row is filled with eos.
 
-    def __init__(self, tokens: Tokens, seq_len: int, n_vocab: int):
-        self._tokens, self._seq_len, self._n_vocab = tokens, seq_len, n_vocab
+    Apart: rows tell their segments, a document's eos in its own. What a row is filled with is a segment too.
+    """
+
+    def __init__(self, tokens: Tokens, seq_len: int, n_vocab: int, apart: bool = False):
+        self._tokens, self._seq_len, self._n_vocab, self._apart = tokens, seq_len, n_vocab, apart
         self.n_all = -(-tokens.n_tokens // seq_len)
 
     def __len__(self) -> int:
         return self._tokens.n_tokens // self._seq_len
 
     def __getitem__(self, index: int) -> Row:
-        start = index * self._seq_len
-        found = _checked(self._tokens, start, start + self._seq_len, self._n_vocab)
-        return _filled(found, self._seq_len, self._tokens.eos_id)
+        start, stop = index * self._seq_len, (index + 1) * self._seq_len
+        row = _filled(_checked(self._tokens, start, stop, self._n_vocab), self._seq_len, self._tokens.eos_id)
+        if not self._apart:
+            return row
+        begins = np.zeros(self._seq_len, np.int32)
+        begins[self._tokens.ends_within(start, stop) - start] = 1
+        return row._replace(segments=np.cumsum(begins, dtype=np.int32))
 
     def __repr__(self) -> str:
         return f"ConcatRows({self._tokens.source}, {self._tokens.split}, seq_len={self._seq_len})"

@@ -7,6 +7,7 @@ the same order, as 64-bit numbers, the count of the split's tokens up to and inc
 import hashlib
 import os
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +108,12 @@ class Section:
     def ends(self, start: int, stop: int) -> Integer[np.ndarray, " n"]:
         return np.frombuffer(self.reader.read((stop - start) * 8, self.ends_at + start * 8), "<u8")
 
+    def ends_within(self, start: int, stop: int) -> Int64[np.ndarray, " n"]:
+        """Where documents end behind token start and before token stop, found without reading the other ends."""
+        first = bisect_right(range(self.n_documents), start, key=lambda k: int(self.ends(k, k + 1)[0]))
+        ends = self.ends(first, min(first + stop - start, self.n_documents)).astype(np.int64)
+        return ends[ends < stop]
+
 
 def sections(path: Path, dtype: str, facts: dict[str, Any]) -> dict[Split, Section]:
     """The splits in a shard whose writer told these facts."""
@@ -164,6 +171,15 @@ class Tokens:
                 start = until
             k += 1
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.uint16), *pieces])
+
+    def ends_within(self, start: int, stop: int) -> Int64[np.ndarray, " n"]:
+        """Where documents end behind token start and before token stop."""
+        k = int(np.searchsorted(self._tokens_before, start, side="right")) - 1
+        found = []
+        while k < len(self.sections) and (first := int(self._tokens_before[k])) < stop:
+            found.append(first + self.sections[k].ends_within(max(0, start - first), stop - first))
+            k += 1
+        return np.concatenate(found)
 
     def document(self, index: int) -> tuple[int, int]:
         """Where a document's tokens start and stop, its eos included."""

@@ -100,8 +100,9 @@ def _watch(fleet: Fleet, config: Config, bos_id: int) -> Callable[..., tuple[dic
     """A function of ((weights at the start, weights now), batches, data) -> size and change of every activation, [R] each."""
     forward = Forward(config, watch=True)
 
-    def look(weights: tuple[Transformer[Array], Transformer[Array]], tokens: Array, _: Array) -> tuple[Activations, Activations]:
-        start, now = (forward.activations(w, shift_right(tokens, bos_id)) for w in weights)
+    def look(weights: tuple[Transformer[Array], Transformer[Array]], batch: pipeline.Batch) -> tuple[Activations, Activations]:
+        inputs = shift_right(batch.tokens, bos_id, batch.segments)
+        start, now = (forward.activations(w, inputs, batch.segments) for w in weights)
         change = {name: now[name].astype(jnp.float32) - start[name].astype(jnp.float32) for name in now}
         return jax.tree.map(_mean_abs, now), jax.tree.map(_mean_abs, change)
 

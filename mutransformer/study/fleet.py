@@ -98,7 +98,7 @@ class Fleet:
         return jax.vmap(lambda seed: start(self.config, seed))(hyper.seed)
 
     def map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[[Any, Batch, Array], Any]:
-        """A per-device function of one run's (weights, tokens, mask) -> one of all runs.
+        """A per-device function of one run's (weights, batch) -> one of all runs.
 
         Args:
             function: as step.device_grads gives them.
@@ -112,11 +112,11 @@ class Fleet:
         def here(weights: Any, batches: Batch, data: Array) -> Any:
             def one(run: tuple[Any, Array]) -> Any:
                 weights, own = run
-                return function(weights, batches.tokens[own], batches.mask[own])
+                return function(weights, jax.tree.map(lambda a: a[own], batches))
 
             return jax.lax.map(one, (weights, data)) if self._one_by_one else jax.vmap(lambda *run: one(run))(weights, data)
 
-        return jax.shard_map(here, mesh=self.mesh, in_specs=(in_specs, Batch(BATCHES, BATCHES), RUNS), out_specs=out_specs)
+        return jax.shard_map(here, mesh=self.mesh, in_specs=(in_specs, BATCHES, RUNS), out_specs=out_specs)
 
     def place(self, batches: Sequence[Batch]) -> Batch:
         """One batch of host arrays [B, T] for each of `seeds` -> arrays [seeds, B, T] on the devices."""
@@ -154,8 +154,9 @@ class Fleet:
     def compile(self) -> int:
         """Compiles the step, and tells its peak memory on one device in bytes by the compiler's own account."""
         b, t = self.config.data.batch_size, self.config.data.seq_len
-        rows = [jax.ShapeDtypeStruct((len(self.seeds), b, t), d, sharding=self._batches) for d in (jnp.int32, jnp.bool_)]
-        compiled = self._step.lower(self.shapes, Batch(*rows), self.hyper).compile()
+        tokens, mask = (jax.ShapeDtypeStruct((len(self.seeds), b, t), d, sharding=self._batches) for d in (jnp.int32, jnp.bool_))
+        batches = Batch(tokens, mask, tokens if self.config.data.documents == "apart" else None)
+        compiled = self._step.lower(self.shapes, batches, self.hyper).compile()
         self._step = compiled
         told: Any = compiled.memory_analysis()
         return told.argument_size_in_bytes + told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
