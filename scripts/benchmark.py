@@ -30,7 +30,8 @@ def main(config):
     check_fits(config, mesh)
     rows = config.data.batch_size // data_share(mesh)[0]
     tokens = np.random.default_rng(0).integers(0, config.model.n_vocab, (rows, config.data.seq_len), dtype=np.int32)
-    batch = put(Batch(tokens, np.ones_like(tokens, dtype=bool)), mesh)
+    segments = np.zeros_like(tokens) if config.data.documents == "apart" else None
+    batch = put(Batch(tokens, np.ones_like(tokens, dtype=bool), segments), mesh)
 
     state = init_state(config, mesh)
     start = time.perf_counter()

@@ -341,6 +341,7 @@ def test_checkpoint_of_another_run(run, settings, tmp_path):
     [
         (["steps=3"], r"another run: steps was 2, is 3\. "),
         (["seed=1"], r"another run: seed was 0, is 1\. "),
+        (["data.documents=apart"], r"another run: data.documents was join, is apart\. "),
         (["optim.lr=0.5", "seed=1", "checkpoint.allow=[seed]"], r"run: optim.lr was 0.015625, is 0.5\. "),
         (["model.n_kv_head=1"], r"another run: model.n_kv_head was None, is 1\. "),
         (["checkpoint.allow=[sede]"], r"checkpoint.allow: no such key: sede$"),

@@ -109,10 +109,11 @@ class Section:
         return np.frombuffer(self.reader.read((stop - start) * 8, self.ends_at + start * 8), "<u8")
 
     def ends_within(self, start: int, stop: int) -> Int64[np.ndarray, " n"]:
-        """Where documents end behind token start and before token stop, found without reading the other ends."""
-        first = bisect_right(range(self.n_documents), start, key=lambda k: int(self.ends(k, k + 1)[0]))
-        ends = self.ends(first, min(first + stop - start, self.n_documents)).astype(np.int64)
-        return ends[ends < stop]
+        """Where documents end behind token start and before token stop."""
+        n = stop - start  # more than can end there. So a search over every n-th end is fine enough, and reads a few only
+        before = n * bisect_right(range(n - 1, self.n_documents, n), start, key=lambda k: int(self.ends(k, k + 1)[0]))
+        ends = self.ends(before, min(before + 2 * n, self.n_documents)).astype(np.int64)
+        return ends[(start < ends) & (ends < stop)]
 
 
 def sections(path: Path, dtype: str, facts: dict[str, Any]) -> dict[Split, Section]:
