@@ -87,14 +87,18 @@ def far(ours: tuple[Any, Any, np.ndarray], case: str) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize(("x", "y"), [(1, 1), (2, 4)])
-@pytest.mark.parametrize("case", CASES)
+# A model on a mesh each, and the others among the tests that take minutes.
+FEW = [("relu", 1, 1), ("all options", 2, 4)]
+ALL = [(case, x, y) for case in CASES for x, y in [(1, 1), (2, 4)]]
+
+
+@pytest.mark.parametrize(("case", "x", "y"), [c if c in FEW else pytest.param(*c, marks=pytest.mark.slow) for c in ALL])
 def test_a_document_is_read_as_if_it_stood_alone(case: str, x: int, y: int) -> None:
     found = far(results(case, rows(case)[0], x, y), case)
     assert max(found.values()) < 1e-5, found
 
 
-@pytest.mark.parametrize(("case", "change"), [*((case, "off by one") for case in CASES), ("relu", "joined")])
+@pytest.mark.parametrize(("case", "change"), [("relu", "off by one"), ("all options", "off by one"), ("relu", "joined")])
 def test_joined_or_with_borders_off_by_one_documents_are_not_as_alone(case: str, change: str) -> None:
     """The control."""
     batch, _ = rows(case)
