@@ -154,7 +154,8 @@ def _train(
             state, loss = fleet.step(state, [next(source) for source in sources])
             unread.append(loss)
             step += 1
-            if step % every and step != steps and not stop.requested:
+            stopping = stop.requested  # looked at once: what is asked for from here on waits for the next step
+            if step % every and step != steps and not stopping:
                 continue
             losses[read:step] = fleet.read(unread)[:, : len(points)]
             board.write(step, losses[read:step])
@@ -163,10 +164,10 @@ def _train(
             if read == first[0]:
                 first = step, time.perf_counter()  # compiling does not count
             read, unread = step, []
-            if stop.requested or time.perf_counter() - saved > SNAPSHOT_SECONDS:
+            if stopping or time.perf_counter() - saved > SNAPSHOT_SECONDS:
                 snapshots.save(step, (state, losses))
                 saved = time.perf_counter()
-            if stop.requested:
+            if stopping:
                 return None
         batches = pipeline.eval_batches(held_out, config.data, config.eval.batches, *share, n_vocab)
         validation = fleet.evaluate(state, list(batches))
