@@ -116,7 +116,7 @@ class OptimConfig:
     tokens_base: Optional[int] = None  # completed_p: tokens in all with which it was tuned; None: as many as now
     lr: float = 2**-6
     embed_lr_exponent: float = 0.0  # embedding's rate x (d_model / d_base)^this; published: 0 (muP), -0.5 (large vocabularies)
-    muon_lr: float = 4.0  # muon: the rate of its matrices is lr x this x sqrt(fan_out / fan_in)
+    muon_lr: float = 1.0  # muon: the rate of its matrices is lr x this x sqrt(fan_out / fan_in)
     muon_beta: float = 0.95  # muon: momentum
     beta1: float = 0.9
     beta2: float = 0.95
