@@ -25,7 +25,7 @@ def load(args: Sequence[str]) -> Config:
         ConfigError: a file is missing or not YAML; a key is unknown or twice there; a value is of the wrong type or out of range.
     """
     merged = OmegaConf.structured(Config)
-    first = next((arg for arg in args if _is_file(arg)), None)
+    first = next((arg for arg in args if is_file(arg)), None)
     if first:
         merged = OmegaConf.merge(merged, {"name": Path(first).stem})
     for arg in args:
@@ -43,13 +43,14 @@ def load(args: Sequence[str]) -> Config:
     return config
 
 
-def _is_file(arg: str) -> bool:
+def is_file(arg: str) -> bool:
+    """Whether an argument is a path rather than an override."""
     return "=" not in arg or Path(arg).is_file()  # a run may be called lr=0.1
 
 
 def _merge(merged: Any, arg: str) -> Any:
     try:
-        given = OmegaConf.load(arg) if _is_file(arg) else OmegaConf.from_dotlist([arg])
+        given = OmegaConf.load(arg) if is_file(arg) else OmegaConf.from_dotlist([arg])
         check(isinstance(given, DictConfig), f"{arg}: must hold `key: value` lines")
         missing = sorted(OmegaConf.missing_keys(given))
         check(not missing, f"{arg}: no value for {', '.join(missing)}")

@@ -14,6 +14,7 @@ float32; eps 1e-15, since a fixed eps stops the updates of wide models, whose gr
 import sys
 from pathlib import Path
 
+from mutransformer import settings
 from mutransformer.config import DEPTH_RULES, check
 from mutransformer.launch import FAILED, FINISHED, command, guarded, prepare_jax, simulate_devices
 
@@ -44,7 +45,7 @@ def main() -> int:
 def run(given) -> int:
     from mutransformer.study import grid
 
-    files = [arg for arg in given.args if "=" not in arg or Path(arg).is_file()]
+    files = [arg for arg in given.args if settings.is_file(arg)]
     args = [*files, *PRESET, *(arg for arg in given.args if arg not in files)]
     axis = "depth" if given.depths else "width"
     at = grid.integers(f"--{axis}s", given.depths or given.widths)

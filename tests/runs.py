@@ -2,10 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from mutransformer import launch
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -62,3 +67,18 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
         assert process.poll() is None, f"ended before step {step}: {process.communicate()}"
         assert time.monotonic() < deadline, f"no step {step} within two minutes"
         time.sleep(0.01)
+
+
+def refuse_before_jax(run: Callable[[], int], message: str, folder: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Checks that a command tells of a mistake in one line, exit code 2, before JAX starts, and leaves nothing in the folder."""
+
+    def started(*_: object) -> None:
+        raise AssertionError("JAX was started")
+
+    for name in ("prepare_jax", "simulate_devices"):
+        monkeypatch.setattr(launch, name, started)
+    monkeypatch.chdir(folder)
+    assert run() == launch.MISTAKE
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"error: .*\n", err) and re.search(message, err), err
+    assert not out and not list(folder.iterdir())

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-from runs import ROOT, finish, settings, start
+from runs import ROOT, finish, refuse_before_jax, settings, start
 
-from mutransformer import hardware, launch
+from mutransformer import hardware
 from mutransformer.config import Config
 from mutransformer.data.corpus import prepare
 from mutransformer.data.pipeline import train_batches
@@ -537,17 +537,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_one_line_and_exit_code_2_before_jax_starts(name: str, tmp_path: Path, check, monkeypatch, capsys) -> None:
-    def started(*_: object) -> None:
-        raise AssertionError("JAX was started")
-
     args, message = MISTAKES[name]
-    monkeypatch.setattr(launch, "prepare_jax", started)
-    monkeypatch.setattr(launch, "simulate_devices", started)
-    monkeypatch.chdir(tmp_path)
-    assert check("model.d_head=16", *args) == MISTAKE
-    out, err = capsys.readouterr()
-    assert re.fullmatch(r"error: .*\n", err) and re.search(message, err), err
-    assert not out and not list(tmp_path.iterdir())
+    refuse_before_jax(lambda: check("model.d_head=16", *args), message, tmp_path, monkeypatch, capsys)
     if name == "one width":  # the control: a good command does start it
         with pytest.raises(AssertionError, match="JAX was started"):
             check("model.d_head=16", "--widths", "64,128")

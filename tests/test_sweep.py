@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import ROOT, finish, settings, start
+from runs import ROOT, finish, refuse_before_jax, settings, start
 
-from mutransformer import hardware, launch
+from mutransformer import hardware
 from mutransformer.config import Config, ConfigError
 from mutransformer.data.corpus import prepare
 from mutransformer.launch import FINISHED, MISTAKE, STOPPED
@@ -371,21 +371,13 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_one_line_and_exit_code_2_before_jax_starts(name: str, tmp_path: Path, sweep, monkeypatch, capsys) -> None:
-    def started(*_: object) -> None:
-        raise AssertionError("JAX was started")
-
     args, message = MISTAKES[name]
-    monkeypatch.setattr(launch, "prepare_jax", started)
-    monkeypatch.setattr(launch, "simulate_devices", started)
-    monkeypatch.chdir(tmp_path)
-    given = ["--widths", "32", "--lrs", "0.1", *TINY, *args]
-    assert sweep(*given, "--out", str(tmp_path / "out")) == MISTAKE
-    out, err = capsys.readouterr()
-    assert re.fullmatch(r"error: .*\n", err) and re.search(message, err), err
-    assert not out and not list(tmp_path.iterdir())
+    given = ["--widths", "32", "--lrs", "0.1", *TINY]
+    out = ["--out", str(tmp_path / "out")]
+    refuse_before_jax(lambda: sweep(*given, *args, *out), message, tmp_path, monkeypatch, capsys)
     if name == "width twice":  # the control: a good command does start it
         with pytest.raises(AssertionError, match="JAX was started"):
-            sweep("--widths", "32", "--lrs", "0.1", *TINY)
+            sweep(*given)
 
 
 def test_a_folder_that_cannot_be_made_is_told_before_training(folder: Path, sweep, trained, capsys) -> None:
