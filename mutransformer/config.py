@@ -40,6 +40,7 @@ __all__ = [
 Activation = Literal["relu", "sqrelu", "gelu", "silu", "swiglu"]
 AttentionActivation = Literal["softmax", "sqrelu", "elu", "norm_sqrelu", "norm_elu"]
 Rule = Literal["sp", "mup", "abs_mup", "mup_table8", "completep", "completed_p"]
+Remat = Literal["none", "dots", "attention", "outputs", "full"]
 Float = Literal["float32", "bfloat16", "float16"]
 
 DEPTH_RULES = ("completep", "completed_p")  # those that scale with n_layer / n_layer_base
@@ -71,7 +72,7 @@ class ModelConfig:
     residual_init: Literal["fan_in", "zero"] = "fan_in"  # the projections that write to the residual stream
     unembed_init: Literal["rule", "mup", "sp", "zero"] = "rule"  # std 1/d_model, 1/sqrt(d_model), 0; rule: as optim.rule says
     head_chunk: int = 512  # tokens (a device) whose logits exist at a time
-    remat: Literal["none", "full"] = "none"  # full: a layer keeps only its input for the backward pass
+    remat: Remat = "none"  # what a layer computes again in the backward pass, from full (all, its input is kept) down to none
 
     def __post_init__(self) -> None:
         for key in ("d_model", "d_base", "d_head", "n_layer", "vocab_multiple", "head_chunk"):

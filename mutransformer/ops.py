@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from mutransformer.collectives import index_y, sum_y
@@ -39,7 +40,7 @@ def rotary(x: Float[Array, "b T n D"], base: float) -> Float[Array, "b T n D"]:
 
 
 def _relu_forward(x: Array) -> tuple[Array, Array]:
-    y = relu(x)
+    y = checkpoint_name(relu(x), "hidden")
     return y, y
 
 

@@ -12,10 +12,14 @@ class MeshConfig:
 
     x: int = -1  # -1: all devices that y leaves
     y: int = 1
+    streams: Optional[int] = None  # a device's rows are worked off in so many independent parts, so that one computes while
+    # another waits for y; None: 2 where there is something to wait for, that is y > 1
+    exchange: Optional[bool] = None  # sums over y by an all-to-all instead of a reduce-scatter; None: on a TPU
 
     def __post_init__(self) -> None:
         check(self.x >= 1 or self.x == -1, f"mesh.x = {self.x}: must be at least 1, or -1 for all devices")
         check(self.y >= 1, f"mesh.y = {self.y}: must be at least 1")
+        check(self.streams is None or self.streams >= 1, f"mesh.streams = {self.streams}: must be at least 1")
 
 
 @dataclass(frozen=True)

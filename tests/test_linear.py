@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from mutransformer.collectives import gather_x, scatter_y, sum_x, sum_y
 from mutransformer.config import MeshConfig
 from mutransformer.data.pipeline import Batch
-from mutransformer.linear import Head, Precision, _dot_rows, _dot_rows_cpu, dot_rows, head_loss, project
+from mutransformer.linear import Head, Precision, _dot_rows, _dot_rows_cpu, dot_rows, head_loss, project, whole
 from mutransformer.mesh import check_fits, make_mesh, put
 from mutransformer.model import specs
 from mutransformer.mup import init_std
@@ -46,16 +46,18 @@ def distances(ours: Any, theirs: Any) -> dict[str, float]:
     return {jax.tree_util.keystr(p): distance(a, b) for (p, b), a in zip(paths, jax.tree.leaves(ours), strict=True)}
 
 
+@pytest.mark.parametrize("exchange", [False, True])
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_project(grid):
+def test_project(grid, again, exchange):
     """To heads, through a nonlinearity, and back: a weight split by out dims, then one split by in dims."""
     into, out = weight("M/x -> H/y D", SIZES), weight("H/y D -> M/x", SIZES)
     x, w, v, by = normal(0, 4, 3, 12), normal(1, 12, 4, 5), normal(2, 4, 5, 12), normal(3, 4, 3, 12)
 
     def sharded(x: jax.Array, w: jax.Array, v: jax.Array, by: jax.Array) -> jax.Array:
         x = jax.lax.pcast(x, "y", to="varying")
-        hidden = jnp.sin(project(x, w, into, FULL))
-        return sum_x(sum_y(jnp.sum(scatter_y(project(hidden, v, out, FULL), dim=2) * by)))
+        hidden = jnp.sin(project(x, whole(w, into, FULL, again), into, FULL))
+        return sum_x(sum_y(jnp.sum(scatter_y(project(hidden, whole(v, out, FULL, again), out, FULL), exchange) * by)))
 
     def plain(x: jax.Array, w: jax.Array, v: jax.Array, by: jax.Array) -> jax.Array:
         hidden = jnp.sin(jnp.einsum("btm,mhd->bthd", x, w, precision="highest"))
@@ -73,7 +75,12 @@ def test_project_rounds_once():
     spec = weight("M/x -> F/y", {"M": 256, "F": 24})
     x, w = normal(0, 2, 3, 256).astype(jnp.bfloat16), normal(1, 256, 24)
     in_specs, out_specs = (P("x"), spec.pspec), P("x", None, "y")
-    mapped = jax.shard_map(lambda x, w: project(x, w, spec, LOW), mesh=mesh_of((1, 1)), in_specs=in_specs, out_specs=out_specs)
+    mapped = jax.shard_map(
+        lambda x, w: project(x, whole(w, spec, LOW, True), spec, LOW),
+        mesh=mesh_of((1, 1)),
+        in_specs=in_specs,
+        out_specs=out_specs,
+    )
     ours = jax.jit(mapped)(x, w)
     exact = np.asarray(x, np.float64).reshape(6, 256) @ np.asarray(w.astype(jnp.bfloat16), np.float64)
     assert ours.dtype == jnp.bfloat16
