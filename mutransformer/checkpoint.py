@@ -29,7 +29,9 @@ FREE = {
     "model.remat",
     "model.head_chunk",
     "optim.accumulate",
-    *(f"{section}." for section in ("mesh", "distributed", "eval", "log", "checkpoint", "profile")),
+    "optim.reduce",
+    "xla",
+    *(f"{section}." for section in ("mesh", "distributed", "eval", "log", "checkpoint", "profile", "xla")),
     "data.",  # but for those below: what they decide is in the fingerprints of tokens and tokenizer
 }
 BOUND = {"data.seq_len", "data.batch_size", "data.rows", "data.documents", "data.truncated_eos"}

@@ -71,12 +71,13 @@ class ModelConfig:
     q_init: Literal["fan_in", "zero"] = "fan_in"
     residual_init: Literal["fan_in", "zero"] = "fan_in"  # the projections that write to the residual stream
     unembed_init: Literal["rule", "mup", "sp", "zero"] = "rule"  # std 1/d_model, 1/sqrt(d_model), 0; rule: as optim.rule says
-    head_chunk: int = 512  # tokens (a device) whose logits exist at a time
+    head_chunk: Optional[int] = None  # tokens (a device) whose logits exist at a time; None: 512 on a CPU, else 512 MiB of them
     remat: Remat = "none"  # what a layer computes again in the backward pass, from full (all, its input is kept) down to none
 
     def __post_init__(self) -> None:
         for key in ("d_model", "d_base", "d_head", "n_layer", "vocab_multiple", "head_chunk"):
-            check(getattr(self, key) >= 1, f"model.{key} = {getattr(self, key)}: must be at least 1")
+            value = getattr(self, key)
+            check(value is None or value >= 1, f"model.{key} = {value}: must be at least 1")
         heads = max(1, self.d_model // self.d_head)
         check(
             self.d_model % self.d_head == 0,
@@ -153,13 +154,16 @@ class OptimConfig:
     warmup_steps: int = 100  # linear from schedule_floor to 1; a shorter run ends within it
     schedule_floor: float = 1e-4  # where the schedule starts and ends, as a share of lr
     accumulate: int = 1  # a batch is worked off in this many parts
+    reduce: Literal["part", "step"] = "part"  # gradients are summed over devices after each part, or once a step: less moves,
+    # but all weights and their gradients are whole along mesh.x meanwhile
+    z_loss: float = 0.0  # adds this times the mean of (log of the softmax's normaliser)^2 to what is minimised; published: 1e-4
     loss_per: Literal["target", "position"] = "target"  # the loss is the mean over unmasked targets, or over all positions
 
     def __post_init__(self) -> None:
         check(self.lr > 0, f"optim.lr = {self.lr}: must be positive")
         for key in ("beta1", "beta2", "muon_beta"):
             check(0 <= getattr(self, key) < 1, f"optim.{key} = {getattr(self, key)}: must lie in [0, 1)")
-        for key in ("eps", "weight_decay", "clip_norm", "warmup_steps"):
+        for key in ("eps", "weight_decay", "clip_norm", "warmup_steps", "z_loss"):
             check(getattr(self, key) >= 0, f"optim.{key} = {getattr(self, key)}: must not be negative")
         check(0 <= self.schedule_floor <= 1, f"optim.schedule_floor = {self.schedule_floor}: must lie in [0, 1]")
         check(self.accumulate >= 1, f"optim.accumulate = {self.accumulate}: must be at least 1")
@@ -195,6 +199,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    xla: dict[str, str] = field(default_factory=dict)  # options for the step's compilation, over those in mutransformer/flags.py
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

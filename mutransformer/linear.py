@@ -185,22 +185,24 @@ class Head(NamedTuple):
         precision: dtypes.
         n_vocab: entries of the padded vocabulary that are real; the others get no probability.
         chunk: tokens whose logits exist at a time.
+        z_loss: the factor on the square of the log-normaliser (Chowdhery et al., arXiv 2204.02311, section 5).
     """
 
     spec: Weight
     precision: Precision
     n_vocab: int
     chunk: int
+    z_loss: float = 0.0
 
 
 def _head_forward(
     h: Array, w: Array, bias: Array | None, targets: Array, mask: Array, head: Head
-) -> tuple[Array, tuple[Any, Any, Any]]:
+) -> tuple[tuple[Array, Array], tuple[Any, Any, Any]]:
     return _head(h, w, bias, targets, mask, head, with_grads=True)
 
 
-def _head_backward(head: Head, grads: tuple[Any, Any, Any], by: Array) -> tuple[Any, Any, Any, None, None]:
-    scaled = jax.tree.map(lambda g: (g * by).astype(g.dtype), grads)
+def _head_backward(head: Head, grads: tuple[Any, Any, Any], by: tuple[Array, Array]) -> tuple[Any, Any, Any, None, None]:
+    scaled = jax.tree.map(lambda g: (g * by[0]).astype(g.dtype), grads)
     return *scaled, None, None
 
 
@@ -212,8 +214,9 @@ def head_loss(
     targets: Int[Array, "b T"],
     mask: Bool[Array, "b T"],
     head: Head,
-) -> Float[Array, ""]:
-    """The sum over unmasked targets of -log softmax(h w + bias)[target], in nats; the same on all of y.
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What is minimised, and the loss: the sum over unmasked targets of -log softmax(h w + bias)[target], in nats. They differ
+    by the z-loss; only the first has a gradient. Both are the same on all of y.
 
     The vocabulary is spread over y: three numbers a token move, and no logits.
 
@@ -230,15 +233,15 @@ def head_loss(
 
 def _head(
     h: Array, w: Array, bias: Array | None, targets: Array, mask: Array, head: Head, with_grads: bool
-) -> tuple[Array, tuple[Any, Any, Any]]:
-    """The loss, and if asked for its gradient by h, by w (scattered to where w rests) and by bias."""
+) -> tuple[tuple[Array, Array], tuple[Any, Any, Any]]:
+    """As head_loss; and if asked for the gradient of the first by h, by w (scattered to where w rests) and by bias."""
     whole = gather_x(w, head.spec, *head.precision)
     M, v = whole.shape
     entry = index_y() * v + jnp.arange(v)
     padded = head.n_vocab != v * lax.axis_size("y")
 
-    def chunk(carry: tuple[Array, Array, Array], part: tuple[Array, Array, Array]) -> tuple[Any, Array]:
-        total, grad_w, grad_b = carry
+    def chunk(carry: tuple[Any, Array, Array], part: tuple[Array, Array, Array]) -> tuple[Any, Array]:
+        (goal, total), grad_w, grad_b = carry
         x, target, count = part
         logits = dot(x, whole, (1, 0))
         if bias is not None:
@@ -251,21 +254,29 @@ def _head(
         power = jnp.exp(logits - top[:, None])
         norm = sum_y(jnp.sum(power, axis=-1))
         at_target = sum_y(jnp.sum(jnp.where(hit, logits, 0), axis=-1))
-        total = total + jnp.sum(count * (jnp.log(norm) + top - at_target))
+        log_norm, loss = jnp.log(norm) + top, jnp.sum(count * (jnp.log(norm) + top - at_target))
+        share = count / norm
+        if head.z_loss:
+            goal = goal + loss + head.z_loss * jnp.sum(count * jnp.square(log_norm))
+            share = share * (1 + 2 * head.z_loss * log_norm)
+        else:
+            goal = goal + loss
+        totals = goal, total + loss
         if not with_grads:
-            return (total, grad_w, grad_b), jnp.zeros(())
-        d = (power * (count / norm)[:, None] - jnp.where(hit, count[:, None], 0)).astype(x.dtype)
+            return (totals, grad_w, grad_b), jnp.zeros(())
+        d = (power * share[:, None] - jnp.where(hit, count[:, None], 0)).astype(x.dtype)
         grad_b = grad_b + jnp.sum(d, axis=0, dtype=jnp.float32) if bias is not None else grad_b
-        return (total, grad_w + dot_rows(x, d), grad_b), dot(d, whole, (1, 1)).astype(x.dtype)
+        return (totals, grad_w + dot_rows(x, d), grad_b), dot(d, whole, (1, 1)).astype(x.dtype)
 
     n = -(-targets.size // head.chunk)
     counts = mask.astype(jnp.float32)
     parts: Any = tuple(_in_chunks(a, n) for a in (h.reshape(-1, M), targets.reshape(-1), counts.reshape(-1)))
     zero = varying(jnp.zeros((M, v) if with_grads else (), jnp.float32)), varying(jnp.zeros(v if bias is not None else ()))
-    (total, grad_w, grad_b), grad_h = lax.scan(chunk, (varying(jnp.zeros(()), "x"), *zero), parts)
+    none = varying(jnp.zeros(()), "x")
+    (totals, grad_w, grad_b), grad_h = lax.scan(chunk, ((none, none), *zero), parts)
     if not with_grads:
-        return total, (None, None, None)
-    return total, (
+        return totals, (None, None, None)
+    return totals, (
         grad_h.reshape(-1, M)[: targets.size].reshape(h.shape),
         scatter_x(grad_w, head.spec, head.precision.reduce),
         None if bias is None else grad_b.astype(bias.dtype),

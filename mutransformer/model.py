@@ -18,9 +18,13 @@ from jaxtyping import Bool, Float, Int
 from mutransformer import mup, ops
 from mutransformer.collectives import gather_heads, gather_x, gather_y, scatter_y
 from mutransformer.config import Config
+from mutransformer.flags import tuning
 from mutransformer.linear import Head, Precision, head_loss, project, whole
 from mutransformer.mesh import traced_for
 from mutransformer.spec import Init, Role, Weight, weight
+
+HEAD_CHUNK_CPU = 512  # tokens; tuned on two cores
+HEAD_BYTES = 512 << 20  # of float32 logits: the sum of the unembedding's gradient, as large, is read and written once a chunk
 
 save_only_these_names = jax.checkpoint_policies.save_only_these_names
 
@@ -144,15 +148,21 @@ def _start(choice: str) -> Init:
 class Forward:
     """The mathematics of a config, for use inside shard_map on this device's shards."""
 
-    def __init__(self, config: Config, watch: bool = False):
-        """watch: keep what `activations` returns; else nothing of it is computed."""
+    def __init__(self, config: Config, watch: bool = False, whole: bool = False):
+        """watch: keep what `activations` returns; else nothing of it is computed. whole: weights come whole along x, and their
+        gradients stay so, this device's own, in float32; see `gathered`."""
         self.watch = watch
         self.config, self.c = config, config.model
-        self.specs = specs(config)
+        self.specs, self.block_specs = specs(config), block_specs(config)
+        if whole:
+            self.specs, self.block_specs = (jax.tree.map(lambda w: w.off("x"), tree) for tree in (self.specs, self.block_specs))
         self.pspecs = jax.tree.map(lambda w: w.pspec, self.specs)
-        self.block_specs = block_specs(config)
-        self.precision = Precision(config.precision.compute, config.precision.reduce)
-        self.use = partial(gather_x, compute=config.precision.compute, reduce=config.precision.reduce)
+        self.precision = Precision(config.precision.compute, "float32" if whole else config.precision.reduce)
+        self.use = partial(gather_x, compute=self.precision.compute, reduce=self.precision.reduce)
+
+    def gathered(self, params: Transformer[Array]) -> Transformer[Array]:
+        """All weights whole along x, rounded to the compute dtype but typed float32. Gradient: summed over x, and scattered."""
+        return jax.tree.map(partial(self.use, typed=jnp.float32), params, self.specs)
 
     def residual(
         self, params: Transformer[Array], inputs: Int[Array, "b T"], segments: Segments
@@ -192,7 +202,7 @@ class Forward:
     @property
     def exchange(self) -> bool:
         wanted = self.config.mesh.exchange
-        return traced_for().platform == "tpu" if wanted is None else wanted
+        return tuning(traced_for().device_kind).exchange if wanted is None else wanted
 
     def gather_y(self, x: Float[Array, "b T m"]) -> Float[Array, "b T M"]:
         return gather_y(x, self.exchange)
@@ -276,8 +286,9 @@ class Forward:
         mask: Bool[Array, "b T"],
         segments: Segments,
         bos_id: int,
-    ) -> Float[Array, ""]:
-        """The sum of this device's rows' losses over unmasked targets, in nats; the same on all of y.
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The sum over unmasked targets of what is minimised for this device's rows, and of their losses, in nats; the same on
+        all of y. Only the first has a gradient.
 
         With segments each is predicted as if it stood in a row alone: its first token from bos, the others from their own
         segment. Positions need no change, for rotary ones are relative.
@@ -285,9 +296,16 @@ class Forward:
         assert self.c.n_vocab is not None
         s = self.specs
         bias = self.whole(params.b_u, s.b_u)
-        head = Head(s.unembed, self.precision, self.c.n_vocab, self.c.head_chunk)
+        head = Head(s.unembed, self.precision, self.c.n_vocab, self.head_chunk, self.config.optim.z_loss)
         h = self.final(params, ops.shift_right(tokens, bos_id, segments), segments)
         return head_loss(h, params.unembed, bias, tokens, mask, head)
+
+    @property
+    def head_chunk(self) -> int:
+        if self.c.head_chunk is not None:
+            return self.c.head_chunk
+        fit = HEAD_BYTES // (4 * self.c.padded_vocab // self.config.mesh.y)
+        return HEAD_CHUNK_CPU if traced_for().platform == "cpu" else max(1, 1 << (fit.bit_length() - 1))
 
     def times(self, x: Float[Array, "b T _"], s: Weight) -> Float[Array, "b T _"]:
         """x times a weight's forward multiplier."""

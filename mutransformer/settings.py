@@ -93,7 +93,7 @@ def _describe(config: Any, at: str) -> Iterator[str]:
         yield f"  {at}{field.name} = {value}"
         if field.name in comments:
             yield f"      {comments[field.name]}"
-        if typing.get_origin(field.type) is dict:  # of named groups of settings
+        if typing.get_origin(field.type) is dict and dataclasses.is_dataclass(typing.get_args(field.type)[1]):  # of named groups
             yield from _describe(typing.get_args(field.type)[1](), f"{at}{field.name}.NAME.")
 
 

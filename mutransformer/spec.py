@@ -81,6 +81,12 @@ class Weight:
         """The position of the dim that rests on a mesh axis, or None."""
         return self.axes.index(axis) if axis in self.axes else None
 
+    def off(self, axis: str) -> "Weight":
+        """The spec of the same weight resting whole along a mesh axis."""
+        return dataclasses.replace(
+            self, dims=tuple(dataclasses.replace(d, axis=None) if d.axis == axis else d for d in self.dims)
+        )
+
     def stacked(self, n_layer: int) -> "Weight":
         """The spec of n_layer such weights in one array."""
         return dataclasses.replace(self, dims=(Dim("L", n_layer, None), *self.dims))

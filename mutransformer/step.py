@@ -13,6 +13,7 @@ from jaxtyping import Float
 from mutransformer.collectives import sum_x
 from mutransformer.config import Config
 from mutransformer.data.pipeline import Batch
+from mutransformer.flags import compiler_options
 from mutransformer.model import Forward, Transformer, specs
 from mutransformer.ops import shift_right
 from mutransformer.optim import make_optimizer, make_schedule
@@ -25,25 +26,32 @@ ROWS = PartitionSpec("x")  # of all that a batch has
 def device_grads(config: Config, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Metrics, Any]]:
     """What one device computes inside shard_map: (its shards of the params, its rows) -> as make_loss_and_grads."""
     forward, parts = Forward(config), config.optim.accumulate
+    on_whole = Forward(config, whole=True) if parts > 1 and config.optim.reduce == "step" else None
 
     def grads_of(params: Transformer[Array], batch: Batch) -> tuple[Metrics, Transformer[Array]]:
         count = jnp.maximum(1, sum_x(jnp.sum(batch.mask, dtype=jnp.float32)))
         per = count if config.optim.loss_per == "target" else sum_x(jnp.sum(jnp.ones_like(batch.mask), dtype=jnp.float32))
 
-        def objective(params: Transformer[Array], part: Batch) -> Array:
-            return sum_x(forward.loss(params, *part, bos_id)) / per
+        def objective(params: Transformer[Array], part: Batch) -> tuple[Array, Array]:
+            goal, loss = (on_whole or forward).loss(params, *part, bos_id)
+            return sum_x(goal) / per, sum_x(loss) / per
 
+        of_part = jax.value_and_grad(objective, has_aux=True)
         if parts == 1:
-            value, grads = jax.value_and_grad(objective)(params, batch)
+            (value, loss), grads = of_part(params, batch)
         else:
             split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+            weights, back = jax.vjp(forward.gathered, params) if on_whole else (params, None)
 
-            def add(total: tuple[Array, Any], part: Batch) -> tuple[tuple[Array, Any], None]:
-                return jax.tree.map(jnp.add, total, jax.value_and_grad(objective)(params, part)), None
+            def add(total: Any, part: Batch) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, of_part(weights, part)), None
 
-            zero = jnp.zeros_like(count), jax.tree.map(jnp.zeros_like, params)
-            (value, grads), _ = lax.scan(add, zero, split)
-        return {"loss": value * per / count, "objective": value}, grads
+            none = jnp.zeros_like(count)
+            zero = (none, none), jax.tree.map(jnp.zeros_like, weights)
+            ((value, loss), grads), _ = lax.scan(add, zero, split)
+            if back is not None:
+                (grads,) = back(grads)
+        return {"loss": loss * per / count, "objective": value}, grads
 
     return grads_of
 
@@ -51,8 +59,8 @@ def device_grads(config: Config, bos_id: int) -> Callable[[Transformer[Array], B
 def make_loss_and_grads(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Metrics, Any]]:
     """A function of (params, batch) that gives {loss, objective} and the gradient of the objective, summed over all devices.
 
-    loss is the mean over unmasked targets, in nats. objective is what is differentiated: the same, or with
-    optim.loss_per = position the sum over unmasked targets divided by all positions. Not jitted.
+    loss is the mean over unmasked targets, in nats. objective is what is differentiated: the same, with the z-loss if there is
+    one, and with optim.loss_per = position divided by all positions. Not jitted.
     """
     pspecs = Forward(config).pspecs
     return jax.shard_map(device_grads(config, bos_id), mesh=mesh, in_specs=(pspecs, ROWS), out_specs=(PartitionSpec(), pspecs))
@@ -99,7 +107,8 @@ def make_train_step(config: Config, mesh: Mesh, bos_id: int) -> jax.stages.Wrapp
         metrics, grads = loss_and_grads(state.params, batch)
         return update(config, state, metrics, grads, config.optim.lr)
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
+    options = compiler_options(mesh.devices.flat[0].device_kind, config.xla)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, None), compiler_options=options or None)
 
 
 def device_sums(config: Config, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Array, Array]]:
@@ -107,7 +116,7 @@ def device_sums(config: Config, bos_id: int) -> Callable[[Transformer[Array], Ba
     forward = Forward(config)
 
     def sums(params: Transformer[Array], batch: Batch) -> tuple[Array, Array]:
-        return sum_x(forward.loss(params, *batch, bos_id)), sum_x(jnp.sum(batch.mask, dtype=jnp.int32))
+        return sum_x(forward.loss(params, *batch, bos_id)[1]), sum_x(jnp.sum(batch.mask, dtype=jnp.int32))
 
     return sums
 

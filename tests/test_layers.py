@@ -16,7 +16,7 @@ FLOORS = [
     *({"data.cache"}, {"data.files"}, {"data.parts", "data.tokenize"}, {"data.hub", "data.shards"}),
     *({"data.sources", "data.hf_tokenizer"}, {"data.build"}, {"data.vocabulary"}, {"data.corpus"}),
     *({"data.rows"}, {"data.pipeline"}, {"data"}),
-    *({"mup", "mesh", "collectives", "hardware"}, {"linear", "launch"}, {"ops"}, {"model"}, {"optim"}),
+    *({"mup", "mesh", "collectives", "hardware", "flags"}, {"linear", "launch"}, {"ops"}, {"model"}, {"optim"}),
     *({"state"}, {"step"}, {"checkpoint", "metrics"}, {"evaluate", "generate", "plan", "hf"}, {"study"}, {"train"}),
 ]
 # By the first part of their names. The config asks where files are, and leaves reading them to OmegaConf.

@@ -1,6 +1,7 @@
 """A projection and the loss of the unembedding are those of plain formulas, values and gradients, on any mesh, at odd sizes."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import jax
@@ -97,23 +98,23 @@ def loss_inputs() -> tuple[Any, ...]:
     return normal(6, *TOKENS, 12), normal(7, 12, 44), normal(8, 44), jnp.asarray(targets), jnp.asarray(mask)
 
 
-def sharded_loss(grid: tuple[int, int], precision: Precision, chunk: int, n_vocab: int, biased: bool) -> Any:
+def sharded_loss(grid: tuple[int, int], precision: Precision, chunk: int, n_vocab: int, biased: bool, z_loss: float = 0.0) -> Any:
     spec, bias_spec = weight("M/x -> V/y", SIZES), weight("-> V/y", SIZES, role="bias")
-    head = Head(spec, precision, n_vocab, chunk)
+    head = Head(spec, precision, n_vocab, chunk, z_loss)
 
     def loss(h: jax.Array, w: jax.Array, bias: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         h = jax.lax.pcast(h, "y", to="varying")
         own = gather_x(bias, bias_spec, precision.compute, precision.reduce) if biased else None
-        return sum_x(head_loss(h, w, own, targets, mask, head))
+        return sum_x(head_loss(h, w, own, targets, mask, head)[0])
 
     in_specs = P("x"), spec.pspec, bias_spec.pspec, P("x"), P("x")
     return jax.shard_map(loss, mesh=mesh_of(grid), in_specs=in_specs, out_specs=P())
 
 
-def plain_loss(h: Any, w: Any, bias: Any, targets: Any, mask: Any) -> Any:
+def plain_loss(h: Any, w: Any, bias: Any, targets: Any, mask: Any, z_loss: float = 0.0) -> Any:
     logits = jnp.einsum("btm,mv->btv", h, w[:, :N_VOCAB], precision="highest") + bias[None, None, :N_VOCAB]
     each = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return jnp.sum(each * mask)
+    return jnp.sum((each + z_loss * jnp.square(jax.nn.logsumexp(logits, -1))) * mask)
 
 
 @pytest.mark.parametrize(("grid", "chunk"), [((1, 1), CHUNK), ((2, 2), CHUNK), ((1, 4), 7), ((1, 1), 1000)])
@@ -131,6 +132,15 @@ def test_head_loss(grid, chunk):
     assert not np.any(of_w[:, N_VOCAB:]) and not np.any(of_bias[N_VOCAB:])
     assert np.all(np.any(of_w[:, :N_VOCAB], axis=0))
     assert abs(of_bias.sum()) < 1e-5
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2)])
+def test_z_loss(grid):
+    args = loss_inputs()
+    ours = jax.jit(jax.value_and_grad(sharded_loss(grid, FULL, CHUNK, N_VOCAB, True, z_loss=0.1), (0, 1, 2)))(*args)
+    theirs, without = (jax.jit(jax.value_and_grad(partial(plain_loss, z_loss=z), (0, 1, 2)))(*args) for z in (0.1, 0.0))
+    assert max(distances(ours, theirs).values()) < 1e-5
+    assert min(distances(ours, without).values()) > 0.01
 
 
 def test_padding_matters():

@@ -51,8 +51,23 @@ MODELS = {
 }
 
 
+# What makes a step fast or small, each against the step of one device without it.
+LEVERS = {
+    "streams": ("relu", ["mesh.streams=2"]),
+    "exchange": ("relu", ["mesh.streams=1", "mesh.exchange=true"]),
+    "streams and exchange": ("all options", ["mesh.streams=2", "mesh.exchange=true", "model.remat=dots"]),
+    "remat=outputs": ("relu", ["model.remat=outputs"]),
+    "remat=attention": ("all options", ["model.remat=attention", "mesh.exchange=true"]),
+    "remat=dots": ("relu", ["model.remat=dots"]),
+    "remat=full": ("all options", ["model.remat=full"]),
+    "reduced once a step": ("all options", ["optim.accumulate=2", "optim.reduce=step"]),
+    "reduced once a step, remat": ("relu", ["optim.accumulate=2", "optim.reduce=step", "model.remat=dots", "mesh.exchange=true"]),
+}
+
+
 def setting(model: str, x: int, y: int) -> Config:
-    return load([*TINY, *MODELS[model], f"mesh.x={x}", f"mesh.y={y}"])
+    overrides = MODELS[model] if model in MODELS else [*MODELS[LEVERS[model][0]], "data.batch_size=16", *LEVERS[model][1]]
+    return load([*TINY, *overrides, f"mesh.x={x}", f"mesh.y={y}"])
 
 
 def params(config: Config) -> Transformer:
@@ -66,8 +81,8 @@ def params(config: Config) -> Transformer:
     return jax.tree_util.tree_map_with_path(draw, specs(config))
 
 
-def loss_and_grads(model: str, x: int, y: int) -> tuple[dict, Transformer]:
-    config = setting(model, x, y)
+def loss_and_grads(model: str, x: int, y: int, *more: str) -> tuple[dict, Transformer]:
+    config = load([*TINY, *MODELS[model], *more]) if more else setting(model, x, y)
     mesh = make_mesh(config.mesh, jax.devices()[: x * y])
     check_fits(config, mesh)
     rng = np.random.default_rng(0)
@@ -79,6 +94,11 @@ def loss_and_grads(model: str, x: int, y: int) -> tuple[dict, Transformer]:
 @cache
 def unsharded(model: str) -> tuple[dict, Transformer]:
     return loss_and_grads(model, 1, 1)
+
+
+@cache
+def unsharded_without(lever: str) -> tuple[dict, Transformer]:
+    return loss_and_grads(LEVERS[lever][0], 1, 1, "data.batch_size=16", "mesh.x=1", "mesh.y=1")
 
 
 def worst(ours: Transformer, theirs: Transformer) -> float:
@@ -96,6 +116,34 @@ def test_loss_and_every_gradient_are_those_of_one_device(model: str, x: int, y: 
     want, want_grads = unsharded(model)
     assert metrics["loss"] == pytest.approx(want["loss"], rel=1e-5)
     assert worst(grads, want_grads) <= 1e-5
+
+
+# On every mesh where the lever does most, elsewhere on those that split both axes.
+LEVER_CASES = [
+    (lever, *mesh) for lever in LEVERS for mesh in MESHES if mesh in [(4, 2), (2, 4)] or lever == "streams and exchange"
+]
+
+
+@pytest.mark.parametrize(("lever", "x", "y"), LEVER_CASES)
+def test_no_lever_changes_loss_or_any_gradient(lever: str, x: int, y: int) -> None:
+    metrics, grads = loss_and_grads(lever, x, y)
+    want, want_grads = unsharded_without(lever)
+    assert metrics["loss"] == pytest.approx(want["loss"], rel=1e-5)
+    assert worst(grads, want_grads) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lever", "x", "y"), [(lever, *mesh) for lever in LEVERS for mesh in MESHES])
+def test_no_lever_changes_loss_or_any_gradient_on_any_mesh(lever: str, x: int, y: int) -> None:
+    test_no_lever_changes_loss_or_any_gradient(lever, x, y)
+
+
+def test_a_slice_sent_to_the_wrong_device_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: an exchange that adds up another device's slices."""
+    spread = collectives._spread
+    monkeypatch.setattr(collectives, "_spread", lambda x, exchange: spread(jax.numpy.roll(x, x.shape[2] // 2, axis=2), exchange))
+    _, grads = loss_and_grads("exchange", 4, 2)
+    assert worst(grads, unsharded_without("exchange")[1]) > 0.1
 
 
 def test_a_lost_sum_over_devices_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
