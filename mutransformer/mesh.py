@@ -30,6 +30,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh((x, config.y), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
+def traced_for() -> Any:
+    """A device of the kind that the program being traced is for: its platform and device_kind."""
+    # Inside shard_map the mesh tells, which in a compilation ahead of time is not of this machine.
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def check_fits(config: Config, mesh: Mesh) -> None:
     """Refuses a model or batch that the mesh cannot divide.
 
