@@ -28,6 +28,7 @@ FREE = {
     "workdir",
     "model.remat",
     "model.head_chunk",
+    "model.attention_kernel",
     "optim.accumulate",
     *(f"{section}." for section in ("mesh", "distributed", "eval", "log", "checkpoint", "profile")),
     "data.",  # but for those below: what they decide is in the fingerprints of tokens and tokenizer

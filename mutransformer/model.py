@@ -15,6 +15,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from mutransformer import mup, ops
+from mutransformer.attention import attention, attention_logits
 from mutransformer.collectives import gather_x, gather_y, scatter_y
 from mutransformer.config import Config
 from mutransformer.linear import Head, Precision, head_loss, project
@@ -179,8 +180,8 @@ class Forward:
         if c.rotary_base:
             q, k = ops.rotary(q, c.rotary_base), ops.rotary(k, c.rotary_base)
         if self.watch:
-            seen |= self.seen(rotated_query=q, rotated_key=k, attention_logits=ops.attention_logits(q, k, c.logit_scale))
-        o = ops.attention(q, k, v, c.logit_scale, c.attention_activation, c.norm_eps, segments)
+            seen |= self.seen(rotated_query=q, rotated_key=k, attention_logits=attention_logits(q, k, c.logit_scale))
+        o = attention(q, k, v, c.logit_scale, c.attention_activation, c.norm_eps, segments, c.attention_kernel)
         r = scatter_y(project(o, w.w_o, s.w_o, self.precision), dim=2)
         r = self.bias(r, w.b_o, s.b_o)
         return r, seen | self.seen(attention_output=o, attention_branch=r)
