@@ -28,6 +28,7 @@ FREE = {
     "workdir",
     "model.remat",
     "model.head_chunk",
+    "model.attention_kernel",
     "optim.accumulate",
     "optim.reduce",
     "xla",

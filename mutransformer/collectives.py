@@ -3,12 +3,14 @@
 A verb names what happens and on which axis. Which dim of a weight is gathered is read off its spec, never said twice.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jaxtyping import DTypeLike, Float
 
 from mutransformer.spec import Weight
@@ -144,3 +146,36 @@ def varying(x: Array, *axes: str) -> Array:
     """
     others = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis not in ("x", "y"))
     return lax.pcast(x, (*others, *(axes or ("x", "y"))), to="varying")
+
+
+def varying_as(tree: Any, *like: Array) -> Any:
+    """Arrays marked as this device's own on every axis on which one of `like` is."""
+    axes = frozenset[str]().union(*map(_varies_on, like))
+
+    def mark(x: Array) -> Array:
+        more = tuple(sorted(axes - _varies_on(x)))
+        return lax.pcast(x, more, to="varying") if more else x
+
+    return jax.tree.map(mark, tree)
+
+
+def _varies_on(x: Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that moves nothing between devices, traced without the check of what varies on which axis.
+
+    For kernels that do not tell it. The results count as the same on every axis: mark them by varying_as. Only for use within a
+    written-out gradient, for JAX would derive a wrong one from what it is not told.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+
+    def unmarked(*args: Any) -> Any:
+        # An argument keeps its mark until an operation changes its shape; these two cost nothing.
+        return function(*jax.tree.map(lambda a: jnp.squeeze(jnp.expand_dims(a, 0), 0), args))
+
+    whole = PartitionSpec()  # already this device's own: nothing is split further, and no call is left in the program
+    return jax.shard_map(unmarked, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)

@@ -12,6 +12,7 @@ from typing import Any, Literal, Optional
 
 from mutransformer.data_config import DataConfig, MixedSourceConfig, SourceConfig
 from mutransformer.errors import ConfigError, check, check_path
+from mutransformer.kernel_rules import AttentionKernel, unfit
 from mutransformer.run_config import (
     CheckpointConfig,
     DistributedConfig,
@@ -61,6 +62,7 @@ class ModelConfig:
     vocab_multiple: int = 128  # the vocabulary is padded to a multiple of this; padding never gets probability
     activation: Activation = "relu"
     attention_activation: AttentionActivation = "softmax"
+    attention_kernel: AttentionKernel = "auto"  # auto: splash attention on a TPU, cuDNN's on an NVIDIA GPU, where they are faster
     qk_scale: Optional[float] = None  # attention logits are qk_scale * (q . k); None: 1 / d_head
     qk_norm: bool = False
     embed_norm: bool = False
@@ -228,6 +230,9 @@ class Config:
             f"model.unembed_init = {self.model.unembed_init}: the rule {self.optim.rule} scales the unembedding by a multiplier; "
             "use rule or zero",
         )
+        m = self.model
+        why = unfit(m.attention_kernel, m.attention_activation, self.data.seq_len, m.d_head, self.precision.compute)
+        check(why is None, f"model.attention_kernel = {m.attention_kernel}: {why}")
         for key in ("beta1", "beta2"):
             least = 1 - getattr(self.optim, key)
             check(

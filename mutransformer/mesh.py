@@ -9,6 +9,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mutransformer.config import Config, ConfigError, MeshConfig, check
+from mutransformer.kernel_rules import device_kernel
 
 Tree = TypeVar("Tree")
 
@@ -37,7 +38,7 @@ def traced_for() -> Any:
 
 
 def check_fits(config: Config, mesh: Mesh) -> None:
-    """Refuses a model or batch that the mesh cannot divide.
+    """Refuses a model or batch that the mesh cannot divide, and an attention kernel that its devices lack.
 
     Raises:
         ConfigError: naming the key, and what would fit.
@@ -58,6 +59,12 @@ def check_fits(config: Config, mesh: Mesh) -> None:
         needs.append(("model.d_head (which mesh.y divides if it does not divide model.n_kv_head)", m.d_head, "y", y))
     for what, size, axis, parts in needs:
         check(size % parts == 0, f"{what} = {size}: not divisible by mesh.{axis} = {parts}")
+    device = mesh.devices.flat[0]
+    has = device_kernel(device.platform, device.device_kind)
+    check(
+        m.attention_kernel in ("auto", "xla", has) or (m.attention_kernel == "splash" and device.platform == "cpu"),
+        f"model.attention_kernel = {m.attention_kernel}: not on {device.device_kind}; use auto or {has}",
+    )  # splash attention on a CPU is interpreted, for tests
 
 
 def shardings(specs: Tree, mesh: Mesh) -> Tree:

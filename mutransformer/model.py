@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from mutransformer import mup, ops
+from mutransformer.attention import attention, attention_logits
 from mutransformer.collectives import gather_heads, gather_x, gather_y, scatter_y
 from mutransformer.config import Config
 from mutransformer.flags import tuning
@@ -33,7 +34,7 @@ Activations = dict[str, Array]
 Segments = Int[Array, "b T"] | None  # of the targets, and so of the inputs that predict them; None: a row is one
 
 
-# What a layer keeps for its backward pass by name, beside its input; the rest is computed again. The figures: seconds of a step
+# What a layer keeps for its backward pass by name (attended: what attention's own gradient needs of its result), beside its input; the rest is computed again. The figures: seconds of a step
 # and peak memory of 1.3 G parameters at 2^20 tokens, 64 x 1 on v5p (results/scale).
 KEPT = {
     "full": (),
@@ -227,8 +228,8 @@ class Forward:
             q, k = ops.rotary(q, c.rotary_base), ops.rotary(k, c.rotary_base)
         q, k, v = (checkpoint_name(z, name) for z, name in ((q, "query"), (k, "key"), (v, "value")))
         if self.watch:
-            seen |= self.seen(rotated_query=q, rotated_key=k, attention_logits=ops.attention_logits(q, k, c.logit_scale))
-        o = ops.attention(q, k, v, c.logit_scale, c.attention_activation, c.norm_eps, segments)
+            seen |= self.seen(rotated_query=q, rotated_key=k, attention_logits=attention_logits(q, k, c.logit_scale))
+        o = attention(q, k, v, c.logit_scale, c.attention_activation, c.norm_eps, segments, c.attention_kernel)
         r = self.scatter_y(project(o, w.w_o, s.w_o, self.precision))
         r = self.bias(r, w.b_o)
         return r, seen | self.seen(attention_output=o, attention_branch=r)

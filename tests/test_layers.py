@@ -12,11 +12,12 @@ PACKAGE = "mutransformer"
 
 # From the ground up: a module imports only from floors below its own.
 FLOORS = [
-    *({""}, {"errors"}, {"data_config", "run_config"}, {"config"}, {"settings", "spec"}),
+    *({""}, {"errors"}, {"data_config", "run_config", "kernel_rules"}, {"config"}, {"settings", "spec"}),
     *({"data.cache"}, {"data.files"}, {"data.parts", "data.tokenize"}, {"data.hub", "data.shards"}),
     *({"data.sources", "data.hf_tokenizer"}, {"data.build"}, {"data.vocabulary"}, {"data.corpus"}),
     *({"data.rows"}, {"data.pipeline"}, {"data"}),
-    *({"mup", "mesh", "collectives", "hardware", "flags"}, {"linear", "launch"}, {"ops"}, {"model"}, {"optim"}),
+    *({"mup", "mesh", "collectives", "hardware", "flags"}, {"linear", "launch"}, {"ops", "kernels"}, {"attention"}),
+    *({"model"}, {"optim"}),
     *({"state"}, {"step"}, {"checkpoint", "metrics"}, {"evaluate", "generate", "plan", "hf"}, {"study"}, {"train"}),
 ]
 # By the first part of their names. The config asks where files are, and leaves reading them to OmegaConf.

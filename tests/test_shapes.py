@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import TypeCheckError, install_import_hook
 
 from mutransformer import ops
+from mutransformer.attention import attention
 from mutransformer.config import MeshConfig
 from mutransformer.linear import dot_rows
 from mutransformer.mesh import make_mesh
@@ -71,8 +72,8 @@ X = jnp.ones((2, 3, 4))
     "call",
     [
         lambda: ops.rotary(X, 10.0),
-        lambda: ops.attention(X, X, X, 1.0, "softmax", 1e-5),
-        lambda: ops.attention(X[..., None], X[..., None], X[:, :2, :, None], 1.0, "softmax", 1e-5),
+        lambda: attention(X, X, X, 1.0, "softmax", 1e-5),
+        lambda: attention(X[..., None], X[..., None], X[:, :2, :, None], 1.0, "softmax", 1e-5),
         lambda: ops.shift_right(X[..., 0], 0),
         lambda: ops.shift_right(jnp.ones(3, jnp.int32), 0),
         lambda: ops.rms_norm(jnp.ones((2, 4), jnp.int32), 1e-5),
@@ -88,7 +89,7 @@ def test_a_wrong_rank_size_dtype_or_type_is_refused(call):
 
 def test_the_right_ones_are_taken():
     x = X[..., None] * jnp.ones((1, 1, 1, 2))
-    assert ops.attention(ops.rotary(x, 10.0), x, x, 1.0, "softmax", 1e-5).shape == x.shape
+    assert attention(ops.rotary(x, 10.0), x, x, 1.0, "softmax", 1e-5).shape == x.shape
     assert ops.shift_right(jnp.ones((2, 3), jnp.int32), 0).shape == (2, 3)
     assert dot_rows(X[0], X[0][:, :2]).shape == (4, 2)
 
