@@ -80,8 +80,8 @@ def _splash(q: Array, k: Array, v: Array, segments: Array | None, scale: float, 
 
     _, T, h, _ = q.shape
     block = next(n for n in range(min(BLOCK, T), 0, -SPLASH_MULTIPLE) if T % n == 0)
-    # The gradients of q and of k and v by a kernel each. The one that has both computes the logits once less, but writes a part of
-    # q's gradient for each block of keys, rounded, and the sum of the parts was compiled to cost more than that saves.
+    # The gradient of q by one kernel, those of k and v by another. The kernel for all three computes the logits once less, but
+    # writes q's in a rounded part for each block of keys, and as XLA compiles the sum of the parts it costs more than is saved.
     keys = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     sizes = library.BlockSizes(**dict.fromkeys(keys, block))
     kernel = library.make_splash_mha(

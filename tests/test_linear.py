@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from test_sharding import loss_and_grads, unsharded, worst
 
+from mutransformer import linear
 from mutransformer.collectives import gather_x, scatter_y, sum_x, sum_y
 from mutransformer.config import MeshConfig
 from mutransformer.data.pipeline import Batch
@@ -212,3 +214,12 @@ def test_a_train_step_runs_in_bfloat16(width, head, row, rows, grid, settings):
     _, metrics = make_train_step(config, mesh, 0)(state, batch)
     assert all(np.isfinite(m) for m in metrics.values()) and metrics["gradient_norm"] > 0.01
     assert abs(float(metrics["loss"]) - np.log(50)) < 0.5
+
+
+def test_projections_with_dims_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator: the same loss and gradients as with dims merged, which the layout in memory then does not bind."""
+    want, want_grads = unsharded("all options")
+    monkeypatch.setattr(linear, "_as_matrices", lambda: False)
+    metrics, grads = loss_and_grads("all options", 2, 2)
+    assert metrics["loss"] == pytest.approx(want["loss"], rel=1e-5)
+    assert worst(grads, want_grads) <= 1e-5
