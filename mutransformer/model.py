@@ -34,8 +34,8 @@ Activations = dict[str, Array]
 Segments = Int[Array, "b T"] | None  # of the targets, and so of the inputs that predict them; None: a row is one
 
 
-# What a layer keeps for its backward pass by name (attended: what attention's own gradient needs of its result), beside its input; the rest is computed again. The figures: seconds of a step
-# and peak memory of 1.3 G parameters at 2^20 tokens, 64 x 1 on v5p (results/scale).
+# What a layer keeps for its backward pass by name, beside its input; the rest is computed again. "attended" is all that
+# attention's gradient needs of its result. results/scale has what each policy costs in time and memory.
 KEPT = {
     "full": (),
     "outputs": ("attended", "middle"),  # only the products that lead up to attention and to the activation are made again

@@ -83,7 +83,7 @@ def forwards(jaxpr: Any) -> int:
 def test_it_keeps_what_its_backward_pass_needs() -> None:
     """The forward pass is not run again: not without rematerialisation, nor if what is kept is chosen by name."""
     args, by = inputs("MHA")
-    by_name = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(kernels.SAVED))
+    by_name = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("attended"))
 
     def runs(remat: Any) -> int:
         f = remat(attend("splash", None))
