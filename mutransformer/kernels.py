@@ -84,7 +84,7 @@ def _splash(q: Array, k: Array, v: Array, segments: Array | None, scale: float, 
     # writes q's in a rounded part for each block of keys, and as XLA compiles the sum of the parts it costs more than is saved.
     keys = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     sizes = library.BlockSizes(**dict.fromkeys(keys, block))
-    kernel = library.make_splash_mha(
+    kernel: Any = library.make_splash_mha(
         library.MultiHeadMask([library.CausalMask((T, T))] * h),
         block_sizes=sizes,
         head_shards=1,

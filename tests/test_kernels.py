@@ -33,7 +33,7 @@ BORDERS[0, [3, 4, 128]] = BORDERS[1, [100, 255]] = 1
 SEGMENTS = jnp.cumsum(jnp.asarray(BORDERS), 1)
 
 
-def attend(kernel: str, segments: Any) -> Any:
+def attend(kernel: Any, segments: Any) -> Any:
     return partial(attention, scale=SCALE, activation="softmax", eps=EPS, segments=segments, kernel=kernel)
 
 
