@@ -64,14 +64,16 @@ def attention(
     if kernel != "xla" and not unfit(kernel, activation, T, D, q.dtype.name):
         q, k, v = (varying_as(a, q, k, v) for a in (q, k, v))
         if kernel == "splash":
-            return kernels.splash(q, k, v, segments, scale, interpret=device.platform == "cpu")
-        return kernels.cudnn(q, k, v, scale, segments)
+            # It takes no scale, which fuses with what came before, such as rotary positions.
+            q = (scale * q.astype(jnp.float32)).astype(q.dtype)
+            q, k, v = _named(*(jnp.transpose(a, (0, 2, 1, 3)) for a in (q, k, v)))
+            return jnp.transpose(kernels.splash(q, k, v, segments, interpret=device.platform == "cpu"), (0, 2, 1, 3))
+        return checkpoint_name(kernels.cudnn(*_named(q, k, v), scale, segments), "attended")
     n_kv = k.shape[2]
     if activation == "softmax" and device.platform == "tpu":
-        o = _dense(q.reshape(b, T, n_kv, h // n_kv, D), k, v, segments, scale)
-        return checkpoint_name(o.reshape(b, T, h, D), "attended")
+        return checkpoint_name(_dense(*_named(q, k, v), segments, scale), "attended")
     q = jnp.transpose(q.reshape(b, T, n_kv, h // n_kv, D), (0, 2, 3, 1, 4))
-    k, v = (jnp.transpose(a, (0, 2, 1, 3)) for a in (k, v))
+    q, k, v = _named(q, *(jnp.transpose(a, (0, 2, 1, 3)) for a in (k, v)))
     if activation == "softmax":
         o = softmax_attention(q, k, v, scale, segments)
     else:
@@ -81,14 +83,25 @@ def attention(
     return jnp.transpose(o, (0, 3, 1, 2, 4)).reshape(b, T, h, D)
 
 
-@partial(jax.checkpoint, static_argnums=4)
-def _dense(q: Array, k: Array, v: Array, segments: Array | None, scale: float) -> Float[Array, "b T k g D"]:
-    """Softmax attention of [b T k g D] and [b T k D] as XLA:TPU is best at it: all logits at once, which it fuses with their
-    softmax, and dims in the order in which projections give them. Nothing is kept but the arguments."""
-    T = q.shape[1]
-    logits = scale * jnp.einsum("bqkgd,bskd->bkgqs", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(_readable(0, T, T, segments), logits, MASKED), axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgqs,bskd->bqkgd", weights, v)
+def _named(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """For rematerialisation by name: as attention's gradient reads them, so that they are not laid out twice."""
+    return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
+
+
+@partial(jax.checkpoint, static_argnums=4, prevent_cse=False)
+def _dense(
+    q: Float[Array, "b T h D"], k: Float[Array, "b T k D"], v: Float[Array, "b T k D"], segments: Array | None, scale: float
+) -> Float[Array, "b T h D"]:
+    """Softmax attention as XLA:TPU is best at it: all logits at once, which it fuses with their softmax, and dims in the order
+    in which projections give them. Keeps its arguments only. For use in a loop: see jax.checkpoint's prevent_cse."""
+    b, T, h, D = q.shape
+    n_kv = k.shape[2]
+    g = "" if h == n_kv else "g"  # a dim of size 1 would keep XLA from reading q where it lies
+    q = q.reshape(b, T, n_kv, h // n_kv, D) if g else q
+    logits = scale * jnp.einsum(f"bqk{g}d,bskd->bk{g}qs", q, k, preferred_element_type=jnp.float32)
+    readable = _readable(0, T, T, segments)
+    weights = jax.nn.softmax(jnp.where(readable if g else readable[:, 0], logits, MASKED), axis=-1).astype(v.dtype)
+    return jnp.einsum(f"bk{g}qs,bskd->bqk{g}d", weights, v).reshape(b, T, h, D)
 
 
 def _quickest(kernel: AttentionKernel, T: int, segments: Array | None) -> AttentionKernel:

@@ -28,8 +28,7 @@ _GATHERS = {
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_tpu_prefer_async_allgather_to_allreduce": "true",
 }
-# An exchange runs beside computation. One stream's norm does not wait for another's: small all-reduces are not merged.
-_EXCHANGES = {"xla_tpu_enable_async_all_to_all": "true", "xla_jf_crs_combiner_threshold_count": "1"}
+_EXCHANGES = {"xla_tpu_enable_async_all_to_all": "true"}  # which run beside computation
 
 # Vector memory that a fusion may take, in KiB: larger tiles of matrix products. A core has 64 MiB on v5p; 16 are the default.
 _TUNING = {

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -32,16 +31,14 @@ def cudnn(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn")
 
 
-def _splash_forward(
-    q: Array, k: Array, v: Array, segments: Array | None, scale: float, interpret: bool
-) -> tuple[Array, Callable[..., Any]]:
+def _splash_forward(q: Array, k: Array, v: Array, segments: Array | None, interpret: bool) -> tuple[Array, Callable[..., Any]]:
     def forward(q: Array, k: Array, v: Array, segments: Array | None) -> Any:
-        return jax.vjp(lambda q, k, v: _splash(q, k, v, segments, scale, interpret), q, k, v)
+        return jax.vjp(lambda q, k, v: _splash(q, k, v, segments, interpret), q, k, v)
 
     return varying_as(unchecked(forward)(q, k, v, segments), q)
 
 
-def _splash_backward(scale: float, interpret: bool, pull: Callable[..., Any], grad: Array) -> tuple[Array, Array, Array, None]:
+def _splash_backward(interpret: bool, pull: Callable[..., Any], grad: Array) -> tuple[Array, Array, Array, None]:
     def backward(pull: Any, grad: Array) -> Any:
         with jax.named_scope("splash_attention"):
             return pull(grad)
@@ -49,15 +46,14 @@ def _splash_backward(scale: float, interpret: bool, pull: Callable[..., Any], gr
     return *varying_as(unchecked(backward)(pull, grad), grad), None
 
 
-@differentiated(_splash_forward, _splash_backward, static=(4, 5))
+@differentiated(_splash_forward, _splash_backward, static=(4,))
 def splash(
-    q: Float[Array, "b T h D"],
-    k: Float[Array, "b T k D"],
-    v: Float[Array, "b T k D"],
+    q: Float[Array, "b h T D"],
+    k: Float[Array, "b k T D"],
+    v: Float[Array, "b k T D"],
     segments: Int[Array, "b T"] | None,
-    scale: float,
     interpret: bool,
-) -> Float[Array, "b T h D"]:
+) -> Float[Array, "b h T D"]:
     """JAX's splash attention; what it keeps for the backward pass is of size T.
 
     Its kernels say nothing of the axes on which their results vary, which shard_map's check asks for. So only they are traced
@@ -65,20 +61,19 @@ def splash(
     Queries, keys and values must vary on the same axes.
 
     Args:
-        q: queries.
+        q: queries, scaled.
         k: keys.
         v: values.
         segments: of each position; None: a row is one.
-        scale: the factor on q . k.
         interpret: compute it without the compiler for kernels, slowly: for a CPU.
     """
-    return _splash_forward(q, k, v, segments, scale, interpret)[0]
+    return _splash_forward(q, k, v, segments, interpret)[0]
 
 
-def _splash(q: Array, k: Array, v: Array, segments: Array | None, scale: float, interpret: bool) -> Array:
+def _splash(q: Array, k: Array, v: Array, segments: Array | None, interpret: bool) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as library  # takes a second: only where it is used
 
-    _, T, h, _ = q.shape
+    _, h, T, _ = q.shape
     block = next(n for n in range(min(BLOCK, T), 0, -SPLASH_MULTIPLE) if T % n == 0)
     # The gradient of q by one kernel, those of k and v by another. The kernel for all three computes the logits once less, but
     # writes q's in a rounded part for each block of keys, and as XLA compiles the sum of the parts it costs more than is saved.
@@ -93,8 +88,5 @@ def _splash(q: Array, k: Array, v: Array, segments: Array | None, scale: float, 
         interpret=interpret,
     )
     with jax.named_scope("splash_attention"):
-        # The kernel takes no scale. Here it fuses with what came before, such as rotary positions.
-        q = (scale * q.astype(jnp.float32)).astype(q.dtype)
-        q, k, v = (jnp.transpose(a, (0, 2, 1, 3)) for a in (q, k, v))
         ids = None if segments is None else library.SegmentIds(segments, segments)
-        return jnp.transpose(jax.vmap(kernel)(q, k, v, ids), (0, 2, 1, 3))
+        return jax.vmap(kernel)(q, k, v, ids)

@@ -226,7 +226,6 @@ class Forward:
             q, k = self.gain(ops.rms_norm(q, c.norm_eps), w.g_q), self.gain(ops.rms_norm(k, c.norm_eps), w.g_k)
         if c.rotary_base:
             q, k = ops.rotary(q, c.rotary_base), ops.rotary(k, c.rotary_base)
-        q, k, v = (checkpoint_name(z, name) for z, name in ((q, "query"), (k, "key"), (v, "value")))
         if self.watch:
             seen |= self.seen(rotated_query=q, rotated_key=k, attention_logits=attention_logits(q, k, c.logit_scale))
         o = attention(q, k, v, c.logit_scale, c.attention_activation, c.norm_eps, segments, c.attention_kernel)
