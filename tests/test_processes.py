@@ -1,20 +1,13 @@
 """Two processes of four devices are one process of eight: the same global batches exactly, the same losses to float error."""
 
 import signal
-import socket
 from pathlib import Path
 
 import pytest
-from runs import finish, metrics, settings, start, wait_for_step
+from runs import finish, free_port, metrics, settings, start, wait_for_step
 
 LENGTH = ["steps=6", "eval.every=3", "precision.compute=float32"]
 MESHES = {"4x2": ["mesh.x=4", "mesh.y=2"], "1x8": ["mesh.x=1", "mesh.y=8", "model.d_head=8"]}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def run(script: str, args: list[str], n_process: int) -> None:
