@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mutransformer.config import Config, ConfigError, MeshConfig, check
@@ -13,12 +14,14 @@ from mutransformer.kernel_rules import device_kernel
 
 Tree = TypeVar("Tree")
 
+ROWS = PartitionSpec("x")  # of a batch
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over the given devices, by default all.
 
     Raises:
-        ConfigError: mesh.x times mesh.y is not the number of devices.
+        ConfigError: mesh.x times mesh.y is not the number of devices, or as of lay().
     """
     devices = jax.devices() if devices is None else devices
     n = len(devices)
@@ -28,7 +31,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     else:
         x = config.x
     check(x * config.y == n, f"mesh.x = {x}, mesh.y = {config.y}: need {x * config.y} devices, here are {n}")
-    return jax.make_mesh((x, config.y), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return lay(devices, x=x, y=config.y)
+
+
+def lay(devices: Sequence[Any], **axes: int) -> Mesh:
+    """The mesh with these axes: along the torus of a TPU slice, the last axis closest together; elsewhere in the devices' order.
+
+    Unlike jax.make_mesh it splits axes of any torus where it must, and takes GPUs of several hosts.
+
+    Raises:
+        ConfigError: the devices are of several TPU slices, or JAX cannot lay such a mesh on them.
+    """
+    what = "mesh of " + ", ".join(f"{axis} = {size}" for axis, size in axes.items())
+    slices = {getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}
+    check(len(slices) <= 1, f"{what}: the devices are of {len(slices)} TPU slices, a mesh is of one")
+    try:
+        grid = create_device_mesh(tuple(axes.values()), devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        told = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"{what}: JAX cannot lay it on these devices: {told}") from error
+    return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 def traced_for() -> Any:
@@ -76,25 +98,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def data_share(mesh: Mesh) -> tuple[int, int]:
-    """Which rows of a batch this process reads: (n, i) means the i-th of n equal parts.
+def data_share(mesh: Mesh, process: int | None = None) -> tuple[int, tuple[int, ...]]:
+    """Which rows of a batch a process reads, by default this one: those that its devices hold.
 
-    Processes whose devices differ only in y read the same rows.
+    Returns:
+        (n, blocks): of the batch in n equal blocks, one for each row of the mesh, the process reads these, in ascending order.
+        They need not be neighbours, and several processes read the same if their devices are in the same row.
     """
-    rows = mesh.devices.shape[0]
-    mine = sorted({i for i in range(rows) for d in mesh.devices[i] if d.process_index == jax.process_index()})
-    n = len(mine)
-    if mine != list(range(mine[0], mine[0] + n)) or mine[0] % n or rows % n:
-        raise ConfigError(f"mesh.x = {rows}: this process's devices are rows {mine} of the mesh, not one aligned block")
-    return rows // n, mine[0] // n
+    process = jax.process_index() if process is None else process
+    n = mesh.shape["x"]
+    places = NamedSharding(mesh, ROWS).devices_indices_map((n,))
+    return n, tuple(sorted({rows.start or 0 for device, (rows,) in places.items() if device.process_index == process}))
 
 
 def put(batch: Tree, mesh: Mesh) -> Tree:
-    """Host arrays [this process's rows, ...] -> global arrays [B, ...], rows over x."""
-    sharding = NamedSharding(mesh, PartitionSpec("x"))
-    parts, _ = data_share(mesh)
+    """Host arrays [rows of this process's blocks, ...] -> global arrays [B, ...], each block on the devices of its mesh row."""
+    sharding = NamedSharding(mesh, ROWS)
+    n, blocks = data_share(mesh)
 
     def place(rows: np.ndarray) -> Array:
-        return jax.make_array_from_process_local_data(sharding, rows, (parts * rows.shape[0], *rows.shape[1:]))
+        size = rows.shape[0] // len(blocks)
+
+        def block(index: Any) -> np.ndarray:
+            first = blocks.index((index[0].start or 0) // size) * size
+            return rows[first : first + size]
+
+        return jax.make_array_from_callback((n * size, *rows.shape[1:]), sharding, block)
 
     return jax.tree.map(place, batch)

@@ -28,7 +28,8 @@ def main(config):
     config = config.with_vocab(config.model.n_vocab or config.data.vocab_size)
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
-    rows = config.data.batch_size // data_share(mesh)[0]
+    n_blocks, blocks = data_share(mesh)
+    rows = config.data.batch_size // n_blocks * len(blocks)
     tokens = np.random.default_rng(0).integers(0, config.model.n_vocab, (rows, config.data.seq_len), dtype=np.int32)
     segments = np.zeros_like(tokens) if config.data.documents == "apart" else None
     batch = put(Batch(tokens, np.ones_like(tokens, dtype=bool), segments), mesh)

@@ -39,7 +39,7 @@ def run(given: Namespace) -> int:
             n = len(rows_of(tokens, config.data, tokenizer.n_vocab))
             share = f", {weight / total:.1%} of the rows" if split == "train" and len(text.sources) > 1 else ""
             print(f"{tokens.source} {split}: {tokens.n_documents:,} documents, {tokens.n_tokens:,} tokens, {n:,} rows{share}")
-    with closing(train_batches(corpus.splits["train"], config.data, config.seed, 1, 0, tokenizer.n_vocab)) as batches:
+    with closing(train_batches(corpus.splits["train"], config.data, config.seed, 1, (0,), tokenizer.n_vocab)) as batches:
         batches.set_state({"next_index": given.batch})
         shown = next(batches)
     for row, (ids, mask) in enumerate(zip(shown.tokens[: given.rows], shown.mask[: given.rows], strict=True)):

@@ -1,4 +1,6 @@
-"""Writes a hash of each of a run's first 50 global batches: python global_batches.py FOLDER key=value ...
+"""Writes a hash of each of a run's first 50 global batches: python global_batches.py FOLDER ORDER key=value ...
+
+ORDER is of the devices in the mesh, a digit each.
 
 Into a file per process and not to standard output, where Gloo's threads write into each other's lines.
 """
@@ -17,9 +19,9 @@ from mutransformer.launch import connect
 from mutransformer.mesh import data_share, make_mesh, put
 from mutransformer.settings import load
 
-config = load(sys.argv[2:])
+config = load(sys.argv[3:])
 connect(config.distributed)
-mesh = make_mesh(config.mesh)
+mesh = make_mesh(config.mesh, [jax.devices()[int(i)] for i in sys.argv[2]])
 corpus = prepare(config.data, jax.process_count(), jax.process_index())
 n_vocab = corpus.tokenizer.n_vocab
 batches = pipeline.train_batches(corpus.splits["train"], config.data, config.seed, *data_share(mesh), n_vocab)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -50,6 +51,12 @@ def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
     out, err = process.communicate(timeout=240)
     assert process.returncode == expect, f"exit code {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
     return out
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def metrics(run: Path) -> dict[int, dict[str, float]]:

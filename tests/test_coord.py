@@ -361,7 +361,7 @@ def test_without_an_update_to_speak_of_nothing_changes(tmp_path: Path) -> None:
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     look = sizes_on(config, mesh, corpus.tokenizer.bos_id)
     for seed in (7, 2):
-        with closing(train_batches(corpus.splits["train"], config.data, seed, 1, 0, config.model.n_vocab or 0)) as batches:
+        with closing(train_batches(corpus.splits["train"], config.data, seed, 1, (0,), config.model.n_vocab or 0)) as batches:
             tokens = next(batches).tokens
         want = look(init_state(dataclasses.replace(config, seed=seed), mesh).params, tokens)
         for step in (0, 1, 2):

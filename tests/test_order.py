@@ -49,7 +49,7 @@ def config(rows: str = "concat", **settings: Any) -> DataConfig:
 
 def hashes(text: Mixture, c: DataConfig, n_process: int = 1, seed: int = 0, first: int = 0, steps: int = STEPS) -> list[str]:
     """Of each global batch, the processes' rows joined."""
-    drawing = [train_batches(text, c, seed, n_process, p, N_VOCAB) for p in range(n_process)]
+    drawing = [train_batches(text, c, seed, n_process, (p,), N_VOCAB) for p in range(n_process)]
     found = []
     for batches in drawing:
         batches.set_state({"next_index": first})
@@ -80,7 +80,7 @@ def test_worker_processes_draw_the_same_batches(workers: int) -> None:
 
 @pytest.mark.slow
 def test_a_killed_worker_and_a_fault_in_one_are_told() -> None:
-    batches = train_batches(mixture(), config(workers=2, prefetch=2), 0, 1, 0, N_VOCAB)
+    batches = train_batches(mixture(), config(workers=2, prefetch=2), 0, 1, (0,), N_VOCAB)
     next(batches)
     worker = next(p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline()))
     worker.kill()
@@ -90,7 +90,7 @@ def test_a_killed_worker_and_a_fault_in_one_are_told() -> None:
             next(batches)
     batches.close()
     assert time.monotonic() - start < 10
-    batches = train_batches(mixture(), config(workers=1), 0, 1, 0, n_vocab=20)
+    batches = train_batches(mixture(), config(workers=1), 0, 1, (0,), n_vocab=20)
     with pytest.raises(ConfigError, match=r"train token \d+: id \d+ is outside the vocabulary of 20"):
         for _ in range(20):
             next(batches)
@@ -106,7 +106,7 @@ def test_the_law_can_fail() -> None:
     assert hashes(heavier, config(), steps=20) != one
     prints = [fingerprint(text, config(), 0) for text in (mixture(), heavier, mixture(drop=1), mixture({"web": 1.0}))]
     assert len({json.dumps(p) for p in prints}) == 4 and fingerprint(mixture(), config(), 0) == prints[0]
-    halves = [train_batches(mixture(), config(batch_size=B // 2), p, 1, 0, N_VOCAB) for p in range(2)]
+    halves = [train_batches(mixture(), config(batch_size=B // 2), p, 1, (0,), N_VOCAB) for p in range(2)]
     local = [hashlib.sha256(np.concatenate([next(h).tokens for h in halves]).tobytes()).hexdigest() for _ in range(20)]
     assert local != one
 
@@ -125,7 +125,7 @@ def test_a_restart_with_another_number_of_processes_goes_on_with_the_sequence() 
 @pytest.mark.parametrize("rows", ["concat", "pad"])
 def test_no_row_of_a_source_comes_twice_or_is_lost_within_an_epoch(rows: str) -> None:
     text = mixture()
-    batches = train_batches(text, config(rows), 0, 1, 0, N_VOCAB)
+    batches = train_batches(text, config(rows), 0, 1, (0,), N_VOCAB)
     drawn = [tuple(row) for batch in islice(batches, STEPS) for row in batch.tokens.tolist()]
     of: dict[tuple[int, ...], tuple[str, int]] = {}
     sizes = {}
@@ -147,7 +147,7 @@ def test_no_row_of_a_source_comes_twice_or_is_lost_within_an_epoch(rows: str) ->
 def test_sources_come_by_their_weights_at_every_point() -> None:
     text = mixture()
     starts = {"books": range(0, 200), "code": range(200, 400), "web": range(400, 500)}
-    batches = train_batches(text, config("pad"), 0, 1, 0, N_VOCAB)
+    batches = train_batches(text, config("pad"), 0, 1, (0,), N_VOCAB)
     drawn = [row[0] // 20 for batch in islice(batches, 50) for row in batch.tokens.tolist()]
     for n in (10, 20, 100, len(drawn)):
         for name, weight in WEIGHTS.items():
@@ -157,7 +157,7 @@ def test_sources_come_by_their_weights_at_every_point() -> None:
 
 def test_a_source_keeps_its_order_when_others_come_and_go() -> None:
     def order(names: list[str]) -> list[int]:
-        batches = train_batches(mixture({name: WEIGHTS[name] for name in names}), config("pad"), 0, 1, 0, N_VOCAB)
+        batches = train_batches(mixture({name: WEIGHTS[name] for name in names}), config("pad"), 0, 1, (0,), N_VOCAB)
         ids = [row[0] // 20 for batch in islice(batches, 40) for row in batch.tokens.tolist()]
         return [k for k in ids if 200 <= k < 400][:50]
 

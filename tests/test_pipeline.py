@@ -33,7 +33,7 @@ def take(batches: Any, n: int) -> list[Batch]:
 
 def global_batches(n: int, n_process: int, seed: int = 0, **settings: Any) -> np.ndarray:
     """[batch, row, T], the processes' rows joined."""
-    iterators = [train_batches(token_file(), config(**settings), seed, n_process, p, N_VOCAB) for p in range(n_process)]
+    iterators = [train_batches(token_file(), config(**settings), seed, n_process, (p,), N_VOCAB) for p in range(n_process)]
     batches = np.stack([np.concatenate([next(it).tokens for it in iterators]) for _ in range(n)])
     for iterator in iterators:
         iterator.close()
@@ -47,7 +47,7 @@ def test_rows_are_consecutive_and_the_rest_is_left_out() -> None:
 
 
 def test_a_batch_is_int32_with_every_target_counted() -> None:
-    (batch,) = take(train_batches(token_file(), config(), 0, 2, 1, N_VOCAB), 1)
+    (batch,) = take(train_batches(token_file(), config(), 0, 2, (1,), N_VOCAB), 1)
     assert batch.tokens.shape == batch.mask.shape == (B // 2, T)
     assert batch.tokens.dtype == np.int32 and batch.mask.dtype == np.bool_ and batch.mask.all()
 
@@ -84,7 +84,7 @@ def test_seeds_differ_and_are_not_each_others_later_epochs() -> None:
 @pytest.mark.parametrize("drawn", [0, 1, 13])
 def test_a_restored_iterator_goes_on_identically(prefetch: int, drawn: int) -> None:
     def fresh() -> Batches:
-        return train_batches(token_file(), config(prefetch=prefetch), 3, 2, 1, N_VOCAB)
+        return train_batches(token_file(), config(prefetch=prefetch), 3, 2, (1,), N_VOCAB)
 
     first, second = fresh(), fresh()
     take(first, drawn)
@@ -100,19 +100,19 @@ def test_a_restored_iterator_goes_on_identically(prefetch: int, drawn: int) -> N
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_an_id_outside_the_vocabulary_is_named(prefetch: int) -> None:
-    batches = train_batches(token_file(), config(prefetch=prefetch), 0, 1, 0, n_vocab=N_ROWS * T - 1)
+    batches = train_batches(token_file(), config(prefetch=prefetch), 0, 1, (0,), n_vocab=N_ROWS * T - 1)
     with pytest.raises(ValueError, match=r"shard, train token 184: id 184 is outside the vocabulary of 184\n"):
         take(batches, N_ROWS)
     batches.close()
     with pytest.raises(ValueError, match=r"shard, train token 187: id 187 is outside the vocabulary of 187$"):
-        list(eval_batches(token_file(), config(), None, 1, 0, n_vocab=187))
+        list(eval_batches(token_file(), config(), None, 1, (0,), n_vocab=187))
 
 
 @pytest.mark.parametrize("n_process", [1, 2, 4])
 @pytest.mark.parametrize("n_tokens", [1, T, B * T, B * T + 1, 188, 199, 200])
 def test_evaluation_counts_every_token_once_in_order(n_process: int, n_tokens: int) -> None:
     file = token_file(n_tokens)
-    processes = [list(eval_batches(file, config(), None, n_process, p, N_VOCAB)) for p in range(n_process)]
+    processes = [list(eval_batches(file, config(), None, n_process, (p,), N_VOCAB)) for p in range(n_process)]
     assert {len(batches) for batches in processes} == {-(-n_tokens // (B * T))}
     counted = []
     for parts in zip(*processes, strict=True):
@@ -124,19 +124,22 @@ def test_evaluation_counts_every_token_once_in_order(n_process: int, n_tokens: i
 
 
 def test_evaluation_spreads_its_rows_or_takes_what_there_is() -> None:
-    batches = list(eval_batches(token_file(), config(), 2, 1, 0, N_VOCAB))
+    batches = list(eval_batches(token_file(), config(), 2, 1, (0,), N_VOCAB))
     starts = np.concatenate([b.tokens[:, 0] for b in batches])
     assert len(starts) == 2 * B and set(np.diff(starts).tolist()) == {4 * T, 5 * T}, "rows are not spread evenly"
     assert all(b.mask.all() for b in batches)
-    assert len(list(eval_batches(token_file(), config(), 99, 1, 0, N_VOCAB))) == 10
-    assert len(list(eval_batches(token_file(2), config(), 99, 1, 0, N_VOCAB))) == 1
+    assert len(list(eval_batches(token_file(), config(), 99, 1, (0,), N_VOCAB))) == 10
+    assert len(list(eval_batches(token_file(2), config(), 99, 1, (0,), N_VOCAB))) == 1
 
 
 def test_batches_tell_documents_apart_if_asked() -> None:
     text = mixture([[1, 2, EOS], [3, EOS], [4, 5, 6, 7, EOS]] * 7)
     for documents in ("join", "apart"):
         c = config(documents=documents)
-        train, held_out = take(train_batches(text, c, 0, 2, 1, N_VOCAB), 1), list(eval_batches(text, c, None, 1, 0, N_VOCAB))
+        train, held_out = (
+            take(train_batches(text, c, 0, 2, (1,), N_VOCAB), 1),
+            list(eval_batches(text, c, None, 1, (0,), N_VOCAB)),
+        )
         for batch in (*train, *held_out):
             if documents == "join":
                 assert batch.segments is None
@@ -149,18 +152,18 @@ def test_batches_tell_documents_apart_if_asked() -> None:
 
 def test_too_little_text_and_batches_that_do_not_divide() -> None:
     enough = token_file(B * T)
-    assert take(train_batches(enough, config(), 0, 1, 0, N_VOCAB), 1)
+    assert take(train_batches(enough, config(), 0, 1, (0,), N_VOCAB), 1)
     message = r"data\.batch_size = 4, data\.seq_len = 5: the train split has 19 tokens, a batch needs 20"
     with pytest.raises(ConfigError, match=message):
-        train_batches(token_file(B * T - 1), config(), 0, 1, 0, N_VOCAB)
+        train_batches(token_file(B * T - 1), config(), 0, 1, (0,), N_VOCAB)
     for make in (
-        lambda: train_batches(token_file(), config(), 0, 3, 0, N_VOCAB),
-        lambda: eval_batches(token_file(), config(), None, 3, 0, N_VOCAB),
+        lambda: train_batches(token_file(), config(), 0, 3, (0,), N_VOCAB),
+        lambda: eval_batches(token_file(), config(), None, 3, (0,), N_VOCAB),
     ):
-        with pytest.raises(ConfigError, match=r"data\.batch_size = 4: must be a multiple of the number of processes, 3"):
+        with pytest.raises(ConfigError, match=r"data\.batch_size = 4: must be a multiple of mesh\.x, 3"):
             make()
     with pytest.raises(ConfigError, match="the train split has no tokens"):
-        eval_batches(token_file(0), config(), None, 1, 0, N_VOCAB)
+        eval_batches(token_file(0), config(), None, 1, (0,), N_VOCAB)
 
 
 @pytest.mark.parametrize(

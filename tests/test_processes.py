@@ -1,20 +1,13 @@
-"""Two processes of four devices are one process of eight: the same global batches exactly, the same losses to float error."""
+"""Several processes are one of as many devices: the same global batches exactly, the same losses to float error."""
 
 import signal
-import socket
 from pathlib import Path
 
 import pytest
-from runs import finish, metrics, settings, start, wait_for_step
+from runs import finish, free_port, metrics, settings, start, wait_for_step
 
 LENGTH = ["steps=6", "eval.every=3", "precision.compute=float32"]
 MESHES = {"4x2": ["mesh.x=4", "mesh.y=2"], "1x8": ["mesh.x=1", "mesh.y=8", "model.d_head=8"]}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def run(script: str, args: list[str], n_process: int) -> None:
@@ -38,19 +31,27 @@ def test_same_losses(tmp_path: Path, mesh: str) -> None:
     assert one[6]["validation_whole/loss"] != one[6]["train/loss"]
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "1x8"])
-def test_same_global_batches(tmp_path: Path, mesh: str) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "order", "n_process"),
+    [
+        ("8x1", "01234567", 2),
+        ("1x8", "01234567", 2),
+        ("8x1", "04152637", 4),  # each process holds two rows that are not neighbours
+        ("4x2", "04152637", 4),  # and here every row is of two processes
+    ],
+)
+def test_same_global_batches(tmp_path: Path, mesh: str, order: str, n_process: int) -> None:
     x, y = mesh.split("x")
 
     def hashes(n_process: int) -> list[str]:
         folder = tmp_path / f"of{n_process}"
         folder.mkdir()
-        run("tests/global_batches.py", [str(folder), *settings(tmp_path), f"mesh.x={x}", f"mesh.y={y}"], n_process)
+        run("tests/global_batches.py", [str(folder), order, *settings(tmp_path), f"mesh.x={x}", f"mesh.y={y}"], n_process)
         return [(folder / f"process{i}").read_text() for i in range(n_process)]
 
     (one,) = hashes(1)
     assert len(set(one.splitlines())) == 50, "batches repeat: nothing is shown"
-    assert hashes(2) == [one, one]
+    assert hashes(n_process) == [one] * n_process
 
 
 def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ restart, batch k holds the same rows.
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 
 import grain
@@ -80,7 +80,7 @@ class Batches(Iterator[Batch]):
         return iter(batches)
 
 
-def train_batches(text: Mixture, config: DataConfig, seed: int, n_process: int, process: int, n_vocab: int) -> Batches:
+def train_batches(text: Mixture, config: DataConfig, seed: int, n_blocks: int, blocks: Sequence[int], n_vocab: int) -> Batches:
     """Batches without end: every epoch of a source has each of its whole rows once, in an order of its own.
 
     Rows run on over epochs, so a batch may hold rows of two.
@@ -89,15 +89,15 @@ def train_batches(text: Mixture, config: DataConfig, seed: int, n_process: int, 
         text: the split to train on.
         config: seq_len T, batch_size B over all processes, rows, threads, workers and prefetch.
         seed: of the order, in 0 ... 2^32 - 1.
-        n_process: processes of the run; each gets B / n_process rows of every batch.
-        process: the index of this one.
+        n_blocks: equal blocks of rows that a batch is read in.
+        blocks: those of this process, as of mesh.data_share.
         n_vocab: ids must lie below.
 
     Raises:
-        ConfigError: the split has fewer rows than a batch, a source has none, or the batch does not divide among the processes.
+        ConfigError: the split has fewer rows than a batch, a source has none, or the batch does not divide into the blocks.
         ConfigError: from next(), a token id lies outside the vocabulary.
     """
-    rows_here = _rows_here(config, n_process, process)
+    rows_here = _rows_here(config, n_blocks, blocks)
     sources = {tokens.source: rows_of(tokens, config, n_vocab) for tokens in text.sources}
     what = f"data.batch_size = {config.batch_size}, data.seq_len = {config.seq_len}: the {text.split} split"
     check(
@@ -112,23 +112,23 @@ def train_batches(text: Mixture, config: DataConfig, seed: int, n_process: int, 
         grain.MapDataset.source(rows).seed(_seed(seed, name, len(sources))).shuffle().repeat() for name, rows in sources.items()
     ]
     mixed = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, text.weights)
-    draw = _Draw(mixed, config.batch_size, process * rows_here, rows_here)
+    draw = _Draw(mixed, config.batch_size, rows_here)
     return Batches(grain.MapDataset.range(sys.maxsize // config.batch_size).map(draw), config)
 
 
 class _Draw:
     """Batch k of global rows, the rows of one process. A class, since worker processes are sent it."""
 
-    def __init__(self, rows: grain.MapDataset[Row], batch_size: int, first: int, n: int):
-        self._rows, self._batch_size, self._first, self._n = rows, batch_size, first, n
+    def __init__(self, rows: grain.MapDataset[Row], batch_size: int, here: list[int]):
+        self._rows, self._batch_size, self._here = rows, batch_size, here
 
     def __call__(self, k: int) -> Batch:
-        first = k * self._batch_size + self._first
-        return _stacked([self._rows[i] for i in range(first, first + self._n)])
+        first = k * self._batch_size
+        return _stacked([self._rows[first + i] for i in self._here])
 
 
 def eval_batches(
-    text: Mixture, config: DataConfig, n_batches: Optional[int], n_process: int, process: int, n_vocab: int
+    text: Mixture, config: DataConfig, n_batches: Optional[int], n_blocks: int, blocks: Sequence[int], n_vocab: int
 ) -> Iterator[Batch]:
     """n_batches batches of rows evenly spread over the split, or all rows: then every token counts in exactly one batch.
 
@@ -140,15 +140,15 @@ def eval_batches(
         text: the split to evaluate on.
         config: seq_len T and batch_size B over all processes, rows.
         n_batches: None for the whole split.
-        n_process: processes of the run; each gets B / n_process rows of every batch.
-        process: the index of this one.
+        n_blocks: equal blocks of rows that a batch is read in.
+        blocks: those of this process, as of mesh.data_share.
         n_vocab: ids must lie below.
 
     Raises:
-        ConfigError: the split has no token, or the batch does not divide among the processes.
+        ConfigError: the split has no token, or the batch does not divide into the blocks.
         ConfigError: from next(), a token id lies outside the vocabulary.
     """
-    rows_here = _rows_here(config, n_process, process)
+    rows_here = _rows_here(config, n_blocks, blocks)
     check(text.n_tokens > 0, f"data: the {text.split} split has no tokens; raise data.{text.split}_share, or add text")
     sources = [rows_of(tokens, config, n_vocab) for tokens in text.sources]
     before = np.cumsum([0, *(rows.n_all for rows in sources)])
@@ -168,8 +168,8 @@ def eval_batches(
     in_split = -(-n_rows // config.batch_size)
     n = in_split if n_batches is None else min(n_batches, in_split)
     every = 1.0 if n == in_split else n_rows / (n * config.batch_size)
-    first_rows = range(process * rows_here, n * config.batch_size, config.batch_size)
-    return (_stacked([row(int(at * every)) for at in range(first, first + rows_here)]) for first in first_rows)
+    first_rows = range(0, n * config.batch_size, config.batch_size)
+    return (_stacked([row(int((first + i) * every)) for i in rows_here]) for first in first_rows)
 
 
 def fingerprint(text: Mixture, config: DataConfig, seed: int) -> dict[str, Any]:
@@ -200,10 +200,12 @@ def _seed(seed: int, name: str, n_sources: int) -> int:
     return seed if n_sources == 1 else int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "big")
 
 
-def _rows_here(config: DataConfig, n_process: int, process: int) -> int:
-    assert 0 <= process < n_process
+def _rows_here(config: DataConfig, n_blocks: int, blocks: Sequence[int]) -> list[int]:
+    """Of a batch's rows 0 ... B - 1 those in the blocks."""
+    assert blocks and all(0 <= block < n_blocks for block in blocks)
     check(
-        config.batch_size % n_process == 0,
-        f"data.batch_size = {config.batch_size}: must be a multiple of the number of processes, {n_process}",
+        config.batch_size % n_blocks == 0,
+        f"data.batch_size = {config.batch_size}: must be a multiple of mesh.x, {n_blocks}",
     )
-    return config.batch_size // n_process
+    size = config.batch_size // n_blocks
+    return [i for block in blocks for i in range(block * size, (block + 1) * size)]

@@ -92,7 +92,7 @@ def measure(job: Job, at: int, seeds: Sequence[int], steps: int, corpus: Corpus)
 
 
 def _first_batch(config: Config, corpus: Corpus, seed: int, n_vocab: int) -> pipeline.Batch:
-    with closing(pipeline.train_batches(corpus.splits["train"], config.data, seed, 1, 0, n_vocab)) as batches:
+    with closing(pipeline.train_batches(corpus.splits["train"], config.data, seed, 1, (0,), n_vocab)) as batches:
         return next(batches)
 
 

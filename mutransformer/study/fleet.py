@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Real
 
 from mutransformer.config import Config
 from mutransformer.data.pipeline import Batch
-from mutransformer.mesh import check_fits, data_share, make_mesh, put
+from mutransformer.mesh import check_fits, data_share, lay, make_mesh, put
 from mutransformer.model import Forward
 from mutransformer.state import TrainState, init_state, plan, start
 from mutransformer.step import device_grads, device_sums, make_eval_step, make_train_step, update
@@ -64,9 +64,9 @@ class Fleet:
         devices = jax.devices() if devices is None else devices
         assert len(runs) % len(devices) == 0, f"{len(runs)} runs on {len(devices)} devices"
         self.config = config
-        self.data_share = 1, 0  # every process reads whole batches
+        self.data_share = 1, (0,)  # every process reads whole batches
         self.seeds = sorted({seed for _, seed in runs})  # one batch each
-        self.mesh = jax.make_mesh((len(devices), 1, 1), ("run", "x", "y"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+        self.mesh = lay(devices, run=len(devices), x=1, y=1)
         self._one_by_one = devices[0].platform == "cpu" if one_by_one is None else one_by_one
         spread = NamedSharding(self.mesh, RUNS)
         self.hyper = Hyper(
