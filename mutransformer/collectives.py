@@ -1,11 +1,12 @@
-"""Every byte that moves between devices: the only file that spells collectives. For use inside shard_map over the axes x and y.
+"""Every byte that moves between devices: the only file that spells collectives. For use inside shard_map over the axes x and y,
+and where there are several such grids z.
 
 A verb names what happens and on which axis. Which dim of a weight is gathered is read off its spec, never said twice.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import DTypeLike, Float
 
 from mutransformer.spec import Weight
+
+Tree = TypeVar("Tree")
 
 
 def gather_x(w: Array, spec: Weight, compute: DTypeLike, reduce: DTypeLike, typed: DTypeLike | None = None) -> Array:
@@ -116,8 +119,25 @@ def gather_heads(x: Float[Array, "b T K d"]) -> Float[Array, "b T K D"]:
     return lax.all_gather(x, "y", axis=3, tiled=True)
 
 
-def sum_x(x: Array) -> Array:
-    return lax.psum(x, "x")
+def _has_z() -> bool:
+    return "z" in jax.sharding.get_abstract_mesh().axis_names
+
+
+def sum_rows(x: Array) -> Array:
+    """Over all devices that hold other rows of the batch: those of x, and of z."""
+    return lax.psum(x, ("z", "x") if _has_z() else "x")
+
+
+def own_on_z(params: Tree) -> Tree:
+    """Weights marked as this grid's own copies, so that their gradients are not summed over grids before `sum_z` does it."""
+    return jax.tree.map(lambda w: lax.pcast(w, "z", to="varying"), params) if _has_z() else params
+
+
+def sum_z(grads: Tree, reduce: DTypeLike) -> Tree:
+    """Gradients summed over grids in the given dtype -> float32. In shards: the slow network carries no byte twice."""
+    if not _has_z():
+        return grads
+    return jax.tree.map(lambda g: lax.psum(g.astype(reduce), "z").astype(jnp.float32), grads)
 
 
 def sum_y(x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Devices as a grid with axes x and y, and how trees and batches are laid on it."""
+"""Devices as a grid with axes x and y, or z of them; and how trees and batches are laid on it."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax import Array
-from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mutransformer.config import Config, ConfigError, MeshConfig, check
@@ -14,39 +14,44 @@ from mutransformer.kernel_rules import device_kernel
 
 Tree = TypeVar("Tree")
 
-ROWS = PartitionSpec("x")  # of a batch
-
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over the given devices, by default all.
 
     Raises:
-        ConfigError: mesh.x times mesh.y is not the number of devices, or as of lay().
+        ConfigError: mesh.x times mesh.y times mesh.slices is not the number of devices, or as of lay().
     """
     devices = jax.devices() if devices is None else devices
     n = len(devices)
-    if config.x == -1:
-        check(n % config.y == 0, f"mesh.y = {config.y}: does not divide the {n} devices")
-        x = n // config.y
-    else:
-        x = config.x
-    check(x * config.y == n, f"mesh.x = {x}, mesh.y = {config.y}: need {x * config.y} devices, here are {n}")
-    return lay(devices, x=x, y=config.y)
+    z, x, y = config.slices, config.x, config.y
+    by_slices = f", mesh.slices = {z}" if z > 1 else ""
+    if x == -1:
+        check(n % (y * z) == 0, f"mesh.y = {y}{by_slices}: does not divide the {n} devices")
+        x = n // (y * z)
+    check(x * y * z == n, f"mesh.x = {x}, mesh.y = {y}{by_slices}: need {x * y * z} devices, here are {n}")
+    return lay(devices, z=z, x=x, y=y) if z > 1 else lay(devices, x=x, y=y)
 
 
 def lay(devices: Sequence[Any], **axes: int) -> Mesh:
     """The mesh with these axes: along the torus of a TPU slice, the last axis closest together; elsewhere in the devices' order.
+    An axis z goes over TPU slices.
 
     Unlike jax.make_mesh it splits axes of any torus where it must, and takes GPUs of several hosts.
 
     Raises:
-        ConfigError: the devices are of several TPU slices, or JAX cannot lay such a mesh on them.
+        ConfigError: the devices are of another number of TPU slices, or JAX cannot lay such a mesh on them.
     """
     what = "mesh of " + ", ".join(f"{axis} = {size}" for axis, size in axes.items())
     slices = {getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}
-    check(len(slices) <= 1, f"{what}: the devices are of {len(slices)} TPU slices, a mesh is of one")
+    n = len(slices)
+    check(n in (0, 1, axes.get("z", 1)), f"{what}: the devices are of {n} TPU slices; set mesh.slices={n}")
+    sizes = tuple(axes.values())
     try:
-        grid = create_device_mesh(tuple(axes.values()), devices, allow_split_physical_axes=True)
+        if n > 1:
+            within, between = (1, *sizes[1:]), (n, *(1 for _ in sizes[1:]))
+            grid = create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+        else:
+            grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
         told = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(f"{what}: JAX cannot lay it on these devices: {told}") from error
@@ -66,10 +71,10 @@ def check_fits(config: Config, mesh: Mesh) -> None:
         ConfigError: naming the key, and what would fit.
     """
     m, d = config.model, config.data
-    x, y = mesh.shape["x"], mesh.shape["y"]
+    x, y, z = mesh.shape["x"], mesh.shape["y"], mesh.shape.get("z", 1)
     rows = f"data.batch_size = {d.batch_size} / optim.accumulate = {config.optim.accumulate}"
     needs = [
-        (f"{rows}: rows at a time", d.batch_size // config.optim.accumulate, "x", x),
+        (f"{rows}: rows at a time", d.batch_size // config.optim.accumulate, "x" if z == 1 else "x times mesh.slices", x * z),
         ("model.d_model", m.d_model, "x", x),
         ("model.d_model", m.d_model, "y", y),
         ("model.d_model / model.d_head: heads", m.n_head, "y", y),
@@ -94,6 +99,11 @@ def shardings(specs: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda w: NamedSharding(mesh, w.pspec), specs)
 
 
+def rows(mesh: Mesh) -> PartitionSpec:
+    """How a batch is spread: over x, and over z where there is one."""
+    return PartitionSpec(("z", "x") if "z" in mesh.axis_names else "x")
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -106,23 +116,23 @@ def data_share(mesh: Mesh, process: int | None = None) -> tuple[int, tuple[int, 
         They need not be neighbours, and several processes read the same if their devices are in the same row.
     """
     process = jax.process_index() if process is None else process
-    n = mesh.shape["x"]
-    places = NamedSharding(mesh, ROWS).devices_indices_map((n,))
-    return n, tuple(sorted({rows.start or 0 for device, (rows,) in places.items() if device.process_index == process}))
+    n = mesh.shape["x"] * mesh.shape.get("z", 1)
+    places = NamedSharding(mesh, rows(mesh)).devices_indices_map((n,))
+    return n, tuple(sorted({block.start or 0 for device, (block,) in places.items() if device.process_index == process}))
 
 
 def put(batch: Tree, mesh: Mesh) -> Tree:
     """Host arrays [rows of this process's blocks, ...] -> global arrays [B, ...], each block on the devices of its mesh row."""
-    sharding = NamedSharding(mesh, ROWS)
+    sharding = NamedSharding(mesh, rows(mesh))
     n, blocks = data_share(mesh)
 
-    def place(rows: np.ndarray) -> Array:
-        size = rows.shape[0] // len(blocks)
+    def place(mine: np.ndarray) -> Array:
+        size = mine.shape[0] // len(blocks)
 
         def block(index: Any) -> np.ndarray:
             first = blocks.index((index[0].start or 0) // size) * size
-            return rows[first : first + size]
+            return mine[first : first + size]
 
-        return jax.make_array_from_callback((n * size, *rows.shape[1:]), sharding, block)
+        return jax.make_array_from_callback((n * size, *mine.shape[1:]), sharding, block)
 
     return jax.tree.map(place, batch)

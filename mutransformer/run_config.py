@@ -8,10 +8,12 @@ from mutransformer.errors import check
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices as an x by y grid: x holds rows of the batch and shards of weights, y holds features."""
+    """Devices as an x by y grid: x holds rows of the batch and shards of weights, y holds features. Several such grids, TPU
+    slices or whatever a slower network joins, hold copies of the weights and rows of their own."""
 
     x: int = -1  # -1: all devices that y leaves
     y: int = 1
+    slices: int = 1  # grids; gradients are summed over them once a step
     streams: Optional[int] = None  # a device's rows are worked off in so many independent parts, so that one computes while
     # another waits for y; None: 2 where there is something to wait for, that is y > 1
     exchange: Optional[bool] = (
@@ -20,7 +22,8 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         check(self.x >= 1 or self.x == -1, f"mesh.x = {self.x}: must be at least 1, or -1 for all devices")
-        check(self.y >= 1, f"mesh.y = {self.y}: must be at least 1")
+        for key in ("y", "slices"):
+            check(getattr(self, key) >= 1, f"mesh.{key} = {getattr(self, key)}: must be at least 1")
         check(self.streams is None or self.streams >= 1, f"mesh.streams = {self.streams}: must be at least 1")
 
 

@@ -10,17 +10,17 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
 
-from mutransformer.collectives import sum_x
+from mutransformer.collectives import own_on_z, sum_rows, sum_z
 from mutransformer.config import Config
 from mutransformer.data.pipeline import Batch
 from mutransformer.flags import compiler_options
+from mutransformer.mesh import rows
 from mutransformer.model import Forward, Transformer, specs
 from mutransformer.ops import shift_right
 from mutransformer.optim import make_optimizer, make_schedule
 from mutransformer.state import TrainState, plan
 
 Metrics = dict[str, Array]
-ROWS = PartitionSpec("x")  # of all that a batch has
 
 
 def device_grads(config: Config, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Metrics, Any]]:
@@ -29,13 +29,14 @@ def device_grads(config: Config, bos_id: int) -> Callable[[Transformer[Array], B
     on_whole = Forward(config, whole=True) if parts > 1 and config.optim.reduce == "step" else None
 
     def grads_of(params: Transformer[Array], batch: Batch) -> tuple[Metrics, Transformer[Array]]:
-        count = jnp.maximum(1, sum_x(jnp.sum(batch.mask, dtype=jnp.float32)))
-        per = count if config.optim.loss_per == "target" else sum_x(jnp.sum(jnp.ones_like(batch.mask), dtype=jnp.float32))
+        count = jnp.maximum(1, sum_rows(jnp.sum(batch.mask, dtype=jnp.float32)))
+        per = count if config.optim.loss_per == "target" else sum_rows(jnp.sum(jnp.ones_like(batch.mask), dtype=jnp.float32))
 
         def objective(params: Transformer[Array], part: Batch) -> tuple[Array, Array]:
             goal, loss = (on_whole or forward).loss(params, *part, bos_id)
-            return sum_x(goal) / per, sum_x(loss) / per
+            return sum_rows(goal) / per, sum_rows(loss) / per
 
+        params = own_on_z(params)
         of_part = jax.value_and_grad(objective, has_aux=True)
         if parts == 1:
             (value, loss), grads = of_part(params, batch)
@@ -51,7 +52,7 @@ def device_grads(config: Config, bos_id: int) -> Callable[[Transformer[Array], B
             ((value, loss), grads), _ = lax.scan(add, zero, split)
             if back is not None:
                 (grads,) = back(grads)
-        return {"loss": loss * per / count, "objective": value}, grads
+        return {"loss": loss * per / count, "objective": value}, sum_z(grads, config.precision.reduce)
 
     return grads_of
 
@@ -63,7 +64,9 @@ def make_loss_and_grads(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Tr
     one, and with optim.loss_per = position divided by all positions. Not jitted.
     """
     pspecs = Forward(config).pspecs
-    return jax.shard_map(device_grads(config, bos_id), mesh=mesh, in_specs=(pspecs, ROWS), out_specs=(PartitionSpec(), pspecs))
+    return jax.shard_map(
+        device_grads(config, bos_id), mesh=mesh, in_specs=(pspecs, rows(mesh)), out_specs=(PartitionSpec(), pspecs)
+    )
 
 
 def update(
@@ -116,14 +119,14 @@ def device_sums(config: Config, bos_id: int) -> Callable[[Transformer[Array], Ba
     forward = Forward(config)
 
     def sums(params: Transformer[Array], batch: Batch) -> tuple[Array, Array]:
-        return sum_x(forward.loss(params, *batch, bos_id)[1]), sum_x(jnp.sum(batch.mask, dtype=jnp.int32))
+        return sum_rows(forward.loss(params, *batch, bos_id)[1]), sum_rows(jnp.sum(batch.mask, dtype=jnp.int32))
 
     return sums
 
 
 def make_eval_step(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Array, Array]]:
     """The jitted sum of losses over unmasked targets, in nats, and the number of those targets."""
-    in_specs = (Forward(config).pspecs, ROWS)
+    in_specs = (Forward(config).pspecs, rows(mesh))
     return jax.jit(jax.shard_map(device_sums(config, bos_id), mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec()))
 
 
@@ -136,7 +139,7 @@ def make_logits(config: Config, mesh: Mesh, bos_id: int) -> Callable[..., Float[
     mapped = jax.shard_map(
         lambda params, tokens, segments: forward.logits(params, shift_right(tokens, bos_id, segments), segments),
         mesh=mesh,
-        in_specs=(forward.pspecs, ROWS, ROWS),
-        out_specs=PartitionSpec("x", None, "y"),
+        in_specs=(forward.pspecs, rows(mesh), rows(mesh)),
+        out_specs=PartitionSpec(*rows(mesh), None, "y"),
     )
     return jax.jit(lambda params, tokens, segments=None: mapped(params, tokens, segments))

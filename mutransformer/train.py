@@ -111,12 +111,12 @@ def _describe(config: Config, mesh: Mesh, corpus: Corpus, start: int, log: Metri
             shutil.copyfile(path, config.rundir / name)
     weights = specs(config)
     total, layers = (sum(w.size for w in jax.tree.leaves(tree)) for tree in (weights, weights.blocks))
-    x, y = mesh.shape["x"], mesh.shape["y"]
     kind = mesh.devices.flat[0].device_kind
     text = corpus.splits["train"]
     sources = " + ".join(config.data.sources) or config.data.source
     epochs = config.steps * config.tokens_per_step / text.n_tokens
-    log.note(f"mutransformer {__version__}, JAX {jax.__version__}, {mesh.size} x {kind} as mesh {x} x {y}")
+    shape = " x ".join(map(str, mesh.shape.values()))
+    log.note(f"mutransformer {__version__}, JAX {jax.__version__}, {mesh.size} x {kind} as mesh {shape}")
     log.note(f"model: width {config.model.d_model}, {config.model.n_layer} layers, {total:,} parameters ({layers:,} in layers)")
     log.note(f"rule: {config.optim.rule}, learning rate {config.optim.lr:g} at width {config.model.d_base}")
     log.note(f"data: {sources}, {text.n_tokens:,} tokens to train on, {text.n_bytes / text.n_tokens:.2f} bytes each")

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from test_sharding import loss_and_grads, unsharded, worst
 
 from mutransformer import linear
-from mutransformer.collectives import gather_x, scatter_y, sum_x, sum_y
+from mutransformer.collectives import gather_x, scatter_y, sum_rows, sum_y
 from mutransformer.config import MeshConfig
 from mutransformer.data.pipeline import Batch
 from mutransformer.linear import Head, Precision, _dot_rows, _dot_rows_cpu, dot_rows, head_loss, project, whole
@@ -60,7 +60,7 @@ def test_project(grid, again, exchange):
     def sharded(x: jax.Array, w: jax.Array, v: jax.Array, by: jax.Array) -> jax.Array:
         x = jax.lax.pcast(x, "y", to="varying")
         hidden = jnp.sin(project(x, whole(w, into, FULL, again), into, FULL))
-        return sum_x(sum_y(jnp.sum(scatter_y(project(hidden, whole(v, out, FULL, again), out, FULL), exchange) * by)))
+        return sum_rows(sum_y(jnp.sum(scatter_y(project(hidden, whole(v, out, FULL, again), out, FULL), exchange) * by)))
 
     def plain(x: jax.Array, w: jax.Array, v: jax.Array, by: jax.Array) -> jax.Array:
         hidden = jnp.sin(jnp.einsum("btm,mhd->bthd", x, w, precision="highest"))
@@ -107,7 +107,7 @@ def sharded_loss(grid: tuple[int, int], precision: Precision, chunk: int, n_voca
     def loss(h: jax.Array, w: jax.Array, bias: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         h = jax.lax.pcast(h, "y", to="varying")
         own = gather_x(bias, bias_spec, precision.compute, precision.reduce) if biased else None
-        return sum_x(head_loss(h, w, own, targets, mask, head)[0])
+        return sum_rows(head_loss(h, w, own, targets, mask, head)[0])
 
     in_specs = P("x"), spec.pspec, bias_spec.pspec, P("x"), P("x")
     return jax.shard_map(loss, mesh=mesh_of(grid), in_specs=in_specs, out_specs=P())

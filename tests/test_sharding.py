@@ -60,6 +60,12 @@ LEVERS = {
     "remat=attention": ("all options", ["model.remat=attention", "mesh.exchange=true"]),
     "remat=dots": ("relu", ["model.remat=dots"]),
     "remat=full": ("all options", ["model.remat=full"]),
+    "slices": ("all options", ["mesh.slices=2"]),
+    "slices, in parts, overlapping": (
+        "relu",
+        ["mesh.slices=2", "optim.accumulate=2", "mesh.exchange=true", "model.remat=dots"],
+    ),
+    "slices, reduced once a step": ("relu", ["mesh.slices=2", "optim.accumulate=2", "optim.reduce=step"]),
     "reduced once a step": ("all options", ["optim.accumulate=2", "optim.reduce=step"]),
     "reduced once a step, remat": ("relu", ["optim.accumulate=2", "optim.reduce=step", "model.remat=dots", "mesh.exchange=true"]),
 }
@@ -83,7 +89,7 @@ def params(config: Config) -> Transformer:
 
 def loss_and_grads(model: str, x: int, y: int, *more: str) -> tuple[dict, Transformer]:
     config = load([*TINY, *MODELS[model], *more]) if more else setting(model, x, y)
-    mesh = make_mesh(config.mesh, jax.devices()[: x * y])
+    mesh = make_mesh(config.mesh, jax.devices()[: x * y * config.mesh.slices])
     check_fits(config, mesh)
     rng = np.random.default_rng(0)
     shape = config.data.batch_size, config.data.seq_len
@@ -118,9 +124,17 @@ def test_loss_and_every_gradient_are_those_of_one_device(model: str, x: int, y: 
     assert worst(grads, want_grads) <= 1e-5
 
 
-# On every mesh where the lever does most, elsewhere on those that split both axes.
+def meshes_of(lever: str) -> list[tuple[int, int]]:
+    """Those that eight devices suffice for."""
+    return [(x, y) for x, y in MESHES if x * y * setting(lever, x, y).mesh.slices <= 8]
+
+
+EVERY = [(lever, *mesh) for lever in LEVERS for mesh in meshes_of(lever)]
+# On every mesh the lever that does most, the others on the largest that split both axes.
 LEVER_CASES = [
-    (lever, *mesh) for lever in LEVERS for mesh in MESHES if mesh in [(4, 2), (2, 4)] or lever == "streams and exchange"
+    (lever, x, y)
+    for lever, x, y in EVERY
+    if lever == "streams and exchange" or (x, y) in ([(2, 2)] if lever.startswith("slices") else [(4, 2), (2, 4)])
 ]
 
 
@@ -133,7 +147,7 @@ def test_no_lever_changes_loss_or_any_gradient(lever: str, x: int, y: int) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lever", "x", "y"), [(lever, *mesh) for lever in LEVERS for mesh in MESHES])
+@pytest.mark.parametrize(("lever", "x", "y"), EVERY)
 def test_no_lever_changes_loss_or_any_gradient_on_any_mesh(lever: str, x: int, y: int) -> None:
     test_no_lever_changes_loss_or_any_gradient(lever, x, y)
 
@@ -144,6 +158,16 @@ def test_a_slice_sent_to_the_wrong_device_is_seen(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(collectives, "_spread", lambda x, exchange: spread(jax.numpy.roll(x, x.shape[2] // 2, axis=2), exchange))
     _, grads = loss_and_grads("exchange", 4, 2)
     assert worst(grads, unsharded_without("exchange")[1]) > 0.1
+
+
+def test_a_lost_sum_over_slices_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax.lax, "psum", lambda x, axes, psum=jax.lax.psum: psum(x, axes) if axes != "z" else pmean(x))
+
+    def pmean(x: jax.Array) -> jax.Array:
+        return jax.lax.pmean(x, "z")
+
+    _, grads = loss_and_grads("slices", 2, 2)
+    assert worst(grads, unsharded_without("slices")[1]) > 0.1
 
 
 def test_a_lost_sum_over_devices_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,95 @@
+"""What a compiled step holds: shares of the state that fall with the number of devices, and nothing that is whole for long."""
+
+import re
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+
+from mutransformer.config import Config
+from mutransformer.data.pipeline import Batch
+from mutransformer.mesh import make_mesh, rows
+from mutransformer.model import specs
+from mutransformer.settings import load
+from mutransformer.state import plan
+from mutransformer.step import make_train_step
+
+# 2560 tokens a device where x is 8: five times as many as have logits at a time, and not the size of anything else.
+LARGE = ["configs/large.yaml", "model.n_vocab=3584", "data.batch_size=80"]
+
+
+def compiled(config: Config) -> jax.stages.Compiled:
+    mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.x * config.mesh.y])
+    at = NamedSharding(mesh, rows(mesh))
+    shape = config.data.batch_size, config.data.seq_len
+    batch = Batch(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=at), jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=at))
+    return make_train_step(config, mesh, bos_id=0).lower(plan(config, mesh).shapes, batch).compile()
+
+
+@cache
+def step(*overrides: str) -> tuple[Config, set[tuple[int, ...]]]:
+    """A config, and the shapes of all that its compiled step ever holds; dims of size 1 left out."""
+    config = load([*LARGE, *overrides])
+    found = re.findall(r"\b[a-z]+[0-9]+\[([\d,]+)\]", compiled(config).as_text())
+    return config, {tuple(n for n in map(int, dims.split(",")) if n > 1) for dims in found}
+
+
+def has_logits(config: Config, shapes: set[tuple[int, ...]]) -> bool:
+    """Of all of a device's tokens."""
+    b, T = config.data.batch_size // config.mesh.x, config.data.seq_len
+    entries = {config.model.padded_vocab, config.model.padded_vocab // config.mesh.y}
+    return any({(b, T, v), (b * T, v), (v, b * T)} & shapes for v in entries)
+
+
+def whole_stacks(config: Config, shapes: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """Matrices of all layers that are whole along x, however their dims are merged: gathered weights, or gradients in full."""
+    sizes: set[int] = set()
+    for w in jax.tree.leaves(specs(config).blocks):
+        if w.is_matrix:
+            sizes.add(w.size // config.mesh.y)
+    layers = config.model.n_layer
+    activations = config.data.batch_size // config.mesh.x * config.data.seq_len
+    flat = {
+        shape: shape[0] == layers and activations not in (shape[1], shape[1] * shape[2]) for shape in shapes if len(shape) > 2
+    }
+    return {shape for shape, stacked in flat.items() if stacked and prod(shape) in sizes}
+
+
+def prod(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n
+
+
+@pytest.mark.parametrize(("x", "y"), [(8, 1), (4, 2)])
+def test_no_logits_and_no_weights_or_gradients_of_all_layers_are_ever_whole(x: int, y: int) -> None:
+    config, shapes = step(f"mesh.x={x}", f"mesh.y={y}")
+    assert not has_logits(config, shapes)
+    assert not whole_stacks(config, shapes)
+
+
+def test_the_same_is_seen_where_it_is_so() -> None:
+    """The controls: logits of all tokens at a time; gradients that are kept in full until the end of the step."""
+    assert has_logits(*step("mesh.x=8", "model.head_chunk=2560"))
+    assert whole_stacks(*step("mesh.x=8", "optim.accumulate=2", "optim.reduce=step", "data.batch_size=160"))
+
+
+def test_a_devices_share_of_the_state_falls_with_the_number_of_devices() -> None:
+    def held(x: int, y: int) -> int:
+        config = load([*LARGE, f"mesh.x={x}", f"mesh.y={y}"])
+        mesh = make_mesh(config.mesh, jax.devices()[: x * y])
+        shapes = plan(config, mesh).shapes
+        return sum(jnp.dtype(a.dtype).itemsize * prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(shapes))
+
+    whole = held(1, 1)
+    parameters = sum(w.size for w in jax.tree.leaves(specs(load(LARGE))))
+    assert whole == pytest.approx(12 * parameters, rel=1e-6)
+    for x, y in [(2, 1), (1, 2), (4, 2), (2, 4), (8, 1)]:
+        assert held(x, y) == pytest.approx(whole / (x * y), rel=1e-6)
+    config = load([*LARGE, "mesh.x=4", "mesh.y=2"])
+    memory = compiled(config).memory_analysis()
+    assert memory is not None
+    assert memory.argument_size_in_bytes == pytest.approx(whole / 8, rel=1e-3)
