@@ -14,7 +14,7 @@ PACKAGE = "mutransformer"
 FLOORS = [
     *({""}, {"errors"}, {"data_config", "run_config"}, {"config"}, {"settings", "spec"}),
     *({"data.cache"}, {"data.files"}, {"data.parts", "data.tokenize"}, {"data.hub", "data.shards"}),
-    *({"data.sources", "data.hf_tokenizer"}, {"data.build"}, {"data.vocabulary"}, {"data.corpus"}),
+    *({"data.sources", "data.hf_tokenizer"}, {"data.job"}, {"data.build"}, {"data.vocabulary"}, {"data.corpus"}),
     *({"data.rows"}, {"data.pipeline"}, {"data"}),
     *({"mup", "mesh", "collectives", "hardware"}, {"linear", "launch"}, {"ops"}, {"model"}, {"optim"}),
     *({"state"}, {"step"}, {"checkpoint", "metrics"}, {"evaluate", "generate", "plan", "hf"}, {"study"}, {"train"}),

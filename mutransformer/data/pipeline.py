@@ -136,7 +136,7 @@ class _Joined:
 class _Draw:
     """Batch k of global rows, the rows of one process. A class, since worker processes are sent it."""
 
-    def __init__(self, rows: _Joined, order: grain.MapDataset[int], batch_size: int, first: int, n: int):
+    def __init__(self, rows: _Joined, order: Any, batch_size: int, first: int, n: int):
         self._rows, self._order, self._batch_size, self._first, self._n = rows, order, batch_size, first, n
 
     def __call__(self, k: int) -> Batch:

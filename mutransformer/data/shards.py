@@ -30,7 +30,7 @@ def dtype_for(n_vocab: int) -> str:
 
 
 class Writer:
-    """Writes a shard, document by document. The tokens of train go straight to the disk, the rest is kept in memory."""
+    """Writes a shard, document by document. The tokens of train go to the disk, the rest is kept in memory."""
 
     def __init__(self, path: Path, dtype: str):
         self._file = open(path, "wb")
@@ -39,24 +39,36 @@ class Writer:
         self._hash = {split: hashlib.sha256() for split in SPLITS}
         self._ends = {split: array("Q") for split in SPLITS}
         self._counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
+        self._pending: dict[Split, list[Integer[np.ndarray, " _"]]] = {split: [] for split in SPLITS}
+        self._n_pending = 0
 
     def add(self, split: Split, tokens: Integer[np.ndarray, " n"], n_bytes: int, ends: bool) -> None:
         """Adds tokens to the split's last document, and ends it if so told."""
-        data = tokens.astype(self._dtype).tobytes()
-        self._hash[split].update(data)
-        if split == "train":
-            self._file.write(data)
-        else:
-            self._held[split] += data
         counts = self._counts[split]
         counts["tokens"] += len(tokens)
         counts["bytes"] += n_bytes
         if ends:
             counts["documents"] += 1
             self._ends[split].append(counts["tokens"])
+        self._pending[split].append(tokens)
+        self._n_pending += len(tokens)
+        if self._n_pending >= _BLOCK:
+            self._write()
+
+    def _write(self) -> None:
+        for split, pending in self._pending.items():
+            data = np.concatenate(pending).astype(self._dtype).tobytes() if pending else b""
+            self._hash[split].update(data)
+            if split == "train":
+                self._file.write(data)
+            else:
+                self._held[split] += data
+            pending.clear()
+        self._n_pending = 0
 
     def finish(self) -> dict[str, Any]:
         """Completes the file. Returns its counts and the hashes of tokens by split."""
+        self._write()
         with self._file:
             for data in self._held.values():
                 self._file.write(data)
