@@ -32,6 +32,7 @@ FREE = {
     "optim.accumulate",
     "optim.reduce",
     "xla",
+    "xla_tuned",
     *(f"{section}." for section in ("mesh", "distributed", "eval", "log", "checkpoint", "profile", "xla")),
     "data.",  # but for those below: what they decide is in the fingerprints of tokens and tokenizer
 }

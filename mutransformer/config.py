@@ -201,7 +201,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    xla: dict[str, str] = field(default_factory=dict)  # options for the step's compilation, over those in mutransformer/flags.py
+    xla_tuned: bool = True  # compile the step with the options of mutransformer/flags.py for the devices
+    xla: dict[str, str] = field(default_factory=dict)  # and with these, XLA's option: value
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from mutransformer.config import Config
+
 
 class Tuning(NamedTuple):
     """Attributes:
@@ -46,13 +48,8 @@ def tuning(device_kind: str) -> Tuning:
     return next((t for pattern, t in _TUNING.items() if re.fullmatch(pattern, device_kind, re.IGNORECASE)), _NONE)
 
 
-def compiler_options(device_kind: str, given: Mapping[str, str]) -> dict[str, str]:
-    """The options of a kind of device.
-
-    Args:
-        device_kind: as JAX names it.
-        given: by the user, over the ones that are set; an empty value takes an option out.
-    """
+def compiler_options(config: Config, device_kind: str) -> dict[str, str]:
+    """The options with which a run's step is compiled for a kind of device."""
     booleans = {"True": "true", "False": "false"}  # as YAML's true and false arrive here
-    options = {**tuning(device_kind).options, **given}
-    return {name: booleans.get(value, value) for name, value in options.items() if value != ""}
+    given = {name: booleans.get(value, value) for name, value in config.xla.items()}
+    return {**(tuning(device_kind).options if config.xla_tuned else {}), **given}

@@ -110,7 +110,7 @@ def make_train_step(config: Config, mesh: Mesh, bos_id: int) -> jax.stages.Wrapp
         metrics, grads = loss_and_grads(state.params, batch)
         return update(config, state, metrics, grads, config.optim.lr)
 
-    options = compiler_options(mesh.devices.flat[0].device_kind, config.xla)
+    options = compiler_options(config, mesh.devices.flat[0].device_kind)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(places, None), compiler_options=options or None)
 
 

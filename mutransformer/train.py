@@ -121,7 +121,7 @@ def _describe(config: Config, mesh: Mesh, corpus: Corpus, start: int, log: Metri
     log.note(f"rule: {config.optim.rule}, learning rate {config.optim.lr:g} at width {config.model.d_base}")
     log.note(f"data: {sources}, {text.n_tokens:,} tokens to train on, {text.n_bytes / text.n_tokens:.2f} bytes each")
     log.note(f"run: {config.steps:,} steps of {config.tokens_per_step:,} tokens, {epochs:.2f} epochs")
-    options = compiler_options(kind, config.xla)
+    options = compiler_options(config, kind)
     if options:
         log.note("XLA: " + " ".join(f"{name}={value}" for name, value in options.items()))
     log.note(f"folder: {config.rundir}" + (f"; goes on after step {start}" if start else ""))

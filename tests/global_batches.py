@@ -27,8 +27,9 @@ n_vocab = corpus.tokenizer.n_vocab
 batches = pipeline.train_batches(corpus.splits["train"], config.data, config.seed, *data_share(mesh), n_vocab)
 lines = []
 for _ in range(50):
-    tokens = multihost_utils.process_allgather(put(next(batches), mesh).tokens, tiled=True)
-    lines.append(f"{hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()} {tokens.shape}")
+    batch = [a for a in put(next(batches), mesh) if a is not None]
+    whole = [np.ascontiguousarray(multihost_utils.process_allgather(a, tiled=True)) for a in batch]
+    lines.append(f"{hashlib.sha256(b''.join(a.tobytes() for a in whole)).hexdigest()} {[a.shape for a in whole]}")
 batches.close()
 (Path(sys.argv[1]) / f"process{jax.process_index()}").write_text("\n".join(lines))
 if jax.process_count() > 1:

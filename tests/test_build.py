@@ -16,7 +16,7 @@ from object_store import install
 from test_sources import TEXTS, write
 
 from mutransformer.config import ConfigError, DataConfig
-from mutransformer.data import build
+from mutransformer.data import build, job
 from mutransformer.data.cache import Store
 from mutransformer.data.corpus import prepare
 
@@ -29,8 +29,8 @@ from mutransformer.data import build, corpus
 from mutransformer.settings import load
 if __name__ == "__main__":
     n, i, silence, *args = sys.argv[1:]
-    build.SILENCE, make, made = float(silence), build._shard, []
-    build._shard = lambda job, part, index, threads: (made.append(index), make(job, part, index, threads))[1]
+    build.SILENCE, make, made = float(silence), build.shard, []
+    build.shard = lambda job, part, index, threads: (made.append(index), make(job, part, index, threads))[1]
     text = corpus.prepare(load(args).data, int(n), int(i)).splits["train"]
     print(json.dumps({"made": made, "tokens": text.fingerprint}))
 """
@@ -259,6 +259,19 @@ def test_a_killed_process_of_the_pool_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in err and not list(tmp_path.glob("cache/*/manifest.json"))
 
 
+def test_a_failure_ends_the_other_processes_at_once(tmp_path: Path) -> None:
+    text(tmp_path, copies=20_000, kind="jsonl")  # some 20 MB a file
+    bad = tmp_path / "text/00.jsonl"
+    bad.write_text("{\n" + bad.read_text(encoding="utf-8"), encoding="utf-8")
+    process = prepare_data(arguments(tmp_path, str(tmp_path / "cache"), "data.processes=2"))
+    assert "00.jsonl:1: not JSON" in finish(process, code=2)
+    assert not list(tmp_path.glob("cache/*/*.json")) and not list(tmp_path.glob("cache/.*"))
+    deadline = time.monotonic() + 20
+    while of_session(process.pid):
+        assert time.monotonic() < deadline, "a process outlives its parent"
+        time.sleep(0.05)
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     """On a real one of two megabytes, where it may be mounted; what is there is kept, and with more room the rest is made."""
     disk = tmp_path / "disk"
@@ -292,4 +305,4 @@ def test_a_store_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: py
     )
     with pytest.raises(ConfigError, match=r"data\.cache_dir = objects://bucket/cache: cannot write there: 403 Forbidden"):
         prepare(DataConfig(**config(tmp_path, "objects://bucket/cache")))
-    assert not Store("objects://bucket/cache", str(tmp_path)).names("anything") and build.ATTEMPTS > 1
+    assert not Store("objects://bucket/cache", str(tmp_path)).names("anything") and job.ATTEMPTS > 1

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mutransformer.config import ConfigError, DataConfig
-from mutransformer.data import build, cache
+from mutransformer.data import cache, job
 from mutransformer.data.cache import Store
 from mutransformer.data.corpus import prepare
 from mutransformer.data.files import cut
@@ -179,8 +179,8 @@ def test_bad_files_are_one_line(tmp_path: Path, make: bytes, pattern: str, messa
 
 
 def test_tokens_are_the_documents_each_with_its_eos(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_SEGMENT", 64)  # so that documents and calls are divided
-    monkeypatch.setattr(build, "_CHUNK", 200)
+    monkeypatch.setattr(job, "_SEGMENT", 64)  # so that documents and calls are divided
+    monkeypatch.setattr(job, "_CHUNK", 200)
     prepared = prepare(config)
     for split, text in prepared.splits.items():
         (file,) = text.sources
@@ -195,7 +195,7 @@ def test_tokens_are_the_documents_each_with_its_eos(config: DataConfig, monkeypa
 
 
 def test_a_bos_begins_each_document_once(config: DataConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(build, "_SEGMENT", 64)
+    monkeypatch.setattr(job, "_SEGMENT", 64)
     plain, framed = tokens_of(config), tokens_of(text_config(tmp_path, config.files, add_bos=True))
     for split, ids in framed.items():
         assert [i for i in ids if i != ByteTokenizer.bos_id] == plain[split]

@@ -14,7 +14,7 @@ PACKAGE = "mutransformer"
 FLOORS = [
     *({""}, {"errors"}, {"data_config", "run_config", "kernel_rules"}, {"config"}, {"settings", "spec"}),
     *({"data.cache"}, {"data.files"}, {"data.parts", "data.tokenize"}, {"data.hub", "data.shards"}),
-    *({"data.sources", "data.hf_tokenizer"}, {"data.build"}, {"data.vocabulary"}, {"data.corpus"}),
+    *({"data.sources", "data.hf_tokenizer"}, {"data.job"}, {"data.build"}, {"data.vocabulary"}, {"data.corpus"}),
     *({"data.rows"}, {"data.pipeline"}, {"data"}),
     *({"mup", "mesh", "collectives", "hardware", "flags"}, {"linear", "launch"}, {"ops", "kernels"}, {"attention"}),
     *({"model"}, {"optim"}),

@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def compiled(config: Config) -> jax.stages.Compiled:
 def step(*overrides: str) -> tuple[Config, set[tuple[int, ...]]]:
     """A config, and the shapes of all that its compiled step ever holds; dims of size 1 left out."""
     config = load([*LARGE, *overrides])
-    found = re.findall(r"\b[a-z]+[0-9]+\[([\d,]+)\]", compiled(config).as_text())
+    found = re.findall(r"\b[a-z]+[0-9]+\[([\d,]+)\]", compiled(config).as_text() or "")
     return config, {tuple(n for n in map(int, dims.split(",")) if n > 1) for dims in found}
 
 
@@ -44,24 +45,14 @@ def has_logits(config: Config, shapes: set[tuple[int, ...]]) -> bool:
 
 
 def whole_stacks(config: Config, shapes: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
-    """Matrices of all layers that are whole along x, however their dims are merged: gathered weights, or gradients in full."""
-    sizes: set[int] = set()
+    """Matrices of all layers that are whole along x, with their dims apart or merged: gathered weights, or gradients in full."""
+    whole: set[tuple[int, ...]] = set()
     for w in jax.tree.leaves(specs(config).blocks):
         if w.is_matrix:
-            sizes.add(w.size // config.mesh.y)
-    layers = config.model.n_layer
-    activations = config.data.batch_size // config.mesh.x * config.data.seq_len
-    flat = {
-        shape: shape[0] == layers and activations not in (shape[1], shape[1] * shape[2]) for shape in shapes if len(shape) > 2
-    }
-    return {shape for shape, stacked in flat.items() if stacked and prod(shape) in sizes}
-
-
-def prod(shape: tuple[int, ...]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
+            layers, *dims = (d.size // config.mesh.y if d.axis == "y" else d.size for d in w.dims)
+            split = len(dims) - w.n_out
+            whole |= {(layers, *dims), (layers, prod(dims[:split]), prod(dims[split:]))}
+    return whole & shapes
 
 
 @pytest.mark.parametrize(("x", "y"), [(8, 1), (4, 2)])

@@ -109,9 +109,10 @@ def test_the_law_can_fail(name: str) -> None:
     assert follows_the_law(GRIDS[name], contiguous(GRIDS[name])) == (name in {"in line", "rows of two", "one row"})
 
 
-def test_rows_are_split_over_x_whatever_axes_there_are() -> None:
+def test_rows_are_split_over_x_and_z_whatever_axes_there_are() -> None:
     devices: list[Any] = [Device(i, i // 2) for i in range(8)]
-    assert data_share(lay(devices, z=2, x=2, y=2), 1) == (2, (1,))
+    assert data_share(lay(devices, z=2, x=2, y=2), 1) == (4, (1,))
+    assert data_share(lay(devices, z=2, x=2, y=2), 3) == (4, (3,))
     assert data_share(lay(devices, run=8, x=1, y=1), 3) == (1, (0,))
 
 
@@ -143,7 +144,7 @@ def test_a_torus_is_split_where_it_must(y: int) -> None:
 @pytest.mark.parametrize(
     ("devices", "message"),
     [
-        (tpus(4, 4) + tpus(4, 4, slice_index=1), "^mesh of x = 16, y = 2: the devices are of 2 TPU slices, a mesh is of one$"),
+        (tpus(4, 4) + tpus(4, 4, slice_index=1), "^mesh of x = 16, y = 2: the devices are of 2 TPU slices; set mesh.slices=2$"),
         (tpus(4, 4)[:5] + tpus(4, 4)[6:7], "^mesh of x = 3, y = 2: JAX cannot lay it on these devices: [^\n]+$"),
     ],
 )

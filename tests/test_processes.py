@@ -1,4 +1,4 @@
-"""Several processes are one of as many devices: the same global batches exactly, the same losses to float error."""
+"""Several processes are one with all their devices: the same global batches exactly, the same losses to float error."""
 
 import signal
 from pathlib import Path
@@ -31,27 +31,46 @@ def test_same_losses(tmp_path: Path, mesh: str) -> None:
     assert one[6]["validation_whole/loss"] != one[6]["train/loss"]
 
 
+def global_batches(tmp_path: Path, order: str, args: list[str], n_process: int) -> list[str]:
+    """The hashes that each process writes of the batches that it sees.
+
+    Args:
+        order: of the devices in the mesh, a digit each.
+    """
+    folder = tmp_path / f"of{n_process}"
+    folder.mkdir()
+    run("tests/global_batches.py", [str(folder), order, *args], n_process)
+    return [(folder / f"process{i}").read_text() for i in range(n_process)]
+
+
 @pytest.mark.parametrize(
     ("mesh", "order", "n_process"),
     [
-        ("8x1", "01234567", 2),
+        pytest.param("8x1", "01234567", 2, marks=pytest.mark.slow),
         ("1x8", "01234567", 2),
         ("8x1", "04152637", 4),  # each process holds two rows that are not neighbours
-        ("4x2", "04152637", 4),  # and here every row is of two processes
+        pytest.param("4x2", "04152637", 4, marks=pytest.mark.slow),  # and here every row is of two processes
     ],
 )
 def test_same_global_batches(tmp_path: Path, mesh: str, order: str, n_process: int) -> None:
     x, y = mesh.split("x")
-
-    def hashes(n_process: int) -> list[str]:
-        folder = tmp_path / f"of{n_process}"
-        folder.mkdir()
-        run("tests/global_batches.py", [str(folder), order, *settings(tmp_path), f"mesh.x={x}", f"mesh.y={y}"], n_process)
-        return [(folder / f"process{i}").read_text() for i in range(n_process)]
-
-    (one,) = hashes(1)
+    args = settings(tmp_path, f"mesh.x={x}", f"mesh.y={y}")
+    (one,) = global_batches(tmp_path, order, args, 1)
     assert len(set(one.splitlines())) == 50, "batches repeat: nothing is shown"
-    assert hashes(n_process) == [one] * n_process
+    assert global_batches(tmp_path, order, args, n_process) == [one] * n_process
+
+
+@pytest.mark.slow
+def test_four_processes_draw_the_batches_of_one_from_three_sources_with_documents_apart(tmp_path: Path) -> None:
+    sources = []
+    for name, weight in {"code": 0.5, "books": 0.3, "web": 0.2}.items():
+        (file := tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {i}: {i * i % 97}" for i in range(600)))
+        sources.append(f"{name}: {{source: text, files: [{file}], weight: {weight}}}")
+    args = [arg for arg in settings(tmp_path) if not arg.startswith(("data.source=", "data.files="))]
+    args += [f"data.sources={{{', '.join(sources)}}}", "data.documents=apart", "mesh.x=8", "mesh.y=1"]
+    (one,) = global_batches(tmp_path, "01234567", args, 1)
+    assert len(set(one.splitlines())) == 50 and one.count("(8, 32)") == 150, "batches repeat, or have no segments"
+    assert global_batches(tmp_path, "01234567", args, 4) == [one] * 4
 
 
 def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 """Tokenising a source: its parts to shards, by several processes and hosts at once, each shard once, going on after a kill.
 
-A shard is a file and beside it a note with its hash, written last: without its note it is as good as not there. When all are
-there a manifest of them is written. Hosts of one job share the shards out; each waits for the others' while they give signs of
-life, and does them itself if there are none, so that a cache that hosts do not share comes about as well.
+When all shards are there a manifest of them is written. Hosts of one job share the shards out; each waits for the others' while
+they give signs of life, and does them itself if there are none, so that a cache that hosts do not share comes about as well.
 """
 
 import logging
@@ -11,27 +10,19 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from typing import Any
 
-import numpy as np
-
-from mutransformer.config import ConfigError, check
-from mutransformer.data.cache import Damaged, Store, describe, seal, unseal
-from mutransformer.data.files import cut
-from mutransformer.data.parts import Part, Split
-from mutransformer.data.shards import Writer, dtype_for
-from mutransformer.data.sources import Accepted, Shares, Unreadable
-from mutransformer.data.tokenize import Tokenizer
+from mutransformer.config import ConfigError
+from mutransformer.data.job import Job, shard
+from mutransformer.data.parts import Part
 
 SILENCE = 30.0  # seconds without a sign of life after which a host's shards are done by others
-ATTEMPTS = 5  # at a part that is read over the network, with 1, 2, 4, 8 seconds between them
 
-_SEGMENT = 1 << 20  # bytes of a document tokenised in one piece: SentencePiece takes some fifty times as much memory
-_CHUNK = 4 << 20  # bytes of text tokenised in one call
 _ALONE = 32 << 20  # bytes of text for which no process is started
 _REPORT = 10.0  # seconds between lines of progress
 
@@ -50,44 +41,6 @@ class Host:
         until = time.monotonic() + SILENCE
         while self.process and not there() and time.monotonic() < until:
             time.sleep(0.2)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What makes shards out of parts. Can be sent to another process."""
-
-    store: Store
-    folder: str  # in the store
-    key: str  # of the source's settings
-    n_parts: int
-    tokenizer: Tokenizer
-    add_bos: bool
-    shares: Shares
-    on_bad_record: Literal["error", "skip"]
-
-    def name(self, index: int) -> str:
-        return f"{index:05d}-of-{self.n_parts:05d}"
-
-    def note(self, index: int) -> dict[str, Any]:
-        """What is told of a shard.
-
-        Raises:
-            Damaged: it is not there, or not as it was written.
-        """
-        name = f"{self.folder}/{self.name(index)}.json"
-        return unseal(name, self.store.read(name))
-
-    def whole(self, index: int) -> bool:
-        """Whether the note of a shard that is there can be relied on."""
-        try:
-            return bool(self.note(index))
-        except Damaged:
-            return False
-
-    def done(self) -> set[int]:
-        """The shards that are there."""
-        there = self.store.names(self.folder)
-        return {i for i in range(self.n_parts) if {f"{self.name(i)}.json", f"{self.name(i)}.bin"} <= there}
 
 
 def build(job: Job, parts: Sequence[Part], again: set[int], processes: int, n_process: int, process: int) -> dict[str, Any]:
@@ -176,13 +129,18 @@ def _make(job: Job, parts: Sequence[Part], indices: list[int], processes: int) -
     workers, progress = min(processes, len(indices)), _Progress(job, len(indices))
     if workers <= 1 or (0 < size <= _ALONE):
         for n, i in enumerate(indices, start=1):
-            _shard(job, parts[i], i, threads=processes)
+            shard(job, parts[i], i, threads=processes)
             progress.at(n)
         return
-    # Not forked: JAX and tokenizers have threads. Killed with their parent, see _start.
+    # Not forked: JAX and tokenizers have threads.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start) as pool:
-        futures: set[Future[None]] = {pool.submit(_shard, job, parts[i], i, 1) for i in indices}
+    told_to_end, to_end = context.Pipe(duplex=False)
+    with (
+        to_end,
+        told_to_end,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(job, told_to_end)) as pool,
+    ):
+        futures = {pool.submit(_shard_of_job, parts[i], i) for i in indices}
         try:
             while futures:
                 done, futures = wait(futures, timeout=_REPORT, return_when=FIRST_COMPLETED)
@@ -194,21 +152,32 @@ def _make(job: Job, parts: Sequence[Part], indices: list[int], processes: int) -
                 f"{job.key}: a process that tokenised was killed, perhaps for memory; lower data.processes"
             ) from None
         finally:
-            for future in futures:
-                future.cancel()
+            if futures:  # one failed: its error is told at once, and not when the others are through with their shards
+                to_end.close()
+                pool.shutdown(cancel_futures=True)
+                job.store.clear()
 
 
-def _start() -> None:
-    """In a process that tokenises: one thread for the tokenizer, and no life after the parent's."""
+_job: Job  # of a process that tokenises: sent once, for a tokenizer may be large and gets faster by what it has seen
+
+
+def _start(job: Job, told_to_end: Connection) -> None:
+    """In a process that tokenises: one thread for the tokenizer, and no life after the parent's, or once told to end."""
+    global _job
+    _job = job
     os.environ["RAYON_NUM_THREADS"] = "1"
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def end() -> None:
-        parent.join()
+        connection.wait([told_to_end, parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=end, daemon=True).start()
+
+
+def _shard_of_job(part: Part, index: int) -> None:
+    shard(_job, part, index, threads=1)
 
 
 class _Progress:
@@ -234,79 +203,3 @@ def _report(job: Job, notes: list[dict[str, Any]]) -> None:
     if skipped := sum(note["skipped"] for note in notes):
         first = next(note["first_skipped"] for note in notes if note["skipped"])
         _log.warning("%s: %d bad records were skipped, the first: %s", job.key, skipped, first)
-
-
-T = TypeVar("T")
-
-
-def retried(part: Part, key: str, action: Callable[[], T]) -> T:
-    """What action() gives that reads a part; tried again if the part is read over the network.
-
-    Raises:
-        ConfigError: the part cannot be read.
-    """
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return action()
-        except Unreadable as error:
-            if attempt == ATTEMPTS or not part.remote:
-                raise ConfigError(f"{key}: {error}") from error.__cause__
-            _log.warning("%s: %s; trying again in %d s", key, error, 2 ** (attempt - 1))
-            time.sleep(2 ** (attempt - 1))
-    raise AssertionError
-
-
-def _shard(job: Job, part: Part, index: int, threads: int) -> None:
-    """Makes a shard and then its note."""
-    name = f"{job.folder}/{job.name(index)}"
-    file = job.store.scratch(name)
-    try:
-        facts = retried(part, job.key, lambda: _write(job, part, Writer(file, dtype_for(job.tokenizer.n_vocab)), threads))
-        facts |= {"file": f"{job.name(index)}.bin"} | describe(file)
-        job.store.put(f"{name}.bin", file)
-        job.store.write(f"{name}.json", seal(facts))
-    except OSError as error:
-        raise ConfigError(f"data.cache_dir = {job.store.root}: cannot write there: {error.strerror}") from None
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def _write(job: Job, part: Part, writer: Writer, threads: int) -> dict[str, Any]:
-    """Tokenises a part. Returns what is to be noted of its shard."""
-    accepted = Accepted(part, job.key, job.on_bad_record, job.shares)
-    with closing(writer):
-        chunk: list[_Piece] = []
-        size = 0
-        for data, split in accepted:
-            segments = list(cut(data, _SEGMENT)) if len(data) > _SEGMENT else [data]
-            for k, segment in enumerate(segments, start=1):
-                chunk.append(_Piece(segment, split, k == 1, k == len(segments)))
-                size += len(segment)
-                if size >= _CHUNK:
-                    _tokenise(job, chunk, writer, threads)
-                    chunk, size = [], 0
-        if chunk:
-            _tokenise(job, chunk, writer, threads)
-        return {"splits": writer.finish(), "skipped": accepted.skipped, "first_skipped": accepted.first_skipped}
-
-
-class _Piece(NamedTuple):
-    data: bytes
-    split: Split
-    begins: bool  # a document
-    ends: bool
-
-
-def _tokenise(job: Job, chunk: list[_Piece], writer: Writer, threads: int) -> None:
-    tokenizer = job.tokenizer
-    bos, eos = [np.array([tokenizer.bos_id], np.int32)], [np.array([tokenizer.eos_id], np.int32)]
-    for ids, piece in zip(tokenizer.encode([piece.data.decode() for piece in chunk], threads), chunk, strict=True):
-        parts = [*(bos if job.add_bos and piece.begins else []), ids, *(eos if piece.ends else [])]
-        tokens = np.concatenate(parts) if len(parts) > 1 else ids
-        if len(tokens):
-            low, high = int(tokens.min()), int(tokens.max())
-            check(
-                0 <= low and high < tokenizer.n_vocab,
-                f"data.tokenizer: it gave the ids {low} ... {high}, outside its {tokenizer.n_vocab} ids",
-            )
-        writer.add(piece.split, tokens, len(piece.data), piece.ends)

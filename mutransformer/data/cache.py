@@ -70,13 +70,19 @@ class Store:
     def scratch(self, name: str) -> Path:
         """A new path for put() to take a file from. What processes that were killed left there is cleared away."""
         with self._told("write"):
-            folder = Path(self.local_dir if self.remote else self.root).expanduser()
-            folder.mkdir(parents=True, exist_ok=True)
-            host = socket.gethostname()
-            for left in folder.glob(f".*~{host}~*"):
-                if not _alive(left.name.split("~")[-2]):
-                    _remove(left)
-            return folder / f".{name.replace('/', '+')}~{host}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            self.clear()
+            return self._scratch / f".{name.replace('/', '+')}~{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
+
+    def clear(self) -> None:
+        """Removes what processes that were killed left of scratch()."""
+        for left in self._scratch.glob(f".*~{socket.gethostname()}~*"):
+            if not _alive(left.name.split("~")[-2]):
+                _remove(left)
+
+    @property
+    def _scratch(self) -> Path:
+        return Path(self.local_dir if self.remote else self.root).expanduser()
 
     def put(self, name: str, file: Path) -> None:
         """Publishes a file, which is moved away or removed."""

@@ -15,6 +15,7 @@ from mutransformer.config import ConfigError, DataConfig, MixedSourceConfig, che
 from mutransformer.data import build, cache, hub
 from mutransformer.data.build import Host
 from mutransformer.data.cache import MANIFEST, Damaged, Store, seal, unseal
+from mutransformer.data.job import Job
 from mutransformer.data.parts import SPLITS, Part, Split
 from mutransformer.data.shards import Tokens, dtype_for, first_outside, join, sections
 from mutransformer.data.sources import Source, open_source, shares_of
@@ -177,7 +178,7 @@ def _tokens(config: DataConfig, name: str, source: Source, tokenizer: Tokenizer,
         manifest = _manifest(store, folder)
         if manifest is None or damaged:
             listed = listed or source.parts()
-            job = build.Job(store, folder, config.key(name), len(listed), tokenizer, config.add_bos, shares, config.on_bad_record)
+            job = Job(store, folder, config.key(name), len(listed), tokenizer, config.add_bos, shares, config.on_bad_record)
             manifest = build.build(job, listed, damaged, config.processes or _cores(), host.n_process, host.process)
             manifest |= {
                 "source": config.mixture[name].source,

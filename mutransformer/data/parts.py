@@ -149,7 +149,7 @@ class LinePart:
                         lines_before = newlines(self.file, at) - number + 1 if self.start else 0
                     yield Record(f"{self.file.path}:{lines_before + number}", None, reason=record.reason)
                 elif record is not None:
-                    yield record._replace(place=self.file.path, split=self.split)
+                    yield Record(self.file.path, record.text, self.split)
                 at += len(line)
 
 

@@ -6,7 +6,9 @@ restart, batch k holds the same rows.
 
 import hashlib
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, Optional
 
 import grain
@@ -15,7 +17,7 @@ from absl import flags
 
 from mutransformer.config import ConfigError, DataConfig, check
 from mutransformer.data.corpus import Mixture
-from mutransformer.data.rows import Row, rows_of
+from mutransformer.data.rows import Row, Rows, rows_of
 
 
 class Batch(NamedTuple):
@@ -108,23 +110,38 @@ def train_batches(text: Mixture, config: DataConfig, seed: int, n_blocks: int, b
     )
     empty = [name for name, rows in sources.items() if not len(rows)]
     check(not empty, f"data.sources.{''.join(empty[:1])}: its {text.split} split has not even one row; leave it out, or add text")
+    # Of indices and not of rows: what Grain tells of each element it passes on takes longer than to read a row.
+    joined = _Joined(list(sources.values()), [len(rows) for rows in sources.values()])
     shuffled = [
-        grain.MapDataset.source(rows).seed(_seed(seed, name, len(sources))).shuffle().repeat() for name, rows in sources.items()
+        grain.MapDataset.range(first, stop).seed(_seed(seed, name, len(sources))).shuffle().repeat()
+        for name, first, stop in zip(sources, joined.before[:-1], joined.before[1:], strict=True)
     ]
     mixed = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, text.weights)
-    draw = _Draw(mixed, config.batch_size, rows_here)
+    draw = _Draw(joined, mixed, config.batch_size, rows_here)
     return Batches(grain.MapDataset.range(sys.maxsize // config.batch_size).map(draw), config)
+
+
+class _Joined:
+    """Rows of several sources, counted on from one to the next."""
+
+    def __init__(self, sources: list[Rows], sizes: list[int]):
+        self._sources = sources
+        self.before: list[int] = [0, *accumulate(sizes)]
+
+    def __getitem__(self, index: int) -> Row:
+        k = bisect_right(self.before, index) - 1
+        return self._sources[k][index - self.before[k]]
 
 
 class _Draw:
     """Batch k of global rows, the rows of one process. A class, since worker processes are sent it."""
 
-    def __init__(self, rows: grain.MapDataset[Row], batch_size: int, here: list[int]):
-        self._rows, self._batch_size, self._here = rows, batch_size, here
+    def __init__(self, rows: _Joined, order: Any, batch_size: int, here: list[int]):
+        self._rows, self._order, self._batch_size, self._here = rows, order, batch_size, here
 
     def __call__(self, k: int) -> Batch:
         first = k * self._batch_size
-        return _stacked([self._rows[first + i] for i in self._here])
+        return _stacked([self._rows[self._order[first + i]] for i in self._here])
 
 
 def eval_batches(
@@ -151,8 +168,8 @@ def eval_batches(
     rows_here = _rows_here(config, n_blocks, blocks)
     check(text.n_tokens > 0, f"data: the {text.split} split has no tokens; raise data.{text.split}_share, or add text")
     sources = [rows_of(tokens, config, n_vocab) for tokens in text.sources]
-    before = np.cumsum([0, *(rows.n_all for rows in sources)])
-    n_rows = int(before[-1])
+    joined = _Joined(sources, [rows.n_all for rows in sources])
+    n_rows = joined.before[-1]
     beyond = Row(
         np.full(config.seq_len, text.sources[0].eos_id, np.int32),
         np.zeros(config.seq_len, np.bool_),
@@ -160,10 +177,7 @@ def eval_batches(
     )
 
     def row(index: int) -> Row:
-        if index >= n_rows:
-            return beyond
-        k = int(np.searchsorted(before, index, side="right")) - 1
-        return sources[k][index - int(before[k])]
+        return joined[index] if index < n_rows else beyond
 
     in_split = -(-n_rows // config.batch_size)
     n = in_split if n_batches is None else min(n_batches, in_split)

@@ -61,7 +61,7 @@ class ConcatRows:
             return row
         begins = np.zeros(self._seq_len, np.int32)
         begins[self._tokens.ends_within(start, stop) - start] = 1
-        return row._replace(segments=np.cumsum(begins, dtype=np.int32))
+        return Row(row.tokens, row.mask, begins.cumsum(dtype=np.int32))
 
     def __repr__(self) -> str:
         return f"ConcatRows({self._tokens.source}, {self._tokens.split}, seq_len={self._seq_len})"

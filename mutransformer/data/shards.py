@@ -10,6 +10,8 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from jaxtyping import Int64, Integer
 
 from mutransformer.data.parts import SPLITS, Split
 
-_BLOCK = 16 << 20  # bytes of a shard looked at together
+_BLOCK = 1 << 20  # tokens or documents looked at together
+_STRIDE = 128  # documents
 
 
 def dtype_for(n_vocab: int) -> str:
@@ -27,7 +30,7 @@ def dtype_for(n_vocab: int) -> str:
 
 
 class Writer:
-    """Writes a shard, document by document. The tokens of train go straight to the disk, the rest is kept in memory."""
+    """Writes a shard, document by document. The tokens of train go to the disk, the rest is kept in memory."""
 
     def __init__(self, path: Path, dtype: str):
         self._file = open(path, "wb")
@@ -36,24 +39,36 @@ class Writer:
         self._hash = {split: hashlib.sha256() for split in SPLITS}
         self._ends = {split: array("Q") for split in SPLITS}
         self._counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
+        self._pending: dict[Split, list[Integer[np.ndarray, " _"]]] = {split: [] for split in SPLITS}
+        self._n_pending = 0
 
     def add(self, split: Split, tokens: Integer[np.ndarray, " n"], n_bytes: int, ends: bool) -> None:
         """Adds tokens to the split's last document, and ends it if so told."""
-        data = tokens.astype(self._dtype).tobytes()
-        self._hash[split].update(data)
-        if split == "train":
-            self._file.write(data)
-        else:
-            self._held[split] += data
         counts = self._counts[split]
         counts["tokens"] += len(tokens)
         counts["bytes"] += n_bytes
         if ends:
             counts["documents"] += 1
             self._ends[split].append(counts["tokens"])
+        self._pending[split].append(tokens)
+        self._n_pending += len(tokens)
+        if self._n_pending >= _BLOCK:
+            self._write()
+
+    def _write(self) -> None:
+        for split, pending in self._pending.items():
+            data = np.concatenate(pending).astype(self._dtype).tobytes() if pending else b""
+            self._hash[split].update(data)
+            if split == "train":
+                self._file.write(data)
+            else:
+                self._held[split] += data
+            pending.clear()
+        self._n_pending = 0
 
     def finish(self) -> dict[str, Any]:
         """Completes the file. Returns its counts and the hashes of tokens by split."""
+        self._write()
         with self._file:
             for data in self._held.values():
                 self._file.write(data)
@@ -108,12 +123,19 @@ class Section:
     def ends(self, start: int, stop: int) -> Integer[np.ndarray, " n"]:
         return np.frombuffer(self.reader.read((stop - start) * 8, self.ends_at + start * 8), "<u8")
 
+    @cached_property
+    def _some_ends(self) -> Int64[np.ndarray, " n"]:
+        """Every _STRIDE-th document's end: finds the others by one short read, and is small."""
+        blocks = range(0, self.n_documents, _BLOCK)
+        found = [self.ends(k, min(k + _BLOCK, self.n_documents))[_STRIDE - 1 :: _STRIDE] for k in blocks]
+        return np.concatenate([np.empty(0, np.int64), *found]).astype(np.int64)
+
     def ends_within(self, start: int, stop: int) -> Int64[np.ndarray, " n"]:
         """Where documents end behind token start and before token stop."""
-        n = stop - start  # more than can end there. So a search over every n-th end is fine enough, and reads a few only
-        before = n * bisect_right(range(n - 1, self.n_documents, n), start, key=lambda k: int(self.ends(k, k + 1)[0]))
-        ends = self.ends(before, min(before + 2 * n, self.n_documents)).astype(np.int64)
-        return ends[(start < ends) & (ends < stop)]
+        first, last = (_STRIDE * k for k in self._some_ends.searchsorted((start, stop)).tolist())
+        ends = self.ends(first, min(last + _STRIDE, self.n_documents)).astype(np.int64)
+        low, high = ends.searchsorted((start + 1, stop)).tolist()
+        return ends[low:high]
 
 
 def sections(path: Path, dtype: str, facts: dict[str, Any]) -> dict[Split, Section]:
@@ -141,31 +163,28 @@ class Tokens:
     fingerprint: str  # SHA-256 of the tokens; of the shards' hashes where there are several
     tokenizer_fingerprint: str
     eos_id: int
-    _tokens_before: Int64[np.ndarray, " sections_and_1"] = field(init=False)
-    _documents_before: Int64[np.ndarray, " sections_and_1"] = field(init=False)
+    _tokens_before: list[int] = field(init=False)  # of each section and of the end
+    _documents_before: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        for name, counts in (
-            ("_tokens", [s.n_tokens for s in self.sections]),
-            ("_documents", [s.n_documents for s in self.sections]),
-        ):
-            object.__setattr__(self, f"{name}_before", np.cumsum([0, *counts], dtype=np.int64))
+        object.__setattr__(self, "_tokens_before", [0, *accumulate(s.n_tokens for s in self.sections)])
+        object.__setattr__(self, "_documents_before", [0, *accumulate(s.n_documents for s in self.sections)])
 
     @property
     def n_tokens(self) -> int:
-        return int(self._tokens_before[-1])
+        return self._tokens_before[-1]
 
     @property
     def n_documents(self) -> int:
-        return int(self._documents_before[-1])
+        return self._documents_before[-1]
 
     def read(self, start: int, stop: int) -> Integer[np.ndarray, " n"]:
         """Tokens start ... stop - 1, or what there is of them."""
         stop = min(stop, self.n_tokens)
-        k = int(np.searchsorted(self._tokens_before, start, side="right")) - 1
+        k = bisect_right(self._tokens_before, start) - 1
         pieces = []
         while start < stop:
-            first, end = self._tokens_before[k : k + 2].tolist()
+            first, end = self._tokens_before[k : k + 2]
             until = min(stop, end)
             if until > start:
                 pieces.append(self.sections[k].tokens(start - first, until - first))
@@ -175,24 +194,24 @@ class Tokens:
 
     def ends_within(self, start: int, stop: int) -> Int64[np.ndarray, " n"]:
         """Where documents end behind token start and before token stop."""
-        k = int(np.searchsorted(self._tokens_before, start, side="right")) - 1
+        k = bisect_right(self._tokens_before, start) - 1
         found = []
-        while k < len(self.sections) and (first := int(self._tokens_before[k])) < stop:
+        while k < len(self.sections) and (first := self._tokens_before[k]) < stop:
             found.append(first + self.sections[k].ends_within(max(0, start - first), stop - first))
             k += 1
-        return np.concatenate(found)
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def document(self, index: int) -> tuple[int, int]:
         """Where a document's tokens start and stop, its eos included."""
-        k = int(np.searchsorted(self._documents_before, index, side="right")) - 1
-        before, within = int(self._tokens_before[k]), index - int(self._documents_before[k])
+        k = bisect_right(self._documents_before, index) - 1
+        before, within = self._tokens_before[k], index - self._documents_before[k]
         ends = self.sections[k].ends(max(0, within - 1), within + 1).tolist()
         return before + (ends[0] if within else 0), before + ends[-1]
 
     def place(self, position: int) -> str:
         """The file that holds a token, for messages."""
-        k = int(np.searchsorted(self._tokens_before, position, side="right")) - 1
-        return f"{self.sections[k].reader.path}, {self.split} token {position - int(self._tokens_before[k])}"
+        k = bisect_right(self._tokens_before, position) - 1
+        return f"{self.sections[k].reader.path}, {self.split} token {position - self._tokens_before[k]}"
 
 
 def first_outside(section: Section, n_vocab: int) -> tuple[int, int] | None:

@@ -102,18 +102,20 @@ class SentencePieceTokenizer:
         self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
         self.fingerprint = hashlib.sha256(proto).hexdigest()
         bytes_of_space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        self._space_ids = bytes_of_space if all(map(self._model.is_byte, bytes_of_space)) else []
+        spelled = all(map(self._model.is_byte, bytes_of_space))
+        self._space_ids = np.array(bytes_of_space, np.int32) if spelled else None
 
     def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
         # SentencePiece would turn its sign for a space into a space; spelled in bytes the sign survives.
-        parts = [text.split(_SPACE) if self._space_ids else [text] for text in texts]
-        encoded = iter(self._model.encode([part for split in parts for part in split], num_threads=threads))
+        split = [[text] if self._space_ids is None else text.split(_SPACE) for text in texts]
+        flat = [part for parts in split for part in parts]
+        encoded = iter(self._model.encode(flat, num_threads=threads, return_type="numpy"))
         ids: list[Int32[np.ndarray, " _"]] = []
-        for split in parts:
-            joined = next(encoded)
-            for part in islice(encoded, len(split) - 1):
-                joined += self._space_ids + part
-            ids.append(np.array(joined, np.int32))
+        for parts in split:
+            joined = [next(encoded)]
+            for part in islice(encoded, len(parts) - 1):
+                joined += [self._space_ids, part]
+            ids.append(joined[0] if len(joined) == 1 else np.concatenate(joined))
         return ids
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 
 from mutransformer.config import DataConfig, check
 from mutransformer.data import cache, hf_tokenizer
-from mutransformer.data.build import Host, retried
+from mutransformer.data.build import Host
 from mutransformer.data.cache import Store
 from mutransformer.data.hf_tokenizer import HFTokenizer
+from mutransformer.data.job import retried
 from mutransformer.data.parts import Part
 from mutransformer.data.sources import Accepted, Source, shares_of
 from mutransformer.data.tokenize import (
