@@ -6,11 +6,12 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mutransformer.config import Config, ConfigError, MeshConfig, check
 
 Tree = TypeVar("Tree")
+AnyMesh = Mesh | AbstractMesh  # an abstract one has axes and no devices
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -30,7 +31,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh((x, config.y), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def check_fits(config: Config, mesh: Mesh) -> None:
+def check_fits(config: Config, mesh: AnyMesh) -> None:
     """Refuses a model or batch that the mesh cannot divide.
 
     Raises:
@@ -54,12 +55,12 @@ def check_fits(config: Config, mesh: Mesh) -> None:
         check(size % parts == 0, f"{what} = {size}: not divisible by mesh.{axis} = {parts}")
 
 
-def shardings(specs: Tree, mesh: Mesh) -> Tree:
+def shardings(specs: Tree, mesh: AnyMesh) -> Tree:
     """The resting place of every weight in a tree of specs."""
     return jax.tree.map(lambda w: NamedSharding(mesh, w.pspec), specs)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
