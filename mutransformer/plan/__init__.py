@@ -1,5 +1,6 @@
-"""What a step and a run will cost on hardware that is not at hand: by arithmetic at once, from the TPU compiler's schedule if asked.
+"""What a step and a run will cost on hardware that is not at hand: by arithmetic at once, or from the TPU compiler's schedule.
 
-chips: what chips are. trace: what the step does, counted from its own trace. estimate: memory, bounds and the run, from that.
-lower: the compiler. hlo, comm, cost, walk: its schedule, read and timed. search: meshes, remat, microbatches. show, timeline: out.
+chips, case: what is planned. trace: what the step does, counted from its own trace. estimate, search: what follows from that.
+lower: the compiler. hlo, loops, comm, kernels, timing, walk: its schedule, read and timed. simulate: what follows from that.
+show, asdict, timeline: for people, for programs, as a picture.
 """

@@ -12,6 +12,7 @@ class Chip:
     """Published figures of one chip, which is one JAX device for all kinds here (v4, v5p: two cores that work as one).
 
     Attributes:
+        kind: JAX's name of it.
         peak_flops: dense bfloat16 FLOP/s.
         clock: Hz at which the matrix units give that peak: XLA's cycles are counted in it.
         hbm_bytes: of main memory.
@@ -20,10 +21,12 @@ class Chip:
         vmem_bytes: of a core's fast memory.
         pod: the largest slice, chips along each axis of the torus.
         side: multiples of chips along an axis whose ends are joined: 4 for v4 and v5p, where all axes must have it, else 16.
-        per_name: what the number in Google's name counts, per chip: TensorCores for v4 and v5p, chips for the others.
+        cores: TensorCores.
+        names_cores: whether the number in Google's name counts TensorCores; else chips.
     """
 
     name: str
+    kind: str
     peak_flops: float
     clock: float
     hbm_bytes: float
@@ -32,7 +35,8 @@ class Chip:
     vmem_bytes: int
     pod: tuple[int, ...]
     side: int
-    per_name: int
+    cores: int
+    names_cores: bool
 
     @property
     def dims(self) -> int:
@@ -41,13 +45,15 @@ class Chip:
 
 # Google Cloud's pages on each TPU version; clocks follow from peak / (2 x multipliers). ICI: what of a link's rate is payload
 # (Austin et al., How to Scale Your Model, 2025, part 2), both ways.
+_THREE = {"side": 4, "cores": 2, "names_cores": True}
+_TWO = {"pod": (16, 16), "side": 16, "cores": 1, "names_cores": False}
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 1.05e9, 32e9, 1228e9, 0.9e11, 16 << 20, pod=(16, 16, 16), side=4, per_name=2),
-        Chip("v5e", 197e12, 1.5e9, 16e9, 819e9, 0.9e11, 128 << 20, pod=(16, 16), side=16, per_name=1),
-        Chip("v5p", 459e12, 1.75e9, 95e9, 2765e9, 1.8e11, 64 << 20, pod=(16, 20, 28), side=4, per_name=2),
-        Chip("v6e", 918e12, 1.75e9, 32e9, 1640e9, 1.8e11, 128 << 20, pod=(16, 16), side=16, per_name=1),
+        Chip("v4", "TPU v4", 275e12, 1.05e9, 32e9, 1228e9, 0.9e11, 16 << 20, pod=(16, 16, 16), **_THREE),
+        Chip("v5e", "TPU v5 lite", 197e12, 1.5e9, 16e9, 819e9, 0.9e11, 128 << 20, **_TWO),
+        Chip("v5p", "TPU v5", 459e12, 1.75e9, 95e9, 2765e9, 1.8e11, 64 << 20, pod=(16, 20, 28), **_THREE),
+        Chip("v6e", "TPU v6 lite", 918e12, 1.75e9, 32e9, 1640e9, 1.8e11, 128 << 20, **_TWO),
     )
 }
 
@@ -93,9 +99,9 @@ def parse(name: str) -> Topology:
         raise ConfigError(f"--topology {name}: write chips along each axis, as in v5p:4x4x4, or Google's name, as in v5p-128")
     chip = CHIPS[kind]
     if found[3]:
-        n_chips, left = divmod(int(found[3]), chip.per_name)
+        n_chips, left = divmod(int(found[3]), chip.cores if chip.names_cores else 1)
         best = None if left else _compact(chip, n_chips)
-        counts = "TensorCores, two a chip" if chip.per_name == 2 else "chips"
+        counts = "TensorCores, two a chip" if chip.names_cores else "chips"
         if best is None:
             raise ConfigError(f"--topology {name}: {kind} has no slice of {found[3]} ({counts}); {_near(chip, n_chips)}")
         return Topology(chip, best)
@@ -113,10 +119,10 @@ def _compact(chip: Chip, n_chips: int) -> tuple[int, ...] | None:
 
 
 def _boxes(chip: Chip) -> list[tuple[int, ...]]:
-    """Slices there are: up to a host's 2x2 chips any, then hosts side by side, from a cube of 64 chips on whole cubes."""
+    """Slices there are: a chip, or hosts of 2x2 chips side by side; in three dimensions from 64 chips on cubes of so many."""
     if chip.dims == 2:
         return [(1, 1), (2, 2), (2, 4), (4, 2), (4, 4), (4, 8), (8, 4), (8, 8), (8, 16), (16, 8), (16, 16)]
-    small = [(1, 1, 1), (1, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)]
+    small = [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)]
     sides = range(4, max(chip.pod) + 1, 4)
     cubes = [(a, b, c) for a in sides for b in sides for c in sides]
     return small + [box for box in cubes if all(n <= most for n, most in zip(sorted(box), chip.pod, strict=True))]

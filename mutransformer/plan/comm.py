@@ -74,12 +74,12 @@ def read(module: Module, op: Op, outer: Op, mesh: Mapping[str, int], chip: Chip)
         wire,
         wire / (axes_driven * chip.ici_bandwidth) + LATENCY,
         _direction(op) if kind == "collective-permute" else "+-",
-        op.source or outer.source,
+        op.source or outer.source or op.name,
     )
 
 
 def _axes_driven(op: Op) -> float:
-    """Torus axes that the compiler's algorithm uses at once: those with more than one core in an n-dimensional strategy, else 1."""
+    """Torus axes that the compiler's algorithm uses at once: in an n-dimensional strategy those with several cores, else 1."""
     strategy = str(op.config.get("collective_algorithm_config", {}).get("strategy", ""))
     found = re.search(r"cores:\{([\d ]+)\}", op.attrs) if "ND" in strategy else None
     return float(max(1, sum(int(n) > 1 for n in found[1].split()))) if found else 1.0

@@ -49,14 +49,14 @@ def _splash(phase: str, operands: Sequence[Shape], results: Sequence[Shape], det
     if q is None:
         return None
     products = _PRODUCTS[phase]
-    if phase == "dkv" and sum(math.prod(shape) >= math.prod(q) for shape in results) > 2:
+    if phase == "dkv" and any(len(shape) > len(q) for shape in results):  # dq too, a part by block of keys, not yet summed
         products += 1
     block_q, block_kv = (min(_block(which, details), q[-2]) for which in ("q", "kv"))
     return 2.0 * products * math.prod(q) * q[-2] * causal_share(q[-2], block_q, block_kv)
 
 
 def _block(which: str, details: str) -> int:
-    found = re.search(rf'\bblock_{which}(?:_dq|_dkv)?\W+(\d+)', details)
+    found = re.search(rf"\bblock_{which}(?:_dq|_dkv)?\W+(\d+)", details)
     return int(found[1]) if found else BLOCK
 
 

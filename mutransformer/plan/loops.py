@@ -54,7 +54,7 @@ def _through_fusion(module: Module, computation: str, op: Op | None) -> tuple[st
 
 
 def _value(module: Module, where: str, name: str, outer: str) -> Value:
-    """A constant, or an element of the state that `outer`, a loop's condition or body, is given; `where` is it or a fusion in it."""
+    """A constant, or an element of the state that `outer`, a loop's condition or body, gets; `where`: that or a fusion in it."""
     found = _through_fusion(module, where, module.by_name[where].get(name))
     if found is None:
         return None

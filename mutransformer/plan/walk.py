@@ -1,13 +1,13 @@
 """A schedule walked through in time: one core that takes operations in order, links and memory transfers that run beside it.
 
 An asynchronous collective keeps its links busy from its start, and the core waits for it only where its result is taken; a
-synchronous one blocks the core. Two on the same link queue; permutes in opposite directions do not meet. Transfers between HBM and
-VMEM queue on the HBM. Loops are their body times their rounds. What waits is exposed.
+synchronous one blocks the core. Two on the same link queue; permutes in opposite directions do not meet. Transfers between HBM
+and VMEM queue on the HBM. Loops are their body times their rounds. What waits is exposed.
 
 Not modelled: HBM shared by core, links and transfers; two axes of the mesh on one link; missing wraparound; stragglers; the host.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -49,7 +49,7 @@ class Rounds(NamedTuple):
     """A loop; or something called, once."""
 
     start: float
-    count: int
+    n: int
     each: "Schedule"
     label: str
 
@@ -68,7 +68,7 @@ class Schedule:
         """This and those within, each with how often it runs."""
         yield self, times
         for rounds in self.inner:
-            yield from rounds.each.flat(times * rounds.count)
+            yield from rounds.each.flat(times * rounds.n)
 
 
 class Key(NamedTuple):
@@ -82,13 +82,17 @@ class Key(NamedTuple):
 
 @dataclass
 class Totals:
-    """Sums over a step, of one device. by_kind: seconds of spans. For collectives: count, bytes, wire, seconds, exposed seconds."""
+    """Sums over a step, of one device. by_kind: seconds of spans. collectives: count, bytes, wire, seconds, exposed seconds."""
 
     seconds: float
-    by_kind: Counter[str] = field(default_factory=Counter)
+    by_kind: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     collectives: dict[Key, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 5))
-    by_source: Counter[tuple[str, str]] = field(default_factory=Counter)
+    by_source: defaultdict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
     warnings: list[str] = field(default_factory=list)
+
+    def costly(self, n: int) -> list[tuple[str, str, float]]:
+        """What takes the most seconds: kind, source, seconds."""
+        return [(*key, seconds) for key, seconds in sorted(self.by_source.items(), key=lambda item: -item[1])[:n] if seconds]
 
     @property
     def compute(self) -> float:
@@ -173,9 +177,10 @@ class _Clock:
         elif op.opcode == "async-start":
             self._start_async(op)
         elif op.opcode == "async-update":
-            for ends in (self.running, self.copies):
-                if op.operands[0] in ends:
-                    ends[op.name] = ends.pop(op.operands[0])
+            if op.operands[0] in self.running:
+                self.running[op.name] = self.running.pop(op.operands[0])
+            elif op.operands[0] in self.copies:
+                self.copies[op.name] = self.copies.pop(op.operands[0])
         elif op.opcode in ("copy-start", "slice-start"):
             self._copy(op.name, self._copied(op) / self.walk.timer.bandwidth)
         elif done:
