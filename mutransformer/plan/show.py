@@ -47,11 +47,11 @@ def estimated(found: Estimate, policies: dict[str, Estimate]) -> Group:
         "MXU": f"{share:.3g} FLOPs a chip, {share / found.flops['model']:.2f} x model FLOPs",
         "HBM": f"{_bytes(found.hbm_bytes)} read and written a chip",
     }
+    for axis in found.case.sizes:
+        wire = _bytes(float(sum(each.wire for each in found.traffic if axis in each.axes)))
+        what[f"ICI {axis}"] = f"{wire} sent a chip along {axis}"
     for name, seconds in found.bounds.items():
-        axis = name.removeprefix("ICI ")
-        wire = _bytes(sum(each.wire for each in found.traffic if axis in each.axes))
-        mark = "<- bounds the step" if name == found.bound else ""
-        bounds.add_row(name, what.get(name, f"{wire} sent a chip along {axis}"), _seconds(seconds), mark)
+        bounds.add_row(name, what[name], _seconds(seconds), "<- bounds the step" if name == found.bound else "")
     traffic = _table("collectives of a step", "kind", "axis", "of", "count", "whole arrays", "sent a chip", "at least")
     for each in found.traffic:
         traffic.add_row(
