@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mutransformer.config import Config, ConfigError, MeshConfig, check
@@ -28,7 +29,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     else:
         x = config.x
     check(x * config.y == n, f"mesh.x = {x}, mesh.y = {config.y}: need {x * config.y} devices, here are {n}")
-    return jax.make_mesh((x, config.y), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    # An axis of the mesh may take a part of an axis of a TPU's torus, as 8 x 8 on 4 x 4 x 4 must; jax.make_mesh would refuse it.
+    grid = mesh_utils.create_device_mesh((x, config.y), list(devices), allow_split_physical_axes=True)
+    return Mesh(grid, ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 
 
 def check_fits(config: Config, mesh: AnyMesh) -> None:

@@ -9,7 +9,7 @@ from mutransformer.plan import comm, hlo
 from mutransformer.plan.chips import CHIPS
 from mutransformer.plan.kernels import Kernels, causal_share
 from mutransformer.plan.loops import trip_count
-from mutransformer.plan.timing import HBM_EFFICIENCY, Timer
+from mutransformer.plan.timing import HBM_EFFICIENCY, Costing, Timer
 from mutransformer.plan.walk import Key, Walk, totals
 
 DATA = Path(__file__).parent / "data" / "hlo"
@@ -28,7 +28,7 @@ HEAD = """HloModule step, is_scheduled=true, num_partitions=8
 """
 
 
-def walk(body: str, kernels: Kernels | None = None, costing="hybrid", mesh=None, more: str = ""):
+def walk(body: str, kernels: Kernels | None = None, costing: Costing = "hybrid", mesh=None, more: str = ""):
     module = hlo.parse(f"{HEAD}{more}\nENTRY %main () -> () {{\n{body}\n}}\n")
     return totals(Walk(module, Timer(module, V5P, costing, kernels or Kernels()), mesh or {"x": 2, "y": 4}).step())
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mutransformer.config import MeshConfig
+from mutransformer.mesh import make_mesh
 from mutransformer.plan import case, chips, lower, simulate, timeline
 from mutransformer.plan.estimate import estimate
 from mutransformer.plan.kernels import Kernels
@@ -152,3 +154,10 @@ def test_every_kind_of_chip_can_be_compiled_for(name):
     topology = chips.parse(name)
     devices = lower.devices(topology)
     assert len(devices) == topology.size and {d.device_kind for d in devices} == {topology.chip.kind}
+
+
+@needs_compiler
+@pytest.mark.parametrize(("x", "y"), [(64, 1), (16, 4), (8, 8), (2, 32)])
+def test_a_mesh_may_split_an_axis_of_the_torus(x, y):
+    mesh = make_mesh(MeshConfig(x=x, y=y), lower.devices(chips.parse("v5p:4x4x4")))
+    assert dict(mesh.shape) == {"x": x, "y": y} and len({d.id for d in mesh.devices.flat}) == 64

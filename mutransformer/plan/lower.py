@@ -53,7 +53,7 @@ def devices(topology: Topology) -> list[Any]:
     """
     require_compiler()
     # Compile only: no metadata server to ask, no chip to hold.
-    for key, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": ""}.items():
+    for key, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
         os.environ.setdefault(key, value)
     options: dict[str, Any] = {}
     if topology.chip.name == "v4":
