@@ -173,27 +173,28 @@ def _traffic(case: Case, done: trace.Work) -> list[Traffic]:
 
 
 def torus_axes(topology: Topology, sizes: dict[str, int], axes: tuple[str, ...]) -> float:
-    """How many rings of the torus serve a collective over axes of the mesh at once; a line counts half.
+    """How many rings of the torus can serve a collective over axes of the mesh at once; a line, or a part of a ring, counts half.
 
-    The axes of the mesh are laid on whole axes of the torus where their sizes allow it, the last axis of the mesh first. An axis
-    that cannot have whole ones is given half a ring: it is a part of one.
+    The axes of the mesh are laid on whole axes of the torus as far as their sizes allow it, the last axis of the mesh first.
     """
     free = dict(enumerate(topology.shape))
     total = 0.0
     for axis in reversed(sizes):
-        chosen = _product(free, sizes[axis])
-        for place in chosen:
-            del free[place]
+        chosen = _whole(free, sizes[axis])
+        covered = math.prod(free.pop(place) for place in chosen)
         if axis in axes:
-            rings = sum(1.0 if topology.wraps[place] else 0.5 for place in chosen if topology.shape[place] > 1)
-            total += rings or (0.5 if sizes[axis] > 1 else 0.0)
+            total += sum(1.0 if topology.wraps[place] else 0.5 for place in chosen)
+            total += 0.5 if covered < sizes[axis] else 0.0
     return total
 
 
-def _product(free: dict[int, int], size: int) -> tuple[int, ...]:
-    """The fewest places whose sizes multiply to this one; none if there are none."""
-    for count in range(1, len(free) + 1):
-        for places in combinations(free, count):
-            if math.prod(free[place] for place in places) == size and size > 1:
-                return places
-    return ()
+def _whole(free: dict[int, int], size: int) -> tuple[int, ...]:
+    """The places, of more than one chip, that together cover most of a size and divide it; the fewest of those that do."""
+    places = [place for place, n in free.items() if n > 1]
+    fitting = [
+        chosen
+        for count in range(len(places) + 1)
+        for chosen in combinations(places, count)
+        if size % math.prod(free[place] for place in chosen) == 0
+    ]
+    return max(fitting, key=lambda chosen: math.prod(free[place] for place in chosen))
