@@ -7,12 +7,13 @@ import jax
 import numpy as np
 from jax import Array
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mutransformer.config import Config, ConfigError, MeshConfig, check
 from mutransformer.kernel_rules import device_kernel
 
 Tree = TypeVar("Tree")
+AnyMesh = Mesh | AbstractMesh  # an abstract one has axes and no devices
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -64,7 +65,7 @@ def traced_for() -> Any:
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
-def check_fits(config: Config, mesh: Mesh) -> None:
+def check_fits(config: Config, mesh: AnyMesh) -> None:
     """Refuses a model or batch that the mesh cannot divide, and an attention kernel that its devices lack.
 
     Raises:
@@ -86,7 +87,7 @@ def check_fits(config: Config, mesh: Mesh) -> None:
         needs.append(("model.d_head (which mesh.y divides if it does not divide model.n_kv_head)", m.d_head, "y", y))
     for what, size, axis, parts in needs:
         check(size % parts == 0, f"{what} = {size}: not divisible by mesh.{axis} = {parts}")
-    device = mesh.devices.flat[0]
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
     has = device_kernel(device.platform, device.device_kind)
     check(
         m.attention_kernel in ("auto", "xla", has) or (m.attention_kernel == "splash" and device.platform == "cpu"),
@@ -94,17 +95,17 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     )  # splash attention on a CPU is interpreted, for tests
 
 
-def shardings(specs: Tree, mesh: Mesh) -> Tree:
+def shardings(specs: Tree, mesh: AnyMesh) -> Tree:
     """The resting place of every weight in a tree of specs."""
     return jax.tree.map(lambda w: NamedSharding(mesh, w.pspec), specs)
 
 
-def rows(mesh: Mesh) -> PartitionSpec:
+def rows(mesh: AnyMesh) -> PartitionSpec:
     """How a batch is spread: over x, and over z where there is one."""
     return PartitionSpec(("z", "x") if "z" in mesh.axis_names else "x")
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from mutransformer import mup
 from mutransformer.config import Config
-from mutransformer.mesh import replicated, shardings
+from mutransformer.mesh import AnyMesh, replicated, shardings
 from mutransformer.model import Transformer, specs
 from mutransformer.optim import make_optimizer
 
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     shardings: TrainState[NamedSharding]
 
 
-def plan(config: Config, mesh: Mesh) -> Plan:
+def plan(config: Config, mesh: AnyMesh) -> Plan:
     """Shapes and shardings of the whole state. Computes nothing."""
     weights = specs(config)
     tx = make_optimizer(config, weights)

@@ -12,9 +12,9 @@ from jaxtyping import Float
 
 from mutransformer.collectives import own_on_z, sum_rows, sum_z
 from mutransformer.config import Config
-from mutransformer.data.pipeline import Batch
+from mutransformer.data.batch import Batch
 from mutransformer.flags import compiler_options
-from mutransformer.mesh import rows
+from mutransformer.mesh import AnyMesh, rows
 from mutransformer.model import Forward, Transformer, specs
 from mutransformer.ops import shift_right
 from mutransformer.optim import make_optimizer, make_schedule
@@ -57,7 +57,7 @@ def device_grads(config: Config, bos_id: int) -> Callable[[Transformer[Array], B
     return grads_of
 
 
-def make_loss_and_grads(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Metrics, Any]]:
+def make_loss_and_grads(config: Config, mesh: AnyMesh, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Metrics, Any]]:
     """A function of (params, batch) that gives {loss, objective} and the gradient of the objective, summed over all devices.
 
     loss is the mean over unmasked targets, in nats. objective is what is differentiated: the same, with the z-loss if there is

@@ -13,16 +13,19 @@ PACKAGE = "mutransformer"
 # From the ground up: a module imports only from floors below its own.
 FLOORS = [
     *({""}, {"errors"}, {"data_config", "run_config", "kernel_rules"}, {"config"}, {"settings", "spec"}),
-    *({"data.cache"}, {"data.files"}, {"data.parts", "data.tokenize"}, {"data.hub", "data.shards"}),
+    *({"data.cache", "data.batch"}, {"data.files"}, {"data.parts", "data.tokenize"}, {"data.hub", "data.shards"}),
     *({"data.sources", "data.hf_tokenizer"}, {"data.job"}, {"data.build"}, {"data.vocabulary"}, {"data.corpus"}),
     *({"data.rows"}, {"data.pipeline"}, {"data"}),
     *({"mup", "mesh", "collectives", "hardware", "flags"}, {"linear", "launch"}, {"ops", "kernels"}, {"attention"}),
-    *({"model"}, {"optim"}),
-    *({"state"}, {"step"}, {"checkpoint", "metrics"}, {"evaluate", "generate", "plan", "hf"}, {"study"}, {"train"}),
+    *({"model"}, {"optim"}, {"state"}, {"step"}, {"checkpoint", "metrics"}, {"evaluate", "generate", "hf"}),
+    *({"plan.chips", "plan.kernels", "plan.hlo"}, {"plan.comm", "plan.loops", "plan.timing", "plan.trace", "plan.case"}),
+    *({"plan.walk", "plan.estimate", "plan.lower"}, {"plan.search", "plan.simulate"}, {"plan.show", "plan.timeline"}),
+    *({"plan.asdict"}, {"plan"}, {"study"}, {"train"}),
 ]
 # By the first part of their names. The config asks where files are, and leaves reading them to OmegaConf.
 EFFECTS = {"data", "checkpoint", "metrics", "hardware", "launch", "train", "study", "hf"}
-ALLOWED = {name: {"pathlib", "pathlib.Path"} for name in ("config", "errors", "settings")}
+ALLOWED = {name: {"pathlib", "pathlib.Path"} for name in ("config", "errors", "settings", "plan.timeline")}
+ALLOWED["plan.lower"] = {"os", "time"}
 
 IMPURE_MODULES = {
     *("datetime", "fsspec", "glob", "io", "logging", "os", "pathlib", "random", "requests", "secrets", "shutil", "signal"),

@@ -9,30 +9,16 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import grain
 import numpy as np
 from absl import flags
 
 from mutransformer.config import ConfigError, DataConfig, check
+from mutransformer.data.batch import Batch
 from mutransformer.data.corpus import Mixture
 from mutransformer.data.rows import Row, Rows, rows_of
-
-
-class Batch(NamedTuple):
-    """Rows to predict, each from itself shifted right behind bos: those of one process on the host, or all of them on devices.
-
-    Attributes:
-        tokens: int32 [rows, T].
-        mask: bool [rows, T], the targets that count.
-        segments: int32 [rows, T] with data.documents=apart: which of its row's documents a target belongs to, counted from 0.
-            Then none is predicted from another document, its first token from bos alone. None: a row is read as one text.
-    """
-
-    tokens: Any
-    mask: Any
-    segments: Any = None
 
 
 class Batches(Iterator[Batch]):
