@@ -196,8 +196,11 @@ class Forward:
         return x, seen | in_attention | in_feed_forward
 
     def streams(self, rows: int) -> int:
-        """In how many parts a device's rows go through the layers."""
-        wanted = self.config.mesh.streams or (2 if self.config.mesh.y > 1 else 1)
+        """In how many parts a device's rows go through the layers.
+
+        Unasked, several only where the backward pass computes layers again: else each stream would gather its weights there.
+        """
+        wanted = self.config.mesh.streams or (2 if self.config.mesh.y > 1 and self.c.remat != "none" else 1)
         return wanted if rows % wanted == 0 and not self.watch else 1
 
     @property

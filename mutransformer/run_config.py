@@ -15,7 +15,7 @@ class MeshConfig:
     y: int = 1
     slices: int = 1  # grids; gradients are summed over them once a step
     streams: Optional[int] = None  # a device's rows are worked off in so many independent parts, so that one computes while
-    # another waits for y; None: 2 where there is something to wait for, that is y > 1
+    # another waits for y; None: 2 where there is something to wait for, that is y > 1, and model.remat is not none
     exchange: Optional[bool] = (
         None  # sums over y by an all-to-all instead of a reduce-scatter; None: where it is faster, see flags.py
     )
