@@ -156,8 +156,8 @@ class OptimConfig:
     warmup_steps: int = 100  # linear from schedule_floor to 1; a shorter run ends within it
     schedule_floor: float = 1e-4  # where the schedule starts and ends, as a share of lr
     accumulate: int = 1  # a batch is worked off in this many parts
-    reduce: Literal["part", "step"] = "part"  # gradients are summed over devices after each part, or once a step: less moves,
-    # but all weights and their gradients are whole along mesh.x meanwhile
+    # Gradients are summed over devices after each part, or once a step, all weights and gradients being whole along x meanwhile.
+    reduce: Literal["part", "step"] = "part"  # with accumulate > 1
     z_loss: float = 0.0  # adds this times the mean of (log of the softmax's normaliser)^2 to what is minimised; published: 1e-4
     loss_per: Literal["target", "position"] = "target"  # the loss is the mean over unmasked targets, or over all positions
 

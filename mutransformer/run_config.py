@@ -14,11 +14,9 @@ class MeshConfig:
     x: int = -1  # -1: all devices that y leaves
     y: int = 1
     slices: int = 1  # grids; gradients are summed over them once a step
-    streams: Optional[int] = None  # a device's rows are worked off in so many independent parts, so that one computes while
-    # another waits for y; None: 2 where there is something to wait for, that is y > 1, and model.remat is not none
-    exchange: Optional[bool] = (
-        None  # sums over y by an all-to-all instead of a reduce-scatter; None: where it is faster, see flags.py
-    )
+    # A device's rows are worked off in so many independent parts, so that one computes while another waits for y.
+    streams: Optional[int] = None  # None: 2 where y > 1 and model.remat is not none, else 1
+    exchange: Optional[bool] = None  # sums over y by an all-to-all instead of a reduce-scatter; None: where faster, see flags.py
 
     def __post_init__(self) -> None:
         check(self.x >= 1 or self.x == -1, f"mesh.x = {self.x}: must be at least 1, or -1 for all devices")
