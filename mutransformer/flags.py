@@ -50,6 +50,4 @@ def tuning(device_kind: str) -> Tuning:
 
 def compiler_options(config: Config, device_kind: str) -> dict[str, str]:
     """The options with which a run's step is compiled for a kind of device."""
-    booleans = {"True": "true", "False": "false"}  # as YAML's true and false arrive here
-    given = {name: booleans.get(value, value) for name, value in config.xla.items()}
-    return {**(tuning(device_kind).options if config.xla_tuned else {}), **given}
+    return {**(tuning(device_kind).options if config.xla_tuned else {}), **config.xla}

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
 
 from mutransformer.collectives import own_on_z, sum_rows, sum_z
-from mutransformer.config import Config
+from mutransformer.config import Config, ConfigError
 from mutransformer.data.batch import Batch
 from mutransformer.flags import compiler_options
 from mutransformer.mesh import AnyMesh, rows
@@ -102,6 +102,9 @@ def make_train_step(config: Config, mesh: Mesh, bos_id: int) -> jax.stages.Wrapp
     """The jitted update: (state, batch) -> (state, metrics). The state is donated: use the one returned.
 
     Metrics, float32 scalars: loss, objective (as above, before the update), and what `update` adds.
+
+    Raises:
+        ConfigError: the devices' compiler refuses an option in config.xla.
     """
     loss_and_grads = make_loss_and_grads(config, mesh, bos_id)
     places = plan(config, mesh).shardings
@@ -110,8 +113,13 @@ def make_train_step(config: Config, mesh: Mesh, bos_id: int) -> jax.stages.Wrapp
         metrics, grads = loss_and_grads(state.params, batch)
         return update(config, state, metrics, grads, config.optim.lr)
 
-    options = compiler_options(config, mesh.devices.flat[0].device_kind)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, None), compiler_options=options or None)
+    options = compiler_options(config, mesh.devices.flat[0].device_kind) or None
+    if config.xla and mesh.devices.flat[0] in jax.devices():
+        try:
+            jax.jit(lambda: jnp.zeros(()), compiler_options=options)()
+        except jax.errors.JaxRuntimeError as error:
+            raise ConfigError(f"xla: {str(error).splitlines()[0]}") from None
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
 
 
 def device_sums(config: Config, bos_id: int) -> Callable[[Transformer[Array], Batch], tuple[Array, Array]]:

@@ -18,6 +18,20 @@ def run(script: str, args: list[str], n_process: int) -> None:
         finish(process)
 
 
+@pytest.mark.slow
+def test_four_processes_with_what_makes_a_step_fast_are_one_of_eight_devices(tmp_path: Path) -> None:
+    """Four of two devices each, with streams, exchanges, kept activations and two slices; and one that has none of that."""
+    args = [*settings(tmp_path, *LENGTH), "data.batch_size=16"]
+    fast = ["mesh.slices=2", "mesh.x=2", "mesh.y=2", "mesh.streams=2", "mesh.exchange=true", "model.remat=dots"]
+    run("scripts/train.py", [*args, "mesh.x=8", "mesh.y=1", "name=plain"], 1)
+    run("scripts/train.py", [*args, *fast, "name=fast"], 4)
+    plain, fast_ones = (metrics(tmp_path / "runs" / name) for name in ("plain", "fast"))
+    assert list(plain) == list(fast_ones) == list(range(1, 7))
+    for step, line in plain.items():
+        for tag in {"train/loss", "norm/gradient", "validation/loss", "validation_whole/loss"} & set(line):
+            assert fast_ones[step][tag] == pytest.approx(line[tag], rel=1e-5), f"{tag} at step {step}"
+
+
 @pytest.mark.parametrize("mesh", ["4x2", pytest.param("1x8", marks=pytest.mark.slow)])
 def test_same_losses(tmp_path: Path, mesh: str) -> None:
     args = settings(tmp_path, *LENGTH, *MESHES[mesh])

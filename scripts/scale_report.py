@@ -1,0 +1,54 @@
+"""The table of results/scale from plans as JSON: python scripts/scale_report.py results/scale
+
+Each FILE.json there is what `plan.py --compile --json` printed. Prints Markdown; a row a file, by name.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def row(path: Path) -> list[str]:
+    plan = json.loads(path.read_text(encoding="utf-8"))
+    compiled, hybrid = plan["compiled"], plan["compiled"]["costings"]["hybrid"]
+    held = compiled["memory"]
+    state = sum(held[key] for key in ("parameters", "optimizer"))
+    return [
+        path.stem,
+        f"{plan['topology']}, {' x '.join(map(str, plan['mesh'].values()))}",
+        plan["remat"],
+        f"{hybrid['step_seconds']:.3f}",
+        f"{compiled['costings']['cycles']['step_seconds']:.3f}",
+        f"{hybrid['mfu']:.1%}",
+        f"{hybrid['mfu_6n']:.1%}",
+        f"{hybrid['matmul_seconds']:.3f}",
+        f"{hybrid['kernel_seconds']:.3f}",
+        f"{hybrid['exposed_seconds']:.3f} of {hybrid['communication_seconds']:.3f}",
+        f"{compiled['peak_bytes'] / 1e9:.1f}",
+        f"{state / 1e9:.2f}",
+        f"{compiled['compile_seconds']:.0f}",
+    ]
+
+
+HEADER = [
+    *("case", "slice, mesh", "remat", "step, s", "all by cycles, s", "MFU", "MFU, 6N + 12LTd", "products, s", "kernels, s"),
+    *("exposed of comm., s", "peak, GB", "state, GB", "compiled in, s"),
+]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args(argv)
+    paths = sorted(given.folder.glob("*.json"))
+    if not paths:
+        print(f"error: {given.folder}: holds no .json of plan.py --compile --json", file=sys.stderr)
+        return 2
+    rows = [HEADER, ["---"] * len(HEADER), *(row(path) for path in paths)]
+    print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
