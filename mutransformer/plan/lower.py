@@ -82,8 +82,8 @@ def compile_step(case: Case) -> Compiled:
         reason = next((line for line in lines if "memory" in line), lines[0])
         raise ConfigError(f"the compiler refuses the step on {case.topology}: {reason}") from None
     seconds = time.perf_counter() - begin
-    text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert text is not None and memory is not None
+    text, memory = _text(compiled), compiled.memory_analysis()
+    assert memory is not None
     return Compiled(
         text,
         seconds,
@@ -92,6 +92,17 @@ def compile_step(case: Case) -> Compiled:
         float(memory.temp_size_in_bytes),
         float(memory.generated_code_size_in_bytes),
     )
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    """Raises ConfigError: this pair of compiler and JAX does not give the schedule."""
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        text = None
+    check(text is not None, "--compile: this libtpu does not print what it compiled; pip install jax==0.10.2 libtpu==0.0.42 does")
+    assert text is not None
+    return text
 
 
 def _batch(case: Case, mesh: Mesh) -> Any:
