@@ -15,33 +15,16 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
-from mutransformer import mup, ops
+from mutransformer import levers, mup, ops
 from mutransformer.attention import attention, attention_logits
 from mutransformer.collectives import gather_heads, gather_x, gather_y, scatter_y
 from mutransformer.config import Config
-from mutransformer.flags import tuning
 from mutransformer.linear import Head, Precision, head_loss, project, whole
-from mutransformer.mesh import traced_for
 from mutransformer.spec import Init, Role, Weight, weight
-
-HEAD_CHUNK_CPU = 512  # tokens; tuned on two cores
-HEAD_BYTES = 512 << 20  # of float32 logits: the sum of the unembedding's gradient, as large, is read and written once a chunk
-
-save_only_these_names = jax.checkpoint_policies.save_only_these_names
 
 T = TypeVar("T")  # Weight, NamedSharding, Array, float, bool, ...
 Activations = dict[str, Array]
 Segments = Int[Array, "b T"] | None  # of the targets, and so of the inputs that predict them; None: a row is one
-
-
-# What a layer keeps for its backward pass by name, beside its input; the rest is computed again. "attended" is all that
-# attention's gradient needs of its result. results/scale has what each policy costs in time and memory.
-KEPT = {
-    "full": (),
-    "outputs": ("attended", "middle"),  # only the products that lead up to attention and to the activation are made again
-    "attention": ("query", "key", "value", "attended", "middle"),
-    "dots": ("query", "key", "value", "attended", "middle", "hidden", "gate"),  # no product with a weight is made again
-}
 
 
 class Block(eqx.Module, Generic[T]):
@@ -176,15 +159,12 @@ class Forward:
 
         def layer(xs: tuple[Array, ...], block: Block[Array]) -> tuple[tuple[Array, ...], Activations]:
             w = jax.tree.map(self.whole, block, self.block_specs)
-            halves = [self.layer(w, x, rows) for x, rows in zip(xs, parts, strict=True)]
-            return tuple(x for x, _ in halves), halves[0][1]
+            streams = [self.layer(w, x, rows) for x, rows in zip(xs, parts, strict=True)]
+            return tuple(x for x, _ in streams), streams[0][1]
 
-        # Rows in streams that do not meet before the loss: while one waits for y, the other computes.
-        n = self.streams(inputs.shape[0])
+        n = 1 if self.watch else levers.streams(self.config, inputs.shape[0])
         parts = jnp.split(segments, n) if segments is not None else [None] * n
-        if c.remat != "none":
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=save_only_these_names(*KEPT[c.remat]))
-        xs, seen = lax.scan(layer, tuple(jnp.split(x, n)), params.blocks)
+        xs, seen = lax.scan(levers.keeping(layer, self.config), tuple(jnp.split(x, n)), params.blocks)
         return jnp.concatenate(xs), seen
 
     def layer(self, w: "Block[Any]", x: Float[Array, "b T m"], segments: Segments) -> tuple[Float[Array, "b T m"], Activations]:
@@ -195,24 +175,11 @@ class Forward:
         x = x + self.times(branch, self.block_specs.w_fo)
         return x, seen | in_attention | in_feed_forward
 
-    def streams(self, rows: int) -> int:
-        """In how many parts a device's rows go through the layers.
-
-        Unasked, several only where the backward pass computes layers again: else each stream would gather its weights there.
-        """
-        wanted = self.config.mesh.streams or (2 if self.config.mesh.y > 1 and self.c.remat != "none" else 1)
-        return wanted if rows % wanted == 0 and not self.watch else 1
-
-    @property
-    def exchange(self) -> bool:
-        wanted = self.config.mesh.exchange
-        return tuning(traced_for().device_kind).exchange if wanted is None else wanted
-
     def gather_y(self, x: Float[Array, "b T m"]) -> Float[Array, "b T M"]:
-        return gather_y(x, self.exchange)
+        return gather_y(x, levers.exchanges(self.config))
 
     def scatter_y(self, x: Float[Array, "b T M"]) -> Float[Array, "b T m"]:
-        return scatter_y(x, self.exchange)
+        return scatter_y(x, levers.exchanges(self.config))
 
     def attention(
         self, w: "Block[Any]", x: Float[Array, "b T m"], segments: Segments
@@ -299,16 +266,9 @@ class Forward:
         assert self.c.n_vocab is not None
         s = self.specs
         bias = self.whole(params.b_u, s.b_u)
-        head = Head(s.unembed, self.precision, self.c.n_vocab, self.head_chunk, self.config.optim.z_loss)
+        head = Head(s.unembed, self.precision, self.c.n_vocab, levers.head_chunk(self.config), self.config.optim.z_loss)
         h = self.final(params, ops.shift_right(tokens, bos_id, segments), segments)
         return head_loss(h, params.unembed, bias, tokens, mask, head)
-
-    @property
-    def head_chunk(self) -> int:
-        if self.c.head_chunk is not None:
-            return self.c.head_chunk
-        fit = HEAD_BYTES // (4 * self.c.padded_vocab // self.config.mesh.y)
-        return HEAD_CHUNK_CPU if traced_for().platform == "cpu" else max(1, 1 << (fit.bit_length() - 1))
 
     def times(self, x: Float[Array, "b T _"], s: Weight) -> Float[Array, "b T _"]:
         """x times a weight's forward multiplier."""

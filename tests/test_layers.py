@@ -16,7 +16,7 @@ FLOORS = [
     *({"data.cache", "data.batch"}, {"data.files"}, {"data.parts", "data.tokenize"}, {"data.hub", "data.shards"}),
     *({"data.sources", "data.hf_tokenizer"}, {"data.job"}, {"data.build"}, {"data.vocabulary"}, {"data.corpus"}),
     *({"data.rows"}, {"data.pipeline"}, {"data"}),
-    *({"mup", "mesh", "collectives", "hardware", "flags"}, {"linear", "launch"}, {"ops", "kernels"}, {"attention"}),
+    *({"mup", "mesh", "collectives", "hardware", "flags"}, {"linear", "launch", "levers"}, {"ops", "kernels"}, {"attention"}),
     *({"model"}, {"optim"}, {"state"}, {"step"}, {"checkpoint", "metrics"}, {"evaluate", "generate", "hf"}),
     *({"plan.chips", "plan.kernels", "plan.hlo"}, {"plan.comm", "plan.loops", "plan.timing", "plan.trace", "plan.case"}),
     *({"plan.walk", "plan.estimate", "plan.lower"}, {"plan.search", "plan.simulate"}, {"plan.show", "plan.timeline"}),
