@@ -1,7 +1,6 @@
-"""How a step is made fast or small: what the config leaves open is chosen here, by device and mesh. Nothing changes what is computed.
-
-Gains are seconds of a simulated step: 1.3 G parameters, 2^20 tokens in rows of 256, 64 chips of v5p. results/scale has them all, and
-how they were found.
+"""How a step is made fast or small: what the config leaves open is chosen here, by device and mesh. Nothing of it changes what is
+computed. Gains are seconds of a simulated step: 1.3 G parameters, 2^20 tokens in rows of 256, 64 chips of v5p; all of them, and
+how they were found, are in results/scale.
 """
 
 from collections.abc import Callable
