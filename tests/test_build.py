@@ -259,6 +259,7 @@ def test_a_killed_process_of_the_pool_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in err and not list(tmp_path.glob("cache/*/manifest.json"))
 
 
+@pytest.mark.slow
 def test_a_failure_ends_the_other_processes_at_once(tmp_path: Path) -> None:
     text(tmp_path, copies=20_000, kind="jsonl")  # some 20 MB a file
     bad = tmp_path / "text/00.jsonl"

@@ -126,7 +126,7 @@ def test_joined_nothing_of_it_is_computed() -> None:
     assert n_inputs == 3 and compared in text
 
 
-@pytest.mark.parametrize("one_by_one", [True, False])
+@pytest.mark.parametrize("one_by_one", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_runs_of_a_sweep_keep_them_apart_too(one_by_one: bool) -> None:
     config = load([*TINY, f"data.seq_len={T}", "data.batch_size=2", "mesh.x=1", "data.documents=apart", "model.n_layer=1"])
     batch, _ = rows("relu")

@@ -87,6 +87,7 @@ def test_table_8_is_table_3(base):
     assert np.abs(np.array(other) - losses).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_completed_p_at_unchanged_depth_batch_and_tokens_is_its_rule_for_width():
     now = 8 * 16
     settings = ["optim.rule=completed_p", "model.d_base=16", "model.qk_norm=true", "model.gains=vector", "model.biases=true"]

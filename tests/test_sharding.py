@@ -134,7 +134,7 @@ EVERY = [(lever, *mesh) for lever in LEVERS for mesh in meshes_of(lever)]
 LEVER_CASES = [
     (lever, x, y)
     for lever, x, y in EVERY
-    if lever == "streams and exchange" or (x, y) in ([(2, 2)] if lever.startswith("slices") else [(4, 2), (2, 4)])
+    if lever == "streams and exchange" or (x, y) in ([(2, 2)] if lever.startswith("slices") else [(4, 2)])
 ]
 
 
