@@ -69,15 +69,15 @@ def test_forward_loss_and_gradients(case: Case) -> None:
     assert not wrong
 
 
-LEVERS = ["mesh.x=1", "mesh.y=2", "mesh.streams=2", "mesh.exchange=true", "model.remat=dots"]
+LEVERS = ["mesh.streams=2", "model.remat=dots", "model.head_chunk=5"]
 
 
 def test_gradients_with_what_makes_a_step_fast(case: Case) -> None:
-    """On two devices, with streams, exchanges and kept activations."""
+    """With streams, kept activations, few logits at a time; tests/test_sharding.py says that a mesh changes nothing more."""
     o = case.options
     first = Batch(case.tokens[0], np.asarray(loss_mask(case.tokens[0], o["eos_token_id"], o["pad_token_id"])))
     config = load([*settings({**o, "grad_acc_steps": 1}), *LEVERS])
-    mesh = make_mesh(config.mesh, jax.devices()[:2])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     metrics, grads = jax.jit(make_loss_and_grads(config, mesh, o["bos_token_id"]))(case.init, put(first, mesh))
     assert distance(metrics["loss"], case.loss_avg[0]) <= 1e-5
     assert not {k: d for k, d in distances(grads, case.grad0).items() if d > 1e-5}
