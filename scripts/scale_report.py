@@ -27,13 +27,12 @@ def row(path: Path) -> list[str]:
         f"{hybrid['exposed_seconds']:.3f} of {hybrid['communication_seconds']:.3f}",
         f"{compiled['peak_bytes'] / 1e9:.1f}",
         f"{state / 1e9:.2f}",
-        f"{compiled['compile_seconds']:.0f}",
     ]
 
 
 HEADER = [
     *("case", "slice, mesh", "remat", "step, s", "all by cycles, s", "MFU", "MFU, 6N + 12LTd", "products, s", "kernels, s"),
-    *("exposed of comm., s", "peak, GB", "state, GB", "compiled in, s"),
+    *("exposed of comm., s", "peak, GB", "state, GB"),
 ]
 
 
