@@ -33,8 +33,8 @@ def keeping(layer: Callable[..., Any], config: Config) -> Callable[..., Any]:
 
 
 def streams(config: Config, rows: int) -> int:
-    """In how many parts a device's rows go through the layers: while one waits for y, the other computes. Two for one: 0.641 -> 0.538
-    at 16 x 4.
+    """In how many parts a device's rows go through the layers: while one waits for y, the other computes. 0.641 -> 0.538 at
+    16 x 4, two for one.
 
     Unasked, two with y > 1, but only where the backward pass computes layers again: else each would gather its weights there.
     """
