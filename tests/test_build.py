@@ -204,6 +204,7 @@ def test_progress_is_told_with_the_time_left(tmp_path: Path, monkeypatch: pytest
     assert told[0] == "data: 1 of 12 shards, about 00:01:50 left" and told[-1] == "data: 11 of 12 shards, about 00:00:10 left"
 
 
+@pytest.mark.slow
 def test_two_processes_may_prepare_the_same(root: str, tmp_path: Path) -> None:
     text(tmp_path, copies=20)
     for process in [prepare_data(arguments(tmp_path, root)) for _ in range(3)]:
@@ -245,6 +246,7 @@ def test_a_host_that_never_comes_is_done_without(root: str, tmp_path: Path) -> N
     assert sorted(one["made"]) == list(range(FILES))
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_the_pool_is_one_line(tmp_path: Path) -> None:
     text(tmp_path, copies=5000, kind="jsonl")
     process = prepare_data(arguments(tmp_path, str(tmp_path / "cache"), "data.processes=2"))

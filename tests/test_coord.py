@@ -343,6 +343,7 @@ def test_unless_asked_nothing_of_it_is_computed() -> None:
 # Measuring
 
 
+@pytest.mark.slow
 def test_without_an_update_to_speak_of_nothing_changes(tmp_path: Path) -> None:
     """And the sizes are those of the model that training with this seed starts with, on its first batch."""
     config = load(settings(tmp_path, *TINY, "model.n_vocab=null", "optim.lr=1e-30", "optim.warmup_steps=0"))
