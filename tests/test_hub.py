@@ -89,6 +89,7 @@ def test_a_folder_in_the_hubs_layout_and_its_own_splits(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_c4_and_t5_as_the_papers_config_names_them(hub: Hub, tmp_path: Path) -> None:
     dry = run(hub, tmp_path, "--dry-run")
     assert dry.returncode == 0, dry.stderr

@@ -102,6 +102,7 @@ def test_completed_p_at_unchanged_depth_batch_and_tokens_is_its_rule_for_width()
     assert not same(train(*settings, "optim.rule=mup", "optim.eps=0.001"), train(*settings, "optim.eps=0.001"))
 
 
+@pytest.mark.slow
 def test_completep_is_table_8_at_its_depth():
     settings = ["model.d_base=16", "model.qk_norm=true", "model.gains=vector", "model.biases=true"]
     assert same(train(*settings, "optim.rule=completep"), train(*settings, "optim.rule=mup_table8"))

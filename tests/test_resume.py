@@ -66,6 +66,7 @@ def test_killed_run_goes_on_bit_for_bit(folder: Path, uninterrupted: Path) -> No
     compare(run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_step_and_says_so(folder: Path, uninterrupted: Path) -> None:
     args = settings(folder, *LENGTH, "name=asked")
     run = folder / "runs" / "asked"

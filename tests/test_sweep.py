@@ -213,6 +213,7 @@ def test_other_settings_in_the_same_folder_are_refused(change, whole: Path, fold
 # How runs are spread
 
 
+@pytest.mark.slow
 def test_runs_that_do_not_fit_go_one_by_one_sharded_whatever_was_saved_of_them_together(
     whole: Path, folder: Path, sweep, trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def test_a_run_of_no_number_fails_and_keeps_no_checkpoint_of_it(tmp_path: Path, 
     assert not list((tmp_path / "runs" / "hot" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_signal_within_an_evaluation_leaves_no_result_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = settings(tmp_path, "steps=6", "eval.every=3", "name=cut")
 
