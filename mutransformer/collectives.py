@@ -31,8 +31,7 @@ def gather_x(w: Array, spec: Weight, compute: DTypeLike, reduce: DTypeLike, type
         reduce: dtype in which its gradient moves.
         typed: dtype of the result, and so of the gradient that comes back; None: compute.
     """
-    taken = (*spec.axes, *jax.typeof(w).manual_axis_type.varying)
-    same_on = tuple(axis for axis in ("x", "y") if axis not in taken)
+    same_on = tuple(axis for axis in ("x", "y") if axis not in {*spec.axes, *_varies_on(w)})
     # Marked as this device's own copy while still float32: the mark's gradient is the sum over copies.
     own = lax.pcast(w, same_on, to="varying") if same_on else w
     return _gather_x(own, spec.dim_on("x"), jnp.dtype(compute), jnp.dtype(reduce), jnp.dtype(typed or compute))

@@ -21,9 +21,6 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 class Device(Protocol):
     """What is asked of a jax.Device."""
 
-    @property
-    def device_kind(self) -> str: ...
-
     def memory_stats(self) -> Any: ...
 
 
@@ -55,9 +52,9 @@ _PEAK_FLOPS: dict[str, float] = {
 }
 
 
-def peak_flops(device: Device) -> float | None:
-    """Peak bfloat16 FLOP/s of one device, dense; None if its kind is not known, as for a CPU."""
-    kind = device.device_kind.strip().removeprefix("NVIDIA ")
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of a device of a kind as JAX names it, dense; None if the kind is not known, as for a CPU."""
+    kind = device_kind.strip().removeprefix("NVIDIA ")
     return next((flops for pattern, flops in _PEAK_FLOPS.items() if re.fullmatch(pattern, kind, re.IGNORECASE)), None)
 
 

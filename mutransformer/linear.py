@@ -56,18 +56,14 @@ def dot(a: Float[Array, "*_"], b: Float[Array, "*_"], contract: tuple[int, int])
 
 def dot_rows(a: Float[Array, "R M"], b: Float[Array, "R N"]) -> Float[Array, "M N"]:
     """a^T b: the sum over rows of outer products, in float32. The shape of every weight's gradient."""
-    return lax.platform_dependent(a, b, cpu=_dot_rows_cpu, default=_dot_rows)
-
-
-def _dot_rows(a: Array, b: Array) -> Array:
-    return dot(a, b, (0, 0))
+    return _dot_rows_cpu(a, b) if _on_cpu() else dot(a, b, (0, 0))
 
 
 def _dot_rows_cpu(a: Array, b: Array) -> Array:
     # XLA's fast matrix product for bfloat16 on a CPU takes no transposed left factor, and folds a plain transpose back into the
     # product. One in tiles it leaves alone: the product then takes half the time. The narrower factor is the one to turn.
     if any(n % TILE for n in (*a.shape, b.shape[1])):
-        return _dot_rows(a, b)
+        return dot(a, b, (0, 0))
     if a.shape[1] <= b.shape[1]:
         return dot(_turn(a), b, (1, 0))
     return _turn(dot(_turn(b), a, (1, 0)))
@@ -122,12 +118,12 @@ def whole(w: Float[Array, "..."], spec: Weight, precision: Precision, again: boo
     return Matrix(gather_x(w, spec, *precision, typed=jnp.float32), lax.stop_gradient(w) if again else None)
 
 
-def _as_matrices() -> bool:
-    """Whether a projection is a product of two matrices, its dims merged.
+def _on_cpu() -> bool:
+    """Whether what is traced is for a CPU.
 
-    On a CPU: its fast product takes no others. A TPU lays the dims out as what comes next wants them, and writes a result
-    straight into the stack that a scan keeps of it, only while they are apart: merged they cost 81 ms of copies in a step of 469
-    (1.3 G parameters, 64 x 1 on v5p).
+    There a projection is a product of two matrices, its dims merged: its fast product takes no others. A TPU lays the dims out as
+    what comes next wants them, and writes a result straight into the stack that a scan keeps of it, only while they are apart:
+    merged they cost 81 ms of copies in a step of 469 (1.3 G parameters, 64 x 1 on v5p).
     """
     return traced_for().platform == "cpu"
 
@@ -146,7 +142,7 @@ def _project_backward(spec: Weight, precision: Precision, kept: Kept, grad: Arra
         value = gather_x(shard, spec, *precision)
     value = value.astype(x.dtype)
     into = value.ndim - spec.n_out
-    if _as_matrices():
+    if _on_cpu():
         inner = prod(value.shape[:into])
         grad = grad.reshape(-1, value.size // inner)
         grad_x = dot(grad, value.reshape(inner, -1), (1, 1)).reshape(x.shape)
@@ -170,7 +166,7 @@ def project(x: Float[Array, "b T *into"], w: Matrix, spec: Weight, precision: Pr
     """
     value = w.value.astype(x.dtype)
     into = value.ndim - spec.n_out
-    if not _as_matrices():
+    if not _on_cpu():
         return jnp.tensordot(x, value, into, preferred_element_type=jnp.float32).astype(x.dtype)
     rows, inner = x.shape[: x.ndim - into], prod(value.shape[:into])
     y = dot(x.reshape(-1, inner), value.reshape(inner, -1), (1, 0))

@@ -77,7 +77,7 @@ class Metrics:
             ConfigError: log.wandb is set and the package is missing.
         """
         self._config, self._flops_per_token, self._start_step, self._clock = config, flops_per_token, start_step, clock
-        self._peak = (peak_flops(jax.devices()[0]) or 0) * n_device  # 0: not known
+        self._peak = (peak_flops(jax.devices()[0].device_kind) or 0) * n_device  # 0: not known
         self._pending: tuple[int, Mapping[str, SupportsFloat], float | None] | None = None
         self._mark: tuple[int, float] | None = None  # the last logged step and when it was done
         self._step, self._latest = start_step, dict[str, float]()

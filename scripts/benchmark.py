@@ -52,7 +52,7 @@ def main(config):
     times = [run(n) for _ in range(repeats)]
     rates = sorted(config.tokens_per_step / t for t in times)
     median = statistics.median(rates)
-    peak = peak_flops(mesh.devices.flat[0])
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
     memory = memory_in_use(jax.local_devices())
     report = {
         "tokens_per_second": round(median),

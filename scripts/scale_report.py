@@ -8,6 +8,9 @@ import json
 import sys
 from pathlib import Path
 
+from mutransformer.config import check
+from mutransformer.launch import FINISHED, guarded
+
 
 def row(path: Path) -> list[str]:
     plan = json.loads(path.read_text(encoding="utf-8"))
@@ -40,13 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     given = parser.parse_args(argv)
-    paths = sorted(given.folder.glob("*.json"))
-    if not paths:
-        print(f"error: {given.folder}: holds no .json of plan.py --compile --json", file=sys.stderr)
-        return 2
-    rows = [HEADER, ["---"] * len(HEADER), *(row(path) for path in paths)]
-    print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
-    return 0
+
+    def run() -> int:
+        paths = sorted(given.folder.glob("*.json"))
+        check(bool(paths), f"{given.folder}: holds no .json of plan.py --compile --json")
+        rows = [HEADER, ["---"] * len(HEADER), *(row(path) for path in paths)]
+        print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
+        return FINISHED
+
+    return guarded(run)
 
 
 if __name__ == "__main__":

@@ -112,16 +112,18 @@ def worst(ours: Transformer, theirs: Transformer) -> float:
     return max(jax.tree.leaves(apart))
 
 
+def same(ours: tuple[dict, Transformer], theirs: tuple[dict, Transformer]) -> None:
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-5)
+    assert worst(ours[1], theirs[1]) <= 1e-5
+
+
 # The last model adds one mechanism a mesh can break, heads that some y divide and others do not: two meshes show it.
 CASES = [(m, *mesh) for m in MODELS for mesh in MESHES[1:] if not m.startswith("grouped") or mesh in [(4, 2), (2, 4)]]
 
 
 @pytest.mark.parametrize(("model", "x", "y"), CASES)
 def test_loss_and_every_gradient_are_those_of_one_device(model: str, x: int, y: int) -> None:
-    metrics, grads = loss_and_grads(model, x, y)
-    want, want_grads = unsharded(model)
-    assert metrics["loss"] == pytest.approx(want["loss"], rel=1e-5)
-    assert worst(grads, want_grads) <= 1e-5
+    same(loss_and_grads(model, x, y), unsharded(model))
 
 
 def meshes_of(lever: str) -> list[tuple[int, int]]:
@@ -140,10 +142,7 @@ LEVER_CASES = [
 
 @pytest.mark.parametrize(("lever", "x", "y"), LEVER_CASES)
 def test_no_lever_changes_loss_or_any_gradient(lever: str, x: int, y: int) -> None:
-    metrics, grads = loss_and_grads(lever, x, y)
-    want, want_grads = unsharded_without(lever)
-    assert metrics["loss"] == pytest.approx(want["loss"], rel=1e-5)
-    assert worst(grads, want_grads) <= 1e-5
+    same(loss_and_grads(lever, x, y), unsharded_without(lever))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from mutransformer.errors import ConfigError, check
+from mutransformer.hardware import peak_flops
 
 
 @dataclass(frozen=True)
@@ -13,12 +14,10 @@ class Chip:
 
     Attributes:
         kind: JAX's name of it.
-        peak_flops: dense bfloat16 FLOP/s.
         clock: Hz at which the matrix units give that peak: XLA's cycles are counted in it.
         hbm_bytes: of main memory.
         hbm_bandwidth: bytes/s.
         ici_bandwidth: bytes/s of one axis of the torus, both directions together.
-        vmem_bytes: of a core's fast memory.
         pod: the largest slice, chips along each axis of the torus.
         side: multiples of chips along an axis whose ends are joined: 4 for v4 and v5p, where all axes must have it, else 16.
         cores: TensorCores.
@@ -27,16 +26,21 @@ class Chip:
 
     name: str
     kind: str
-    peak_flops: float
     clock: float
     hbm_bytes: float
     hbm_bandwidth: float
     ici_bandwidth: float
-    vmem_bytes: int
     pod: tuple[int, ...]
     side: int
     cores: int
     names_cores: bool
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bfloat16 FLOP/s."""
+        peak = peak_flops(self.kind)
+        assert peak is not None, self.kind
+        return peak
 
     @property
     def dims(self) -> int:
@@ -50,10 +54,10 @@ _TWO = {"pod": (16, 16), "side": 16, "cores": 1, "names_cores": False}
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", 275e12, 1.05e9, 32e9, 1228e9, 0.9e11, 16 << 20, pod=(16, 16, 16), **_THREE),
-        Chip("v5e", "TPU v5 lite", 197e12, 1.5e9, 16e9, 819e9, 0.9e11, 128 << 20, **_TWO),
-        Chip("v5p", "TPU v5", 459e12, 1.75e9, 95e9, 2765e9, 1.8e11, 64 << 20, pod=(16, 20, 28), **_THREE),
-        Chip("v6e", "TPU v6 lite", 918e12, 1.75e9, 32e9, 1640e9, 1.8e11, 128 << 20, **_TWO),
+        Chip("v4", "TPU v4", 1.05e9, 32e9, 1228e9, 0.9e11, pod=(16, 16, 16), **_THREE),
+        Chip("v5e", "TPU v5 lite", 1.5e9, 16e9, 819e9, 0.9e11, **_TWO),
+        Chip("v5p", "TPU v5", 1.75e9, 95e9, 2765e9, 1.8e11, pod=(16, 20, 28), **_THREE),
+        Chip("v6e", "TPU v6 lite", 1.75e9, 32e9, 1640e9, 1.8e11, **_TWO),
     )
 }
 
