@@ -219,7 +219,7 @@ def test_a_train_step_runs_in_bfloat16(width, head, row, rows, grid, settings):
 def test_projections_with_dims_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an accelerator: the same loss and gradients as with dims merged, which the layout in memory then does not bind."""
     want, want_grads = unsharded("all options")
-    monkeypatch.setattr(linear, "_as_matrices", lambda: False)
+    monkeypatch.setattr(linear, "_on_cpu", lambda: False)
     metrics, grads = loss_and_grads("all options", 2, 2)
     assert metrics["loss"] == pytest.approx(want["loss"], rel=1e-5)
     assert worst(grads, want_grads) <= 1e-5
