@@ -41,7 +41,7 @@ def require_compiler() -> None:
     """Raises ConfigError: the TPU compiler is not installed."""
     check(
         importlib.util.find_spec("libtpu") is not None,
-        "--compile: needs the TPU compiler, which no TPU is needed for: pip install 'mutransformer[tpu]'",
+        "--compile: needs the TPU compiler, which no TPU is needed for: pip install -e '.[tpu]'",
     )
 
 
