@@ -76,7 +76,7 @@ def test_a_mistake_is_one_line(plan, args):
 def test_without_the_compiler_a_line_says_what_to_install(plan, monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(lower.ConfigError, match=r"pip install 'mutransformer\[tpu\]'"):
+    with pytest.raises(lower.ConfigError, match=r"pip install -e '\.\[tpu\]'"):
         lower.require_compiler()
 
 
