@@ -25,7 +25,7 @@ from mutransformer import settings
 from mutransformer.config import DataConfig, SourceConfig
 from mutransformer.launch import command, guarded
 
-CHUNK = 1 << 20  # characters given to a library at once
+CHUNK = 256 << 10  # characters given to a library at once: its fastest of 4 Ki to 4 Mi
 
 
 def main() -> int:
@@ -113,7 +113,8 @@ def library(tokenizer: str, model: str, files: list[str]) -> float:
         import tokenizers
 
         fast = tokenizers.Tokenizer.from_file(model)
-        encode = lambda texts: fast.encode_batch_fast(texts, add_special_tokens=False)  # noqa: E731
+        # With the ids fetched, as the other libraries give them unasked.
+        encode = lambda texts: [found.ids for found in fast.encode_batch_fast(texts, add_special_tokens=False)]  # noqa: E731
     elif tokenizer == "sentencepiece":
         import sentencepiece
 

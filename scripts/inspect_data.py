@@ -36,7 +36,7 @@ def run(given: Namespace) -> int:
     for split, text in corpus.splits.items():
         total = sum(text.weights)
         for tokens, weight in zip(text.sources, text.weights, strict=True):
-            n = len(rows_of(tokens, config.data, tokenizer.n_vocab))
+            n = len(rows_of(tokens, config.data))
             share = f", {weight / total:.1%} of the rows" if split == "train" and len(text.sources) > 1 else ""
             print(f"{tokens.source} {split}: {tokens.n_documents:,} documents, {tokens.n_tokens:,} tokens, {n:,} rows{share}")
     with closing(train_batches(corpus.splits["train"], config.data, config.seed, 1, (0,), tokenizer.n_vocab)) as batches:

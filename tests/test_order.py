@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from tokens import source
+from tokens import source, whole_row
 
 from mutransformer.config import ConfigError, DataConfig
 from mutransformer.data.corpus import Mixture
@@ -130,9 +130,9 @@ def test_no_row_of_a_source_comes_twice_or_is_lost_within_an_epoch(rows: str) ->
     of: dict[tuple[int, ...], tuple[str, int]] = {}
     sizes = {}
     for tokens in text.sources:
-        all_rows = rows_of(tokens, config(rows), N_VOCAB)
+        all_rows = rows_of(tokens, config(rows))
         sizes[tokens.source] = len(all_rows)
-        of |= {tuple(all_rows[i].tokens.tolist()): (tokens.source, i) for i in range(len(all_rows))}
+        of |= {tuple(whole_row(all_rows, i, T).tokens.tolist()): (tokens.source, i) for i in range(len(all_rows))}
     assert len(of) == sum(sizes.values()), "rows are not told apart: nothing is shown"
     for name, n in sizes.items():
         mine = [of[row][1] for row in drawn if of[row][0] == name]

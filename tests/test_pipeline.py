@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokens import EOS, mixture
+from tokens import EOS, mixture, whole_row
 
 from mutransformer.config import ConfigError, DataConfig
 from mutransformer.data.corpus import Mixture
@@ -41,9 +41,10 @@ def global_batches(n: int, n_process: int, seed: int = 0, **settings: Any) -> np
 
 
 def test_rows_are_consecutive_and_the_rest_is_left_out() -> None:
-    rows = ConcatRows(token_file().sources[0], T, N_VOCAB)
+    rows = ConcatRows(token_file().sources[0], T)
     assert len(rows) == N_ROWS
-    assert rows[2].tokens.tolist() == [10, 11, 12, 13, 14] and rows[2].tokens.dtype == np.int32
+    tokens = whole_row(rows, 2, T).tokens
+    assert tokens.tolist() == [10, 11, 12, 13, 14] and tokens.dtype == np.int32
 
 
 def test_a_batch_is_int32_with_every_target_counted() -> None:

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hf import FAMILIES
-from tokens import EOS, source
+from tokens import EOS, source, whole_row
 from transformers import AutoTokenizer
 
 from mutransformer.config import ConfigError, DataConfig
 from mutransformer.data.hf_tokenizer import HFTokenizer, convert
-from mutransformer.data.rows import ConcatRows, PadRows, loss_mask
+from mutransformer.data.rows import ConcatRows, PadRows, Table, loss_mask
 from mutransformer.data.shards import Tokens, Writer, sections
 
-T, N_VOCAB = 8, 1000
+T = 8
 
 
 @pytest.mark.parametrize("n_shards", [1, 2, 5])
@@ -23,45 +23,46 @@ def test_rows_run_over_the_ends_of_shards(n_shards: int) -> None:
     documents = [[100 * k + i for i in range(n - 1)] + [EOS] for k, n in enumerate(lengths)]
     tokens = source(documents, n_shards)
     flat = np.array(sum(documents, []))
-    rows = ConcatRows(tokens, T, N_VOCAB)
+    rows = ConcatRows(tokens, T)
     assert (len(rows), rows.n_all, tokens.n_tokens) == (90 // T, 12, 90)
     for i in range(len(rows)):
-        assert rows[i].tokens.tolist() == flat[i * T : (i + 1) * T].tolist() and rows[i].mask.all()
-    assert rows[11].tokens.tolist() == [*flat[88:], *[EOS] * 6] and rows[11].mask.tolist() == [True] * 2 + [False] * 6
+        row = whole_row(rows, i, T)
+        assert row.tokens.tolist() == flat[i * T : (i + 1) * T].tolist() and row.mask.all()
+    last = whole_row(rows, 11, T)
+    assert last.tokens.tolist() == [*flat[88:], *[EOS] * 6] and last.mask.tolist() == [True] * 2 + [False] * 6
     assert [tokens.read(*tokens.document(k)).tolist() for k in range(len(documents))] == documents
-    padded = PadRows(tokens, T, N_VOCAB, truncated_eos=False)
+    padded = PadRows(tokens, T, truncated_eos=False)
     assert len(padded) == padded.n_all == len(lengths)
     for k, document in enumerate(documents):
-        assert padded[k].tokens.tolist() == (document + [EOS] * T)[:T]
-        assert padded[k].mask.sum() == min(T, lengths[k])
-        assert PadRows(tokens, T, N_VOCAB, truncated_eos=True)[k].tokens[-1] == EOS
+        assert whole_row(padded, k, T).tokens.tolist() == (document + [EOS] * T)[:T]
+        assert whole_row(padded, k, T).mask.sum() == min(T, lengths[k])
+        assert whole_row(PadRows(tokens, T, truncated_eos=True), k, T).tokens[-1] == EOS
 
 
 @pytest.mark.parametrize("n_shards", [1, 2, 5, 8])
-@pytest.mark.parametrize("seq_len", [1, 8, 9, 33, 200])
+@pytest.mark.parametrize("seq_len", [2, 8, 9, 33, 200])
 def test_segments_are_the_documents_of_a_slow_reading(n_shards: int, seq_len: int) -> None:
     """Ids repeat, and documents hold the id of eos: only the ends of documents tell them apart."""
     lengths = [3, 1, 1, 20, 8, 2, 40, 7, 9, 1]
     documents = [[EOS if i % 5 == 3 else i for i in range(n - 1)] + [EOS] for n in lengths]
     tokens = source(documents, n_shards)
     document_of = [k for k, document in enumerate(documents) for _ in document]
-    rows = ConcatRows(tokens, seq_len, N_VOCAB, apart=True)
-    joined = ConcatRows(tokens, seq_len, N_VOCAB)
+    rows = ConcatRows(tokens, seq_len)
     for i in range(rows.n_all):
         inside = [*document_of, *[len(documents)] * seq_len][i * seq_len : (i + 1) * seq_len]
         slow, segment = [], 0
         for t in range(seq_len):
             segment += t > 0 and inside[t] != inside[t - 1]
             slow.append(segment)
-        row = rows[i]
-        assert row.segments is not None and row.segments.dtype == np.int32 and row.segments.tolist() == slow
-        assert row.tokens.tolist() == joined[i].tokens.tolist() and row.mask.tolist() == joined[i].mask.tolist()
-        assert joined[i].segments is None
+        row, joined = whole_row(rows, i, seq_len, apart=True), whole_row(rows, i, seq_len)
+        assert row.segments.dtype == np.int32 and row.segments.tolist() == slow
+        assert row.tokens.tolist() == joined.tokens.tolist() and row.mask.tolist() == joined.mask.tolist()
+        assert joined.segments is None
 
 
 def test_segments_of_a_split_with_empty_shards() -> None:
     tokens = source([[1, EOS], [2, 3, EOS]], n_shards=5)
-    assert [ConcatRows(tokens, 5, N_VOCAB, apart=True)[0].segments] == [pytest.approx([0, 0, 1, 1, 1])]
+    assert [whole_row(ConcatRows(tokens, 5), 0, 5, apart=True).segments] == [pytest.approx([0, 0, 1, 1, 1])]
 
 
 @pytest.mark.parametrize(("family", "truncated_eos"), [("t5", True), ("gpt2", False)])
@@ -86,22 +87,26 @@ def test_pad_rows_and_mask_are_the_references(family: str, truncated_eos: bool, 
 
     writer = Writer(tmp_path / "shard", "<u2")
     for text, ids in zip(texts, ours.encode(texts), strict=True):
-        writer.add("train", np.append(ids, np.int32(ours.eos_id)), len(text.encode()), ends=True)
+        writer.add("train", [ids, np.array([ours.eos_id])], len(text.encode()), ends=True)
     found = sections(tmp_path / "shard", "<u2", writer.finish())["train"]
     tokens = Tokens("data", "train", (found,), 0, "", "", ours.eos_id)
-    rows = PadRows(tokens, seq_len, ours.n_vocab, truncated_eos)
-    np.testing.assert_array_equal(np.stack([rows[i].tokens for i in range(len(rows))]), expected)
-    np.testing.assert_array_equal(np.stack([rows[i].mask for i in range(len(rows))]), counts == 1)
+    rows = PadRows(tokens, seq_len, truncated_eos)
+    found = Table([rows], [len(rows)], DataConfig(seq_len=seq_len, rows="pad"), ours.n_vocab).read(range(len(rows)))
+    np.testing.assert_array_equal(found.tokens, expected)
+    np.testing.assert_array_equal(found.mask, counts == 1)
     np.testing.assert_array_equal(loss_mask(expected, ours.eos_id, ours.eos_id), counts == 1)
-    other = PadRows(tokens, seq_len, ours.n_vocab, not truncated_eos)
-    assert any((other[i].tokens != expected[i]).any() for i in range(len(rows))), "no text is cut off: nothing is shown"
+    other = PadRows(tokens, seq_len, not truncated_eos)
+    cut_off = [whole_row(other, i, seq_len).tokens.tolist() != expected[i].tolist() for i in range(len(rows))]
+    assert any(cut_off), "no text is cut off: nothing is shown"
 
 
 def test_an_id_outside_the_vocabulary_is_found_in_either_kind() -> None:
-    tokens = source([[1, 2, 3, EOS], [4, 5, 998, EOS]])
-    for rows, at in ((ConcatRows(tokens, 4, 998), 1), (PadRows(tokens, 4, 998, False), 1)):
-        with pytest.raises(ConfigError, match=r"shard, train token \d: id 99[89] is outside the vocabulary of 998"):
-            rows[at]
+    tokens = source([[1, 2, 3, EOS], [4, 5, 1200, EOS]])
+    for rows in (ConcatRows(tokens, 4), PadRows(tokens, 4, False)):
+        table = Table([rows, rows], [2, 2], DataConfig(seq_len=4), n_vocab=1000)
+        assert table.read([0, 2, 4]).tokens.tolist() == [[1, 2, 3, EOS], [1, 2, 3, EOS], [EOS] * 4]
+        with pytest.raises(ConfigError, match=r"shard, train token 6: id 1200 is outside the vocabulary of 1000"):
+            table.read([0, 3, 1])
 
 
 def test_truncated_eos_needs_pad_rows() -> None:

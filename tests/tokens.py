@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from mutransformer.config import DataConfig
+from mutransformer.data.batch import Batch
 from mutransformer.data.corpus import Mixture
+from mutransformer.data.rows import Rows, Table
 from mutransformer.data.shards import Tokens, Writer, join, sections
 
 EOS = 999
@@ -21,7 +24,7 @@ def source(documents: list[list[int]], n_shards: int = 1, name: str = "data", n_
         path = folder / (f"{k}.shard" if n_shards > 1 else "shard")
         writer = Writer(path, "<u2")
         for document in documents[k * len(documents) // n_shards : (k + 1) * len(documents) // n_shards]:
-            writer.add("train", np.array(document, np.int32), n_bytes, ends=True)
+            writer.add("train", [np.array(document, np.int32)], n_bytes, ends=True)
         facts: dict[str, Any] = writer.finish()
         opened.append(sections(path, "<u2", facts)["train"])
         hashes.append(facts["train"]["sha256"])
@@ -31,3 +34,10 @@ def source(documents: list[list[int]], n_shards: int = 1, name: str = "data", n_
 def mixture(documents: list[list[int]], n_bytes: int = 0) -> Mixture:
     """Of one source."""
     return Mixture("train", (source(documents, n_bytes=n_bytes),), (1.0,))
+
+
+def whole_row(rows: Rows, index: int, seq_len: int, apart: bool = False) -> Batch:
+    """One row, without the axis of rows."""
+    config = DataConfig(seq_len=seq_len, documents="apart" if apart else "join")
+    batch = Table([rows], [rows.n_all], config, n_vocab=1 << 30).read([index])
+    return Batch(*(None if array is None else array[0] for array in batch))

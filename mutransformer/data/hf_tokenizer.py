@@ -16,6 +16,8 @@ from mutransformer.data import hub
 
 FILES = ["tokenizer.json", "special_ids.json"]  # what one is kept as
 
+_CACHED_WORDS = 1 << 16  # whose ids the library keeps: 5 % faster than with the 10,000 that it keeps by itself, some 20 MB
+
 
 class HFTokenizer:
     """What convert() wrote to two FILES. bos and pad fall back on eos where the tokenizer names none, as most do.
@@ -30,6 +32,8 @@ class HFTokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        if resize := getattr(self._tokenizer.model, "_resize_cache", None):
+            resize(_CACHED_WORDS)
         self._tokenizer.encode_special_tokens = True  # a text that spells one gets ordinary ids
         self.n_vocab: int = ids["n_vocab"]
         self.eos_id: int = ids["eos"]
@@ -40,11 +44,16 @@ class HFTokenizer:
         self.fingerprint = hashlib.sha256(json.dumps([text, ids], sort_keys=True).encode()).hexdigest()
         self._files = dict(zip(FILES, (tokenizer, special_ids), strict=True))
 
+    def __reduce__(self) -> Any:  # by its files: a parent writes to its children one after another, each waits until it is read
+        return HFTokenizer, tuple(self._files.values())
+
     def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
         """As Tokenizer.encode. How many threads the library takes is decided by RAYON_NUM_THREADS when it first starts any."""
-        return [
-            self._ordinary(np.array(e.ids, np.int32)) for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        found = [np.array(e.ids, np.int32) for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        every = np.concatenate(found) if found else np.empty(0, np.int32)
+        if any((every == special).any() for special in self._special):
+            return [self._ordinary(ids) for ids in found]
+        return found
 
     def _ordinary(self, ids: Int32[np.ndarray, " _"]) -> Int32[np.ndarray, " _"]:
         """A unigram model (T5) has the special tokens among its pieces and finds them where they are spelled: they become unk."""

@@ -6,19 +6,16 @@ restart, batch k holds the same rows.
 
 import hashlib
 import sys
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import Any, Optional
 
 import grain
-import numpy as np
 from absl import flags
 
 from mutransformer.config import ConfigError, DataConfig, check
 from mutransformer.data.batch import Batch
 from mutransformer.data.corpus import Mixture
-from mutransformer.data.rows import Row, Rows, rows_of
+from mutransformer.data.rows import Table, rows_of
 
 
 class Batches(Iterator[Batch]):
@@ -86,7 +83,7 @@ def train_batches(text: Mixture, config: DataConfig, seed: int, n_blocks: int, b
         ConfigError: from next(), a token id lies outside the vocabulary.
     """
     rows_here = _rows_here(config, n_blocks, blocks)
-    sources = {tokens.source: rows_of(tokens, config, n_vocab) for tokens in text.sources}
+    sources = {tokens.source: rows_of(tokens, config) for tokens in text.sources}
     what = f"data.batch_size = {config.batch_size}, data.seq_len = {config.seq_len}: the {text.split} split"
     check(
         sum(map(len, sources.values())) >= config.batch_size,
@@ -97,37 +94,25 @@ def train_batches(text: Mixture, config: DataConfig, seed: int, n_blocks: int, b
     empty = [name for name, rows in sources.items() if not len(rows)]
     check(not empty, f"data.sources.{''.join(empty[:1])}: its {text.split} split has not even one row; leave it out, or add text")
     # Of indices and not of rows: what Grain tells of each element it passes on takes longer than to read a row.
-    joined = _Joined(list(sources.values()), [len(rows) for rows in sources.values()])
+    table = Table(list(sources.values()), [len(rows) for rows in sources.values()], config, n_vocab)
     shuffled = [
         grain.MapDataset.range(first, stop).seed(_seed(seed, name, len(sources))).shuffle().repeat()
-        for name, first, stop in zip(sources, joined.before[:-1], joined.before[1:], strict=True)
+        for name, first, stop in zip(sources, table.before[:-1], table.before[1:], strict=True)
     ]
     mixed = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, text.weights)
-    draw = _Draw(joined, mixed, config.batch_size, rows_here)
+    draw = _Draw(table, mixed, config.batch_size, rows_here)
     return Batches(grain.MapDataset.range(sys.maxsize // config.batch_size).map(draw), config)
-
-
-class _Joined:
-    """Rows of several sources, counted on from one to the next."""
-
-    def __init__(self, sources: list[Rows], sizes: list[int]):
-        self._sources = sources
-        self.before: list[int] = [0, *accumulate(sizes)]
-
-    def __getitem__(self, index: int) -> Row:
-        k = bisect_right(self.before, index) - 1
-        return self._sources[k][index - self.before[k]]
 
 
 class _Draw:
     """Batch k of global rows, the rows of one process. A class, since worker processes are sent it."""
 
-    def __init__(self, rows: _Joined, order: Any, batch_size: int, here: list[int]):
-        self._rows, self._order, self._batch_size, self._here = rows, order, batch_size, here
+    def __init__(self, table: Table, order: Any, batch_size: int, here: list[int]):
+        self._table, self._order, self._batch_size, self._here = table, order, batch_size, here
 
     def __call__(self, k: int) -> Batch:
         first = k * self._batch_size
-        return _stacked([self._rows[self._order[first + i]] for i in self._here])
+        return self._table.read([self._order[first + i] for i in self._here])
 
 
 def eval_batches(
@@ -153,23 +138,14 @@ def eval_batches(
     """
     rows_here = _rows_here(config, n_blocks, blocks)
     check(text.n_tokens > 0, f"data: the {text.split} split has no tokens; raise data.{text.split}_share, or add text")
-    sources = [rows_of(tokens, config, n_vocab) for tokens in text.sources]
-    joined = _Joined(sources, [rows.n_all for rows in sources])
-    n_rows = joined.before[-1]
-    beyond = Row(
-        np.full(config.seq_len, text.sources[0].eos_id, np.int32),
-        np.zeros(config.seq_len, np.bool_),
-        np.zeros(config.seq_len, np.int32) if config.documents == "apart" else None,
-    )
-
-    def row(index: int) -> Row:
-        return joined[index] if index < n_rows else beyond
-
+    sources = [rows_of(tokens, config) for tokens in text.sources]
+    table = Table(sources, [rows.n_all for rows in sources], config, n_vocab)
+    n_rows = table.before[-1]
     in_split = -(-n_rows // config.batch_size)
     n = in_split if n_batches is None else min(n_batches, in_split)
     every = 1.0 if n == in_split else n_rows / (n * config.batch_size)
     first_rows = range(0, n * config.batch_size, config.batch_size)
-    return (_stacked([row(int((first + i) * every)) for i in rows_here]) for first in first_rows)
+    return (table.read([int((first + i) * every) for i in rows_here]) for first in first_rows)
 
 
 def fingerprint(text: Mixture, config: DataConfig, seed: int) -> dict[str, Any]:
@@ -184,15 +160,6 @@ def fingerprint(text: Mixture, config: DataConfig, seed: int) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "seed": seed,
     }
-
-
-def _stacked(rows: list[Any]) -> Batch:
-    segments = [row.segments for row in rows if row.segments is not None]
-    return Batch(
-        np.stack([row.tokens for row in rows]),
-        np.stack([row.mask for row in rows]),
-        np.stack(segments) if segments else None,
-    )
 
 
 def _seed(seed: int, name: str, n_sources: int) -> int:

@@ -1,110 +1,136 @@
 """Rows of T tokens, found by arithmetic over a split's tokens: any row can be read without those before it."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Optional, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Int32, Integer
+from jaxtyping import Bool, Int32
 
 from mutransformer.config import ConfigError, DataConfig
+from mutransformer.data.batch import Batch
 from mutransformer.data.shards import Tokens
-
-
-class Row(NamedTuple):
-    """T tokens, which of them count as targets, and where documents are kept apart, which of the row's each belongs to."""
-
-    tokens: Int32[np.ndarray, " T"]
-    mask: Bool[np.ndarray, " T"]
-    segments: Int32[np.ndarray, " T"] | None = None  # 0, 1, 2, ... along the row
 
 
 @runtime_checkable
 class Rows(Protocol):
-    """Random access to the rows of a split. Can be sent to another process.
+    """The rows of a split of a source. Can be sent to another process."""
 
-    Raises:
-        ConfigError: on access, if the row has an id outside the vocabulary.
-    """
-
+    source: Tokens
     n_all: int  # for evaluation: every token is in a row
 
     def __len__(self) -> int:
         """For training: rows that are whole."""
         ...
 
-    def __getitem__(self, index: int) -> Row: ...
+    def span(self, index: int) -> tuple[int, int]:
+        """Which of the source's tokens a row holds, T or less: start ... stop - 1."""
+        ...
+
+    def finish(self, index: int, tokens: Int32[np.ndarray, " T"], begins: Optional[Int32[np.ndarray, " T"]]) -> None:
+        """Changes a row that holds its tokens; if begins is given, writes 1 there where a document begins behind another."""
+        ...
 
 
-def rows_of(tokens: Tokens, config: DataConfig, n_vocab: int) -> Rows:
-    """The rows of a split as data.rows says; ids must lie below n_vocab."""
+def rows_of(source: Tokens, config: DataConfig) -> Rows:
+    """The rows of a split as data.rows says."""
     if config.rows == "pad":
-        return PadRows(tokens, config.seq_len, n_vocab, config.truncated_eos)
-    return ConcatRows(tokens, config.seq_len, n_vocab, apart=config.documents == "apart")
+        return PadRows(source, config.seq_len, config.truncated_eos)
+    return ConcatRows(source, config.seq_len)
 
 
 class ConcatRows:
-    """The documents joined, each with its eos, and cut. Where training leaves out the rest, the last row is filled with eos.
+    """The documents joined, each with its eos, and cut. Where training leaves out the rest, the last row is filled with eos."""
 
-    Apart: rows tell their segments, a document's eos in its own. What a row is filled with is a segment too.
-    """
-
-    def __init__(self, tokens: Tokens, seq_len: int, n_vocab: int, apart: bool = False):
-        self._tokens, self._seq_len, self._n_vocab, self._apart = tokens, seq_len, n_vocab, apart
-        self.n_all = -(-tokens.n_tokens // seq_len)
+    def __init__(self, source: Tokens, seq_len: int):
+        self.source, self._seq_len = source, seq_len
+        self.n_all = -(-source.n_tokens // seq_len)
 
     def __len__(self) -> int:
-        return self._tokens.n_tokens // self._seq_len
+        return self.source.n_tokens // self._seq_len
 
-    def __getitem__(self, index: int) -> Row:
-        start, stop = index * self._seq_len, (index + 1) * self._seq_len
-        row = _filled(_checked(self._tokens, start, stop, self._n_vocab), self._seq_len, self._tokens.eos_id)
-        if not self._apart:
-            return row
-        begins = np.zeros(self._seq_len, np.int32)
-        begins[self._tokens.ends_within(start, stop) - start] = 1
-        return Row(row.tokens, row.mask, begins.cumsum(dtype=np.int32))
+    def span(self, index: int) -> tuple[int, int]:
+        return index * self._seq_len, min((index + 1) * self._seq_len, self.source.n_tokens)
+
+    def finish(self, index: int, tokens: Int32[np.ndarray, " T"], begins: Optional[Int32[np.ndarray, " T"]]) -> None:
+        """A document's eos is the last of its own; what a row is filled with begins a document too."""
+        if begins is not None:
+            start = index * self._seq_len
+            begins[self.source.ends_within(start, start + self._seq_len) - start] = 1
 
     def __repr__(self) -> str:
-        return f"ConcatRows({self._tokens.source}, {self._tokens.split}, seq_len={self._seq_len})"
+        return f"ConcatRows({self.source.source}, {self.source.split}, seq_len={self._seq_len})"
 
 
 class PadRows:
     """A document each, its eos included: cut off at T, or filled up with eos, of which only the first counts."""
 
-    def __init__(self, tokens: Tokens, seq_len: int, n_vocab: int, truncated_eos: bool):
-        self._tokens, self._seq_len, self._n_vocab, self._truncated_eos = tokens, seq_len, n_vocab, truncated_eos
-        self.n_all = tokens.n_documents
+    def __init__(self, source: Tokens, seq_len: int, truncated_eos: bool):
+        self.source, self._seq_len, self._truncated_eos = source, seq_len, truncated_eos
+        self.n_all = source.n_documents
 
     def __len__(self) -> int:
         return self.n_all
 
-    def __getitem__(self, index: int) -> Row:
-        start, stop = self._tokens.document(index)
-        row = _filled(
-            _checked(self._tokens, start, min(stop, start + self._seq_len), self._n_vocab), self._seq_len, self._tokens.eos_id
-        )
-        if self._truncated_eos and stop - start > self._seq_len:
-            row.tokens[-1] = self._tokens.eos_id
-        return row
+    def span(self, index: int) -> tuple[int, int]:
+        start, stop = self.source.document(index)
+        return start, min(stop, start + self._seq_len)
+
+    def finish(self, index: int, tokens: Int32[np.ndarray, " T"], begins: Optional[Int32[np.ndarray, " T"]]) -> None:
+        """The last token of a row becomes an eos with truncated_eos: one that is not cut off has no other there."""
+        if self._truncated_eos:
+            tokens[-1] = self.source.eos_id
 
     def __repr__(self) -> str:
-        return f"PadRows({self._tokens.source}, {self._tokens.split}, seq_len={self._seq_len})"
+        return f"PadRows({self.source.source}, {self.source.split}, seq_len={self._seq_len})"
 
 
-def _checked(tokens: Tokens, start: int, stop: int, n_vocab: int) -> Integer[np.ndarray, " n"]:
-    found = tokens.read(start, stop)
-    if found.size and found.max() >= n_vocab:
-        at = int(np.argmax(found >= n_vocab))
-        raise ConfigError(f"{tokens.place(start + at)}: id {found[at]} is outside the vocabulary of {n_vocab}")
-    return found
+class Table:
+    """Rows of several sources, counted on from one to the next, and read a batch at a time. Can be sent to another process."""
 
+    def __init__(self, sources: Sequence[Rows], sizes: Sequence[int], config: DataConfig, n_vocab: int):
+        """sizes: how many rows of each source; n_vocab: ids must lie below."""
+        self._sources, self._seq_len, self._n_vocab = sources, config.seq_len, n_vocab
+        self._apart = config.documents == "apart"
+        self.before: list[int] = [0, *accumulate(sizes)]
 
-def _filled(found: Integer[np.ndarray, " n"], seq_len: int, eos_id: int) -> Row:
-    if len(found) == seq_len:
-        return Row(found.astype(np.int32), np.ones(seq_len, np.bool_))
-    tokens, mask = np.full(seq_len, eos_id, np.int32), np.zeros(seq_len, np.bool_)
-    tokens[: len(found)] = found
-    mask[: len(found)] = True
-    return Row(tokens, mask)
+    def read(self, indices: Sequence[int]) -> Batch:
+        """The rows of these indices; those beyond the last are filled with eos, of which none counts.
+
+        Raises:
+            ConfigError: a row has an id outside the vocabulary.
+        """
+        # Into arrays of a batch: what numpy does for a row takes longer to call than to do.
+        shape = (len(indices), self._seq_len)
+        tokens, mask = np.empty(shape, np.int32), np.ones(shape, np.bool_)
+        segments = np.zeros(shape, np.int32) if self._apart else None
+        for i, index in enumerate(indices):
+            rows, within = self._place(index)
+            n = 0
+            if rows is not None:
+                found = rows.source.read(*rows.span(within))
+                n = len(found)
+                tokens[i, :n] = found
+                rows.finish(within, tokens[i], None if segments is None else segments[i])
+            if n < self._seq_len:
+                tokens[i, n:] = self._sources[0].source.eos_id
+                mask[i, n:] = False
+        if tokens.view(np.uint32).max() >= self._n_vocab:
+            raise self._outside(indices, tokens.view(np.uint32))
+        if segments is not None:
+            np.cumsum(segments, axis=1, out=segments)
+        return Batch(tokens, mask, segments)
+
+    def _place(self, index: int) -> tuple[Optional[Rows], int]:
+        k = bisect_right(self.before, index) - 1
+        return (self._sources[k] if k < len(self._sources) else None), index - self.before[k]
+
+    def _outside(self, indices: Sequence[int], tokens: np.ndarray) -> ConfigError:
+        row, column = (int(found[0]) for found in (tokens >= self._n_vocab).nonzero())
+        rows, within = self._place(indices[row])
+        place = "" if rows is None else rows.source.place(rows.span(within)[0] + column)
+        return ConfigError(f"{place}: id {tokens[row, column]} is outside the vocabulary of {self._n_vocab}")
 
 
 def loss_mask(tokens: Int32[np.ndarray, "rows T"], eos_id: int, pad_id: int) -> Bool[np.ndarray, "rows T"]:

@@ -7,7 +7,7 @@ the same order, as 64-bit numbers, the count of the split's tokens up to and inc
 import hashlib
 import os
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,16 +42,16 @@ class Writer:
         self._pending: dict[Split, list[Integer[np.ndarray, " _"]]] = {split: [] for split in SPLITS}
         self._n_pending = 0
 
-    def add(self, split: Split, tokens: Integer[np.ndarray, " n"], n_bytes: int, ends: bool) -> None:
+    def add(self, split: Split, tokens: Sequence[Integer[np.ndarray, " _"]], n_bytes: int, ends: bool) -> None:
         """Adds tokens to the split's last document, and ends it if so told."""
-        counts = self._counts[split]
-        counts["tokens"] += len(tokens)
+        counts, n = self._counts[split], sum(map(len, tokens))
+        counts["tokens"] += n
         counts["bytes"] += n_bytes
         if ends:
             counts["documents"] += 1
             self._ends[split].append(counts["tokens"])
-        self._pending[split].append(tokens)
-        self._n_pending += len(tokens)
+        self._pending[split] += tokens
+        self._n_pending += n
         if self._n_pending >= _BLOCK:
             self._write()
 
@@ -120,22 +120,21 @@ class Section:
         size = np.dtype(self.dtype).itemsize
         return np.frombuffer(self.reader.read((stop - start) * size, self.at + start * size), self.dtype)
 
-    def ends(self, start: int, stop: int) -> Integer[np.ndarray, " n"]:
-        return np.frombuffer(self.reader.read((stop - start) * 8, self.ends_at + start * 8), "<u8")
+    def ends(self, start: int, stop: int) -> Int64[np.ndarray, " n"]:
+        return np.frombuffer(self.reader.read((stop - start) * 8, self.ends_at + start * 8), "<i8")
 
     @cached_property
-    def _some_ends(self) -> Int64[np.ndarray, " n"]:
+    def _some_ends(self) -> "array[int]":
         """Every _STRIDE-th document's end: finds the others by one short read, and is small."""
         blocks = range(0, self.n_documents, _BLOCK)
-        found = [self.ends(k, min(k + _BLOCK, self.n_documents))[_STRIDE - 1 :: _STRIDE] for k in blocks]
-        return np.concatenate([np.empty(0, np.int64), *found]).astype(np.int64)
+        found = (self.ends(k, min(k + _BLOCK, self.n_documents))[_STRIDE - 1 :: _STRIDE] for k in blocks)
+        return array("q", b"".join(ends.astype(np.int64).tobytes() for ends in found))
 
     def ends_within(self, start: int, stop: int) -> Int64[np.ndarray, " n"]:
         """Where documents end behind token start and before token stop."""
-        first, last = (_STRIDE * k for k in self._some_ends.searchsorted((start, stop)).tolist())
-        ends = self.ends(first, min(last + _STRIDE, self.n_documents)).astype(np.int64)
-        low, high = ends.searchsorted((start + 1, stop)).tolist()
-        return ends[low:high]
+        first, last = (_STRIDE * bisect_left(self._some_ends, at) for at in (start, stop))
+        ends = self.ends(first, min(last + _STRIDE, self.n_documents))
+        return ends[ends.searchsorted(start, "right") : ends.searchsorted(stop)]
 
 
 def sections(path: Path, dtype: str, facts: dict[str, Any]) -> dict[Split, Section]:

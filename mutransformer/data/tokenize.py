@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
@@ -104,6 +104,9 @@ class SentencePieceTokenizer:
         bytes_of_space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         spelled = all(map(self._model.is_byte, bytes_of_space))
         self._space_ids = np.array(bytes_of_space, np.int32) if spelled else None
+
+    def __reduce__(self) -> Any:  # by its file: a parent writes to its children one after another, each waits until it is read
+        return SentencePieceTokenizer, (self.model_file,)
 
     def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
         # SentencePiece would turn its sign for a space into a space; spelled in bytes the sign survives.
