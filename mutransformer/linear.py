@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, DTypeLike, Float, Int
 
-from mutransformer.collectives import gather_x, index_y, max_y, scatter_x, sum_y, varying
+from mutransformer.collectives import gather_x, index_y, max_y, scatter_x, sum_y, varying, varying_as
 from mutransformer.mesh import traced_for
 from mutransformer.spec import Weight
 
@@ -171,6 +171,29 @@ def project(x: Float[Array, "b T *into"], w: Matrix, spec: Weight, precision: Pr
     rows, inner = x.shape[: x.ndim - into], prod(value.shape[:into])
     y = dot(x.reshape(-1, inner), value.reshape(inner, -1), (1, 0))
     return y.astype(x.dtype).reshape(*rows, *value.shape[into:])
+
+
+def _look_up_forward(table: Array, ids: Array, spec: Weight, compute: DTypeLike) -> tuple[Array, Array]:
+    return look_up(table, ids, spec, compute), ids
+
+
+def _look_up_backward(spec: Weight, compute: DTypeLike, ids: Array, grad: Array) -> tuple[Array, None]:
+    none = varying_as(jnp.zeros((spec.shape[0], grad.shape[-1]), jnp.float32), grad, ids)
+    return none.at[ids].add(grad.astype(jnp.float32)), None
+
+
+@differentiated(_look_up_forward, _look_up_backward, static=(2, 3))
+def look_up(table: Float[Array, "V m"], ids: Int[Array, "b T"], spec: Weight, compute: DTypeLike) -> Float[Array, "b T m"]:
+    """Rows of a table, in the compute dtype. Their gradients are summed in float32: in bfloat16 the sum over a frequent token's
+    places stops growing once it is some hundred times as large as what is added.
+
+    Args:
+        table: whole along x; rounded to the compute dtype but typed float32, as Matrix.value is.
+        ids: which rows.
+        spec: of the table.
+        compute: dtype of the result.
+    """
+    return jnp.take(table.astype(compute), ids, axis=0)
 
 
 class Head(NamedTuple):

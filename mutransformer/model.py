@@ -19,7 +19,7 @@ from mutransformer import levers, mup, ops
 from mutransformer.attention import attention, attention_logits
 from mutransformer.collectives import gather_heads, gather_x, gather_y, scatter_y
 from mutransformer.config import Config
-from mutransformer.linear import Head, Precision, head_loss, project, whole
+from mutransformer.linear import Head, Precision, head_loss, look_up, project, whole
 from mutransformer.spec import Init, Role, Weight, weight
 
 T = TypeVar("T")  # Weight, NamedSharding, Array, float, bool, ...
@@ -153,7 +153,7 @@ class Forward:
     ) -> tuple[Float[Array, "b T m"], Activations]:
         """The residual stream behind the last layer, and what was watched in the layers, stacked over them."""
         c, s = self.c, self.specs
-        x = jnp.take(self.use(params.embed, s.embed), inputs, axis=0)
+        x = look_up(self.use(params.embed, s.embed, typed=jnp.float32), inputs, s.embed, self.precision.compute)
         if c.embed_norm:
             x = self.norm(x, self.whole(params.g_e, s.g_e))
 

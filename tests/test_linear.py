@@ -1,6 +1,7 @@
 """A projection and the loss of the unembedding are those of plain formulas, values and gradients, on any mesh, at odd sizes."""
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import PartitionSpec as P
 from test_sharding import loss_and_grads, unsharded, worst
 
@@ -15,7 +17,7 @@ from mutransformer import linear
 from mutransformer.collectives import gather_x, scatter_y, sum_rows, sum_y
 from mutransformer.config import MeshConfig
 from mutransformer.data.pipeline import Batch
-from mutransformer.linear import Head, Precision, _dot_rows_cpu, dot, dot_rows, head_loss, project, whole
+from mutransformer.linear import Head, Precision, _dot_rows_cpu, dot, dot_rows, head_loss, look_up, project, whole
 from mutransformer.mesh import check_fits, make_mesh, put
 from mutransformer.model import specs
 from mutransformer.mup import init_std
@@ -223,3 +225,29 @@ def test_projections_with_dims_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics, grads = loss_and_grads("all options", 2, 2)
     assert metrics["loss"] == pytest.approx(want["loss"], rel=1e-5)
     assert worst(grads, want_grads) <= 1e-5
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (4, 2)])
+def test_a_frequent_tokens_gradient_does_not_stall(grid: tuple[int, int]) -> None:
+    """4096 places of one token. The control sums in bfloat16, as the gradient of an index does."""
+    config = load(["model.d_model=64", "model.d_head=32", "model.n_vocab=128", f"mesh.x={grid[0]}", f"mesh.y={grid[1]}"])
+    mesh, spec = mesh_of(grid), specs(config).embed
+    ids = np.where(np.arange(4096) % 10 == 0, np.arange(4096) % 128, 7).reshape(16, 256).astype(np.int32)
+    up = np.random.default_rng(0).normal(1.0, 0.5, (16, 256, 64)).astype(jnp.bfloat16)
+    exact = np.zeros((128, 64))
+    np.add.at(exact, ids, up.astype(np.float64))
+
+    def grad(look: Callable[..., Any], typed: Any) -> np.ndarray:
+        def total(table: Any, ids: Any, up: Any) -> Any:
+            whole = gather_x(table, spec, jnp.bfloat16, jnp.float32, typed=typed)
+            return lax.psum(jnp.sum((look(whole, ids) * up).astype(jnp.float32)), ("x", "y"))
+
+        cut = (spec.pspec, P("x"), P("x", None, "y"))
+        mapped = jax.shard_map(jax.grad(total), mesh=mesh, in_specs=cut, out_specs=spec.pspec)
+        return np.asarray(jax.jit(mapped)(np.zeros((128, 64), np.float32), ids, up))
+
+    def error(found: np.ndarray) -> float:
+        return float(np.linalg.norm(found[7] - exact[7]) / np.linalg.norm(exact[7]))
+
+    assert error(grad(lambda table, ids: look_up(table, ids, spec, jnp.bfloat16), jnp.float32)) < 1e-5
+    assert error(grad(lambda table, ids: jnp.take(table, ids, axis=0), None)) > 0.01
