@@ -42,7 +42,7 @@ Activation = Literal["relu", "sqrelu", "gelu", "silu", "swiglu"]
 AttentionActivation = Literal["softmax", "sqrelu", "elu", "norm_sqrelu", "norm_elu"]
 Rule = Literal["sp", "mup", "abs_mup", "mup_table8", "completep", "completed_p"]
 Remat = Literal["none", "dots", "attention", "outputs", "full"]
-Float = Literal["float32", "bfloat16", "float16"]
+Float = Literal["float32", "bfloat16"]  # not float16: gradients would need a loss scale
 
 DEPTH_RULES = ("completep", "completed_p")  # those that scale with n_layer / n_layer_base
 
@@ -165,8 +165,9 @@ class OptimConfig:
         check(self.lr > 0, f"optim.lr = {self.lr}: must be positive")
         for key in ("beta1", "beta2", "muon_beta"):
             check(0 <= getattr(self, key) < 1, f"optim.{key} = {getattr(self, key)}: must lie in [0, 1)")
-        for key in ("eps", "weight_decay", "clip_norm", "warmup_steps", "z_loss"):
+        for key in ("weight_decay", "clip_norm", "warmup_steps", "z_loss"):
             check(getattr(self, key) >= 0, f"optim.{key} = {getattr(self, key)}: must not be negative")
+        check(self.eps > 0, f"optim.eps = {self.eps}: must be positive")  # rows of the padded vocabulary never have a gradient
         check(0 <= self.schedule_floor <= 1, f"optim.schedule_floor = {self.schedule_floor}: must lie in [0, 1]")
         check(self.accumulate >= 1, f"optim.accumulate = {self.accumulate}: must be at least 1")
         for key in ("batch_base", "tokens_base"):

@@ -35,8 +35,8 @@ def unfit(kernel: AttentionKernel, activation: str, T: int, d_head: int, compute
         if d_head % SPLASH_HEAD:
             return f"needs heads of a multiple of {SPLASH_HEAD}, not model.d_head = {d_head}"
         return None
-    if compute not in ("bfloat16", "float16"):
-        return f"computes in bfloat16 or float16, not precision.compute = {compute}"
+    if compute != "bfloat16":
+        return f"computes in bfloat16, not precision.compute = {compute}"
     if d_head % CUDNN_HEAD or d_head > CUDNN_MAX_HEAD:
         return f"needs heads of a multiple of {CUDNN_HEAD} up to {CUDNN_MAX_HEAD}, not model.d_head = {d_head}"
     return f"needs an even number of positions, not data.seq_len = {T}" if T % 2 else None

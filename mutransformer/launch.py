@@ -19,6 +19,7 @@ from mutransformer.config import Config, ConfigError, DistributedConfig
 FINISHED = 0
 FAILED = 1
 MISTAKE = 2  # the user can mend it
+INTERRUPTED = 130  # by Ctrl-C, with nothing saved
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, all is saved, the same command goes on
 
 
@@ -62,7 +63,8 @@ def command(description: str) -> ArgumentParser:
 def guarded(run: Callable[[], int]) -> int:
     """What run returns; or a line on standard error and an exit code.
 
-    MISTAKE for a ConfigError or a file that cannot be read or written, FAILED for a loss that is not finite.
+    MISTAKE for a ConfigError or a file that cannot be read or written, FAILED for a loss that is not finite or where a device has
+    too little memory, INTERRUPTED for Ctrl-C outside of training.
     """
     try:
         return run()
@@ -74,6 +76,15 @@ def guarded(run: Callable[[], int]) -> int:
         return MISTAKE
     except FloatingPointError as error:
         _complain(error)
+        return FAILED
+    except KeyboardInterrupt:  # before there is anything to save, or again
+        _complain("interrupted")
+        return INTERRUPTED
+    except RuntimeError as error:  # JAX's, by what it says: JAX may not be imported
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        told = str(error).strip().splitlines()[0]
+        _complain(f"{told}; less memory is needed with a smaller data.batch_size, optim.accumulate, or another model.remat")
         return FAILED
 
 
@@ -129,7 +140,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: Exception | str) -> None:
     # One line, whatever file name or value of the user's it quotes.
     print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
 

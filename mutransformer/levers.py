@@ -37,6 +37,7 @@ def streams(config: Config, rows: int) -> int:
     16 x 4, two for one.
 
     Unasked, two with y > 1, but only where the backward pass computes layers again: else each would gather its weights there.
+    Rows that do not divide, unasked, go through as one.
     """
     wanted = config.mesh.streams or (2 if config.mesh.y > 1 and config.model.remat != "none" else 1)
     return wanted if rows % wanted == 0 else 1

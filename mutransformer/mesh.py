@@ -87,6 +87,11 @@ def check_fits(config: Config, mesh: AnyMesh) -> None:
         needs.append(("model.d_head (which mesh.y divides if it does not divide model.n_kv_head)", m.d_head, "y", y))
     for what, size, axis, parts in needs:
         check(size % parts == 0, f"{what} = {size}: not divisible by mesh.{axis} = {parts}")
+    at_a_time, streams = d.batch_size // config.optim.accumulate // (x * z), config.mesh.streams
+    check(
+        streams is None or at_a_time % streams == 0,
+        f"mesh.streams = {streams}: must divide the {at_a_time} rows that a device has at a time",
+    )
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
     has = device_kernel(device.platform, device.device_kind)
     check(

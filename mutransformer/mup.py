@@ -154,7 +154,7 @@ def lr_multiplier(w: Weight, config: Config) -> float:
 
 
 def eps_multiplier(w: Weight, config: Config) -> float:
-    """The factor on optim.eps; that of the learning rate if optim.eps_scaling, since a gradient shrinks as its rate does."""
+    """The factor on optim.eps; that of the learning rate if optim.eps_scaling, as the reference system has it."""
     if config.optim.eps_scaling:
         return lr_multiplier(w, config)
     return _row(w, config).eps(float(w.fan_in), config) * config.noise_ratio ** RULES[config.optim.rule].horizon.eps
@@ -167,6 +167,8 @@ def decay_multiplier(w: Weight, config: Config) -> float:
         return 0.0
     coupled, horizon = o.decay == "coupled", RULES[o.rule].horizon
     powers = _row(w, config).decay if coupled else ONE
+    if uses_muon(w, config):
+        powers = powers._replace(width=0.0)  # it makes good for a rate that falls with width, and Muon's does not
     if o.decay_exponent is not None and w.role in ("hidden", "residual", "output"):
         powers = Powers(width=o.decay_exponent)
     return powers(float(w.fan_in), config) * config.noise_ratio ** (

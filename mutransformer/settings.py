@@ -45,7 +45,10 @@ def load(args: Sequence[str]) -> Config:
 
 def is_file(arg: str) -> bool:
     """Whether an argument is a path rather than an override."""
-    return "=" not in arg or Path(arg).is_file()  # a run may be called lr=0.1
+    try:
+        return "=" not in arg or Path(arg).is_file()  # a run may be called lr=0.1
+    except OSError:  # longer than any path
+        return False
 
 
 def _merge(merged: Any, arg: str) -> Any:

@@ -124,6 +124,7 @@ def test_settings(args, message, settings, tmp_path):
     [
         ("mesh.x=3", "", r"mesh.x = 3, mesh.y = 1: need 3 devices, here are 1"),
         ("data.batch_size=12", EIGHT, r"data.batch_size = 12 .*not divisible by mesh.x = 8"),
+        ("data.batch_size=16 mesh.streams=3", EIGHT, r"mesh.streams = 3: must divide the 2 rows that a device has at a time"),
         ("mesh.y=2 model.d_model=64", EIGHT, r"model.d_model / model.d_head: heads = 1: not divisible by mesh.y = 2"),
     ],
 )

@@ -170,13 +170,14 @@ RANGES: list[tuple[str, str]] = [
     ("data.cache_dir=~no-such-user", r"data.cache_dir = ~no-such-user: there is no such user"),
     ("data.tokenizer_file=~no-such-user/a", r"data.tokenizer_file = ~no-such-user/a: there is no such user"),
     ("optim.lr=0", r"optim.lr = 0.0: must be positive"),
+    *((f"optim.eps={value}", r"optim.eps = .*: must be positive") for value in (0, -1)),
     ("optim.lr=nan", r"optim.lr = nan: must be positive"),
     ("optim.lr=inf", r"optim.lr = inf: must be a finite number"),
     ("model.qk_scale=inf", r"model.qk_scale = inf: must be a finite number"),
     *((f"optim.{key}={value}", rf"optim.{key} = {value}.*: must lie in \[0, 1\)") for key in ("beta1", "beta2")
       for value in ("1", "-0.1")),
     *((f"optim.{key}=-1", rf"optim.{key} = -1.*: must not be negative")
-      for key in ("eps", "weight_decay", "clip_norm", "warmup_steps")),
+      for key in ("weight_decay", "clip_norm", "warmup_steps")),
     ("optim.schedule_floor=1.1", r"optim.schedule_floor = 1.1: must lie in \[0, 1\]"),
     ("optim.accumulate=0", r"optim.accumulate = 0: must be at least 1"),
     ("optim.accumulate=3", r"optim.accumulate = 3: must divide data.batch_size = 16"),
@@ -244,6 +245,7 @@ WRONG: list[tuple[str, str]] = [
     ("model.qk_norm=maybe", r"model.qk_norm=maybe: .*not a valid bool"),
     ("model.activation=tanh", r"model.activation=tanh: Invalid value 'tanh', expected one of \['relu', "),
     ("precision.compute=float64", r"precision.compute=float64: Invalid value"),
+    ("precision.compute=float16", r"precision.compute=float16: Invalid value"),
     ("model=3", r"model=3: .*ModelConfig"),
     ("model=", r"model=: .*not Optional"),
     ("data.files=a.txt", r"data.files=a.txt: must be a list, \[a, b\]"),
@@ -372,6 +374,31 @@ def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(capsys):
 
     assert launch(diverges, "", []) == 1
     assert capsys.readouterr().err == "error: step 3: the loss is nan\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nat ..."),
+            1,
+            "error: RESOURCE_EXHAUSTED: Out of memory; less memory is ",
+        ),
+    ],
+)
+def test_an_interruption_and_a_full_memory_are_one_line(error, code, told, capsys):
+    def broken(_: Config) -> int:
+        raise error
+
+    assert launch(broken, "", []) == code
+    err = capsys.readouterr().err
+    assert err.startswith(told) and err.count("\n") == 1
+
+
+def test_a_long_override_is_no_path():
+    files = ",".join(f"text-{k:04}.jsonl" for k in range(300))
+    assert len(load(["data.source=jsonl", f"data.files=[{files}]"]).data.files) == 300
 
 
 def test_a_fault_of_ours_is_not_taken_for_a_mistake():

@@ -161,6 +161,17 @@ def test_the_published_table(rule, rows):
     assert mup.init_std(weights["embed"], config) == 1.0
 
 
+@pytest.mark.parametrize("rule", ["completep", "completed_p"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_coupled_decay_takes_in_a_step_does_not_grow_with_width(rule, optimizer):
+    def taken(width: int) -> float:
+        config = full(rule, f"optim.name={optimizer}", f"model.d_model={width}")
+        w = named(specs(config))["blocks.w_q"]
+        return mup.lr_multiplier(w, config) * mup.decay_multiplier(w, config)
+
+    assert taken(64) == pytest.approx(taken(16)) == pytest.approx(taken(256))
+
+
 def test_betas_follow_batch_and_tokens():
     config = full("completed_p")
     assert mup.betas(config) == pytest.approx((1 - 0.1 * B / D, 1 - 0.05 * B / D))
