@@ -59,7 +59,7 @@ class Checkpoints:
         keep: list[Any] = [LatestN(config.checkpoint.keep)]
         if config.checkpoint.keep_best:
             by_loss = BestN(
-                get_metric_fn=lambda metrics: metrics["loss"],
+                get_metric_fn=_loss_of,
                 reverse=True,
                 n=config.checkpoint.keep_best,
                 keep_checkpoints_without_metrics=False,
@@ -70,6 +70,8 @@ class Checkpoints:
         check(exists or not os.path.lexists(self.directory), f"{self.directory}: is in the way, checkpoints need a folder there")
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(keep),
+            best_fn=_loss_of,  # without one Orbax keeps losses in memory only
+            best_mode="min",
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             create=not read_only,
@@ -109,10 +111,18 @@ class Checkpoints:
         return found if found >= 0 else None
 
     def best(self) -> int | None:
-        """The checkpoint with the lowest validation loss, if any was evaluated."""
-        losses = {step: (self._manager.metrics(step) or {}).get("loss") for step in self._manager.all_steps()}
-        known = {step: loss for step, loss in losses.items() if loss is not None}
-        return min(known, key=known.__getitem__) if known else None
+        """The undamaged checkpoint with the lowest validation loss, if any was evaluated. Damaged ones are told of."""
+        losses = {step: loss for step in self._manager.all_steps() if (loss := self.loss(step)) is not None}
+        for step in sorted(losses, key=losses.__getitem__):
+            damage = _damage(self.directory / str(step))
+            if damage is None:
+                return step
+            _log.warning("%s is damaged: %s", self.directory / str(step), damage)
+        return None
+
+    def loss(self, step: int) -> float | None:
+        """The validation loss at a checkpoint, if it was evaluated."""
+        return (self._manager.metrics(step) or {}).get("loss")
 
     def check_same(self, step: int, data: dict[str, Any]) -> None:
         """Refuses a checkpoint of another model, optimizer or data.
@@ -214,6 +224,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             for folder in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 (folder / SEAL).write_text(json.dumps(_hashes(folder)), encoding="utf-8")
+
+
+def _loss_of(metrics: dict[str, float]) -> float:
+    return metrics["loss"]
 
 
 def _hashes(folder: Path) -> dict[str, str]:

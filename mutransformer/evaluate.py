@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,6 +35,11 @@ class Interrupted(Exception):
     """The run was asked to stop within an evaluation: what was summed so far is no result."""
 
 
+class Scored(NamedTuple):
+    results: dict[str, float]  # of `results`
+    targets: int  # that counted
+
+
 def evaluate(
     eval_step: EvalStep,
     params: Transformer[Array],
@@ -42,7 +47,7 @@ def evaluate(
     mesh: Mesh,
     tokens: Mixture,
     stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float]:
+) -> Scored:
     """The mean loss over the batches' targets.
 
     Args:
@@ -71,7 +76,7 @@ def evaluate(
             read()
     while ahead:
         read()
-    return results(math.fsum(nats) / sum(counts), tokens)
+    return Scored(results(math.fsum(nats) / sum(counts), tokens), sum(counts))
 
 
 def results(loss: float, tokens: Mixture) -> dict[str, float]:
@@ -81,7 +86,7 @@ def results(loss: float, tokens: Mixture) -> dict[str, float]:
 
 
 def score(config: Config) -> dict[str, Any]:
-    """Scores a run on a whole split, as eval.split and eval.checkpoint say.
+    """Scores a run on a whole split, as eval.split and eval.checkpoint say: all of its tokens but those that rows=pad cuts off.
 
     Args:
         config: the resolved config of the run, which names its folder.
@@ -101,13 +106,16 @@ def score(config: Config) -> dict[str, Any]:
         state, _ = checkpoints.restore(step, plan(config, mesh).shapes)
     held_out, n_vocab = corpus.splits[config.eval.split], corpus.tokenizer.n_vocab
     batches = pipeline.eval_batches(held_out, config.data, None, *data_share(mesh), n_vocab)
-    model = evaluate(make_eval_step(config, mesh, corpus.tokenizer.bos_id), state.params, batches, mesh, held_out)
-    counted = ngram_losses(corpus.splits["train"].first(COUNTED), held_out.first(COUNTED), n_vocab)
+    model, targets = evaluate(make_eval_step(config, mesh, corpus.tokenizer.bos_id), state.params, batches, mesh, held_out)
+    counted = {}
+    if targets == held_out.n_tokens:  # else, with rows=pad, what is cut off a document would count for them alone
+        counted = ngram_losses(corpus.splits["train"].first(COUNTED), held_out.first(COUNTED), n_vocab)
     return {
         "run": str(config.rundir),
         "step": step,
         "split": config.eval.split,
         "tokens": held_out.n_tokens,
+        "scored": targets,
         "bytes": held_out.n_bytes,
         "model": model,
         **{name: results(loss, held_out) for name, loss in counted.items()},

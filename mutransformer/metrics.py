@@ -22,7 +22,6 @@ from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
 from mutransformer.config import Config, ConfigError, flatten, to_dict
-from mutransformer.hardware import Profile as Profile
 from mutransformer.hardware import memory_in_use, peak_flops
 from mutransformer.settings import to_yaml
 
@@ -34,7 +33,7 @@ _BAR = {"train/loss": "loss {:.4f}", "validation/loss": "val {:.4f}"}
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss of a step is NaN or infinite."""
+    """The loss of a step, or the weights behind it, are NaN or infinite."""
 
 
 def setup_logging(level: int = logging.INFO) -> None:
@@ -119,7 +118,7 @@ class Metrics:
             device_scalars: arrays of shape [], the same in all processes: loss (mean nats per target) and whatever else to log.
 
         Raises:
-            NonFiniteLoss: the loss that was due is NaN or infinite; it is written all the same.
+            NonFiniteLoss: the loss that was due, or the weights' norm, is NaN or infinite; it is written all the same.
         """
         # A device may be done by now, as a CPU that computes while it dispatches: then the step ended here, not when it is read.
         done = self._clock() if getattr(device_scalars["loss"], "is_ready", lambda: True)() else None
@@ -133,7 +132,7 @@ class Metrics:
         """Waits for the last recorded step and writes it if it is due: before an evaluation, a checkpoint, the exit.
 
         Raises:
-            NonFiniteLoss: its loss is NaN or infinite, even if it is not due: such weights must not become a checkpoint.
+            NonFiniteLoss: its loss or its weights are NaN or infinite, even if it is not due: they must not become a checkpoint.
         """
         before, self._pending = self._pending, None
         if before:
@@ -183,6 +182,10 @@ class Metrics:
                 self.note(f"step {self._text(step, values, _LINE)}")
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"step {step}: the loss is {loss}")
+        # The loss is from before the update: the weights behind it may have none.
+        size = float(device_scalars.get("parameter_norm", 0.0))
+        if not math.isfinite(size):
+            raise NonFiniteLoss(f"step {step}: the norm of the weights behind the update is {size}")
 
     def _rates(self, step: int, now: float) -> dict[str, float]:
         before, self._mark = self._mark, (step, now)

@@ -1,5 +1,6 @@
 """A training run: assemble, restore or start, loop, close. The order of events, and nothing else."""
 
+import math
 import shutil
 from contextlib import closing
 
@@ -16,7 +17,7 @@ from mutransformer.flags import compiler_options
 from mutransformer.hardware import Profile
 from mutransformer.launch import FINISHED, STOPPED, stop_on_signals
 from mutransformer.mesh import check_fits, data_share, make_mesh, put
-from mutransformer.metrics import Metrics
+from mutransformer.metrics import Metrics, NonFiniteLoss
 from mutransformer.model import flops_per_token, specs
 from mutransformer.settings import to_yaml
 from mutransformer.state import init_state, plan
@@ -31,7 +32,7 @@ def train(config: Config) -> int:
 
     Raises:
         ConfigError: a setting does not fit the devices, the data or the checkpoints.
-        NonFiniteLoss: the loss became NaN or infinite; the newest checkpoint is from before.
+        NonFiniteLoss: the loss or the weights became NaN or infinite; the newest checkpoint is from before.
     """
     mesh = make_mesh(config.mesh)
     corpus = prepare(config.data, jax.process_count(), jax.process_index())
@@ -57,11 +58,23 @@ def train(config: Config) -> int:
 
         def validate(n_batches: int | None) -> dict[str, float]:
             rows = pipeline.eval_batches(held_out, config.data, n_batches, *share, n_vocab)
-            return evaluate(eval_step, state.params, rows, mesh, held_out, stop=lambda: stop.requested)
+            return evaluate(eval_step, state.params, rows, mesh, held_out, stop=lambda: stop.requested).results
+
+        def validate_if_due() -> float | None:
+            if not (_due(step, config.eval.every) or step == config.steps):
+                return None
+            with log.pause():
+                result = validate(config.eval.batches)
+            log.scalars(step, _tagged("validation", result))
+            if not math.isfinite(result["loss"]):
+                raise NonFiniteLoss(f"step {step}: the loss on held-out text is {result['loss']}")
+            return result["loss"]
 
         with stop_on_signals() as stop, Metrics(config, flops_per_token(config), mesh.size, start) as log:
             _describe(config, mesh, corpus, start, log)
             try:
+                if start and checkpoints.loss(start) is None:  # a signal came before this step was evaluated
+                    validate_if_due()
                 while step < config.steps and not stop.requested:
                     profile.step(step, wait_for=state.step)
                     state, scalars = train_step(state, put(next(batches), mesh))
@@ -72,11 +85,7 @@ def train(config: Config) -> int:
                         stop.requested = checkpoints.stop_requested(step)
                     if stop.requested:
                         break
-                    if _due(step, config.eval.every) or step == config.steps:
-                        with log.pause():
-                            result = validate(config.eval.batches)
-                        loss = result["loss"]
-                        log.scalars(step, _tagged("validation", result))
+                    loss = validate_if_due()
                     if _due(step, config.checkpoint.every):
                         with log.pause():
                             checkpoints.save(state, batches.get_state(), fingerprint, loss)

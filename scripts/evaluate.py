@@ -1,6 +1,7 @@
 """Scores a checkpoint: python scripts/evaluate.py runs/small/config.yaml [eval.split=test] [eval.checkpoint=best]
 
-The whole split counts. Beside the model's loss stand those of a unigram and a bigram model of the same training tokens.
+The whole split counts, but for what data.rows=pad cuts off. Beside the model's loss stand those of a unigram and a bigram model
+of the same training tokens, where they have the same tokens to predict.
 """
 
 import json

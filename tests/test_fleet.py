@@ -92,7 +92,7 @@ def alone(model: str) -> Alone:
         for i in range(STEPS):
             state, metrics = steps[lr](state, put(batch(config, seed, i), mesh))
             losses[-1].append(float(metrics["loss"]))
-        validation.append(evaluate(eval_step, state.params, held_out(config), mesh, TOKENS)["loss"])
+        validation.append(evaluate(eval_step, state.params, held_out(config), mesh, TOKENS).results["loss"])
     return Alone(np.array(losses), np.array(validation))
 
 

@@ -3,13 +3,15 @@
 import json
 import os
 import signal
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from runs import metrics, settings
 
 from mutransformer import train as training
-from mutransformer.evaluate import score
+from mutransformer.checkpoint import Checkpoints
+from mutransformer.evaluate import Scored, score
 from mutransformer.launch import FAILED, launch
 from mutransformer.settings import load
 from mutransformer.train import FINISHED, STOPPED, train
@@ -38,21 +40,56 @@ def test_a_run_writes_what_it_should(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     found = score(config)
     assert found["model"]["loss"] == pytest.approx(lines[6]["validation_whole/loss"], rel=1e-6)
-    assert found["step"] == 6 and found["unigram"]["loss"] > found["bigram"]["loss"] > 0
+    assert found["step"] == 6 and found["scored"] == found["tokens"] and found["unigram"]["loss"] > found["bigram"]["loss"] > 0
 
 
-def test_a_run_of_no_number_fails_and_keeps_no_checkpoint_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hot = settings(tmp_path, "steps=9", "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0", "name=hot")
+@pytest.mark.parametrize("steps", [1, 9])
+def test_a_run_of_no_number_fails_and_keeps_no_checkpoint_of_it(
+    steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one step, too: its loss is from before the update that breaks the weights."""
+    hot = settings(tmp_path, f"steps={steps}", "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0", "name=hot")
     assert launch(train, "", hot) == FAILED
-    assert "the loss is nan" in capsys.readouterr().err
+    assert "error: step 1: the norm of the weights behind the update is inf" in capsys.readouterr().err
     assert not list((tmp_path / "runs" / "hot" / "checkpoints").iterdir())
+
+
+def test_the_best_checkpoint_outlives_a_restart_and_can_be_scored(tmp_path: Path) -> None:
+    """A rate that ruins the model: the first evaluation stays the best."""
+    args = settings(
+        tmp_path, "eval.every=2", "checkpoint.every=2", "optim.lr=0.3", "optim.warmup_steps=4", "name=best", "checkpoint.keep=1"
+    )
+    allow = "checkpoint.allow=[steps]"
+    assert train(load([*args, "steps=4", "optim.schedule=constant"])) == FINISHED
+    config = load([*args, "steps=8", "optim.schedule=constant", allow, "eval.checkpoint=best"])
+    assert train(config) == FINISHED
+    run = tmp_path / "runs" / "best"
+    losses = {step: line["validation/loss"] for step, line in metrics(run).items() if "validation/loss" in line}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 4, "the best is not from before the restart: nothing is shown"
+    assert {int(path.name) for path in (run / "checkpoints").iterdir()} == {best, 8}
+    assert score(config)["step"] == best
+
+    array = max((run / "checkpoints" / str(best) / "state").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size)
+    data = bytearray(array.read_bytes())
+    data[len(data) // 2] ^= 4
+    array.write_bytes(data)
+    with closing(Checkpoints(config, read_only=True)) as checkpoints:
+        assert checkpoints.best() == 8
+
+
+def test_what_pad_cuts_off_is_not_called_scored(tmp_path: Path) -> None:
+    args = settings(tmp_path, "steps=1", "data.rows=pad", "data.seq_len=8", "name=pad")
+    assert train(load(args)) == FINISHED
+    found = score(load(args))
+    assert 0 < found["scored"] < found["tokens"] and "bigram" not in found
 
 
 @pytest.mark.slow
 def test_a_signal_within_an_evaluation_leaves_no_result_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = settings(tmp_path, "steps=6", "eval.every=3", "name=cut")
 
-    def interrupted(*given: object, **more: object) -> dict[str, float]:
+    def interrupted(*given: object, **more: object) -> Scored:
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*given, **more)  # pyright: ignore[reportArgumentType]
 
@@ -67,6 +104,7 @@ def test_a_signal_within_an_evaluation_leaves_no_result_of_it(tmp_path: Path, mo
     monkeypatch.undo()
     assert train(load(args)) == FINISHED
     assert list(metrics(run)) == [1, 2, 3, 4, 5, 6]
+    assert {step for step, line in metrics(run).items() if "validation/loss" in line} == {3, 6}, "it is made up for"
 
 
 def test_the_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
