@@ -211,6 +211,26 @@ def test_files_that_are_cut_off_or_another_thing(kind: str, message: str, tmp_pa
             prepare(config(tmp_path, "jsonl", name))
 
 
+@pytest.mark.parametrize("n", [1, 20_000])
+def test_zstandard_files_are_whole_or_told(n: int, tmp_path: Path) -> None:
+    """Cut off at any place, at which a large one has given whole lines; frames one after another, also empty and to be skipped."""
+    lines = [json.dumps({"text": hashlib.sha256(b"%d" % i).hexdigest()}).encode() + b"\n" for i in range(n)]
+    path, frame = tmp_path / "a.jsonl.zst", zstandard.compress(b"".join(lines))
+
+    def texts(data: bytes) -> list[bytes | None]:
+        path.write_bytes(data)
+        return [record.text for record in LinePart(find([str(path)], "key")[0], 0, None, "text", None).records()]
+
+    whole = [line[10:-3] for line in lines]
+    assert texts(frame) == whole
+    skipped = b"\x50\x2a\x4d\x18\x03\0\0\0abc"
+    assert texts(skipped + frame + zstandard.compress(b"") + frame + skipped) == whole * 2
+    for kept in (0, 3, len(frame) // 2, len(frame) - 1):
+        for before in (b"", frame) if kept else (b"",):
+            with pytest.raises(EOFError, match="ends within a Zstandard frame"):
+                texts(before + frame[:kept])
+
+
 def test_odd_but_good_text_passes(tmp_path: Path) -> None:
     """A byte-order mark, CRLF, NUL, a line of five megabytes, no line end at the end, blank lines, empty texts."""
     odd = ["first\0second", "x" * 5_000_000, "a\r\nb", "", "last"] + [f"filler {i}" for i in range(60)]

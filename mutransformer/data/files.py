@@ -3,7 +3,7 @@
 import gzip
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from mutransformer.data.cache import first_line
 from mutransformer.errors import is_url
 
 _ANY = set("*?[")
+_BLOCK = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,41 @@ class File:
                     import zstandard
                 except ImportError:
                     raise ConfigError(f"{self.path}: needs zstandard: pip install 'mutransformer[data]'") from None
-                yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(stored, read_across_frames=True))
+                yield io.BufferedReader(_Frames(stored, zstandard.ZstdDecompressor().decompressobj), _BLOCK)
             else:
                 yield stored
 
     @property
     def compressed(self) -> bool:
         return self.path.endswith((".gz", ".zst", ".zstd"))
+
+
+class _Frames(io.RawIOBase):
+    """The contents of Zstandard's frames, one after another. The package's own reader takes a file that is cut off for whole."""
+
+    def __init__(self, stored: Any, new: Callable[[], Any]):
+        self._stored, self._new = stored, new
+        self._frame = new()
+        self._read, self._left = b"", memoryview(b"")  # what is not yet decompressed, and what is
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            # No more at once, since little may stand for much.
+            self._read = self._read or self._stored.read(_BLOCK // 16)
+            if not self._read:
+                if not self._frame.eof:
+                    raise EOFError("it ends within a Zstandard frame")
+                return 0
+            if self._frame.eof:
+                self._frame = self._new()
+            self._left = memoryview(self._frame.decompress(self._read))
+            self._read = self._frame.unused_data
+        n = min(len(buffer), len(self._left))
+        buffer[:n], self._left = self._left[:n], self._left[n:]
+        return n
 
 
 def find(patterns: Iterable[str], key: str) -> list[File]:
