@@ -113,6 +113,13 @@ def test_a_sources_own_splits_are_kept(kind: str, tmp_path: Path) -> None:
             write(tmp_path / split / f"a.{kind}", texts)
     given: dict[str, Any] = {f"{split}_files": [f"{tmp_path}/{split}/*.{kind}"] for split in ("validation", "test")}
     assert texts_of(config(tmp_path, kind, f"train/*.{kind}", **given)) == own
+    twice = given | {"test_files": [f"{tmp_path}/*t*/*.{kind}"]}  # of all three
+    for pattern, settings, message in (
+        (f"*/*.{kind}", given, rf"^data\.validation_files: .*/validation/\w+\.{kind} is also one of data\.files$"),
+        (f"train/*.{kind}", twice, r"^data\.test_files: .* is also one of data\.\w*files$"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prepare(config(tmp_path, kind, pattern, **settings))
     with pytest.raises(ConfigError, match=r"data\.validation_files, data\.test_files: give both, or neither"):
         config(tmp_path, kind, "train/*", validation_files=["a"])
 
@@ -213,7 +220,7 @@ def test_files_that_are_cut_off_or_another_thing(kind: str, message: str, tmp_pa
 
 @pytest.mark.parametrize("n", [1, 20_000])
 def test_zstandard_files_are_whole_or_told(n: int, tmp_path: Path) -> None:
-    """Cut off at any place, at which a large one has given whole lines; frames one after another, also empty and to be skipped."""
+    """Cut off at any place, where a large one has given whole lines; frames one after another, also empty and to be skipped."""
     lines = [json.dumps({"text": hashlib.sha256(b"%d" % i).hexdigest()}).encode() + b"\n" for i in range(n)]
     path, frame = tmp_path / "a.jsonl.zst", zstandard.compress(b"".join(lines))
 

@@ -255,13 +255,24 @@ def _bom(file: File) -> int:
 
 
 def _own(config: SourceConfig, key: str) -> list[tuple[Split, list[File]]]:
-    """The files of each split that the settings name."""
+    """The files of each split that the settings name.
+
+    Raises:
+        ConfigError: a file is named for two splits.
+    """
     named: dict[Split, tuple[str, list[str]]] = {
         "train": ("files", config.files),
         "validation": ("validation_files", config.validation_files),
         "test": ("test_files", config.test_files),
     }
-    return [(split, find(patterns, f"{key}.{name}")[: config.max_parts]) for split, (name, patterns) in named.items()]
+    found: dict[Split, list[File]] = {split: find(patterns, f"{key}.{name}") for split, (name, patterns) in named.items()}
+    seen: dict[str, str] = {}
+    for split, files in found.items():
+        for file in files:
+            name = named[split][0]
+            check(file.path not in seen, f"{key}.{name}: {file.path} is also one of {key}.{seen.get(file.path)}")
+            seen[file.path] = name
+    return [(split, files[: config.max_parts]) for split, files in found.items()]
 
 
 def _records(config: SourceConfig, key: str) -> list[tuple[Optional[Split], File]]:
