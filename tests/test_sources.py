@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from hf import gpt2
 
 from mutransformer.config import ConfigError, DataConfig, MixedSourceConfig
@@ -279,6 +280,39 @@ def test_urls_give_what_local_files_give(kind: str, tmp_path: Path) -> None:
         prepare(config(tmp_path, kind, "", files=["memory://none/*.x"]))
     with pytest.raises(ConfigError, match=r"data\.files: nosuch://bucket/a: "):
         prepare(config(tmp_path, kind, "", files=["nosuch://bucket/a"]))
+
+
+class InBlocks(AbstractFileSystem):
+    """Gives files as most stores do: in blocks. Notes how many bytes it was asked for."""
+
+    protocol = "blocks"
+    contents: dict[str, bytes] = {}
+    fetched: list[int] = []
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        name = str(self._strip_protocol(path))
+        return {"name": name, "size": len(self.contents[name]), "type": "file"}
+
+    def _open(self, path: str, *_: Any, **__: Any) -> Any:
+        return Blocks(self, path, block_size=1 << 12)  # pyright: ignore[reportArgumentType]
+
+
+class Blocks(AbstractBufferedFile):
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        InBlocks.fetched.append(end - start)
+        return InBlocks.contents[self.path][start:end]
+
+
+def test_lines_at_a_url_are_fetched_once() -> None:
+    fsspec.register_implementation("blocks", InBlocks, clobber=True)
+    lines = [json.dumps({"text": f"text {i}"}).encode() + b"\n" for i in range(10_000)]
+    InBlocks.contents["a.jsonl"] = b"".join(lines)
+    (file,) = find(["blocks://a.jsonl"], "key")
+    for start in (0, file.size // 2):
+        InBlocks.fetched.clear()
+        texts = [record.text for record in LinePart(file, start, file.size, "text", None).records()]
+        assert texts == [f"text {i}".encode() for i in range(10_000 - len(texts), 10_000)] and len(texts) > 4000
+        assert sum(InBlocks.fetched) < 1.1 * (file.size - start)
 
 
 def test_sources_are_mixed_and_their_caches_shared(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ class File:
     def decompressed(self) -> Iterator[Any]:
         """A binary file of the contents, whether they are stored plain, as .gz or as .zst; those forward only.
 
+        Buffered, since the files of most stores fetch and copy a block or two for each line.
+
         Raises:
             ConfigError: .zst needs a package that is missing.
         """
@@ -63,7 +65,7 @@ class File:
                     raise ConfigError(f"{self.path}: needs zstandard: pip install 'mutransformer[data]'") from None
                 yield io.BufferedReader(_Frames(stored, zstandard.ZstdDecompressor().decompressobj), _BLOCK)
             else:
-                yield stored
+                yield io.BufferedReader(stored, _BLOCK) if self.remote else stored
 
     @property
     def compressed(self) -> bool:
