@@ -5,6 +5,9 @@ import hashlib
 import json
 import logging
 import re
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,14 @@ import zstandard
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from hf import gpt2
 
-from mutransformer.config import ConfigError, DataConfig, MixedSourceConfig
-from mutransformer.data import parts, sources
+from mutransformer.config import ConfigError, DataConfig, MixedSourceConfig, SourceConfig
+from mutransformer.data import files, job, parts, shards, sources
 from mutransformer.data.cache import seal
 from mutransformer.data.corpus import prepare
 from mutransformer.data.files import find
 from mutransformer.data.parts import SPLITS, LinePart, TablePart
 from mutransformer.data.sources import Shares, split_of
+from mutransformer.data.tokenize import ByteTokenizer
 
 TEXTS = [f"document {i}: " + "the quick brown fox — 😀\n" * (i % 5 + 1) for i in range(120)]
 KINDS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "arrows"]
@@ -280,6 +284,73 @@ def test_urls_give_what_local_files_give(kind: str, tmp_path: Path) -> None:
         prepare(config(tmp_path, kind, "", files=["memory://none/*.x"]))
     with pytest.raises(ConfigError, match=r"data\.files: nosuch://bucket/a: "):
         prepare(config(tmp_path, kind, "", files=["nosuch://bucket/a"]))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_no_document_is_longer_than_a_part(own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the file; where none is, the parts are what they are without the limit."""
+    text = b"".join(b"line %d\n" % i for i in range(30_000))
+    given = {}
+    for split in SPLITS:
+        (tmp_path / f"{split}.text").write_bytes(text)
+        given[f"{split}_files"] = [f"{tmp_path}/{split}.text"]
+    files = given.pop("train_files")
+    settings = SourceConfig(source="text", files=files, **given if own else {})
+
+    def documents(limit: int) -> list[list[Any]]:
+        monkeypatch.setattr(sources, "PART_BYTES", limit)
+        return [document for part in sources.SOURCES["text"](settings, "data", Shares(0.1, 0.1)) for document in part.identity()]
+
+    cut = documents(1000)
+    assert max(stop - start for *_, start, stop in cut) <= 1000 and len(cut) < 3 * 1.3 * len(text) / 750
+    for split in SPLITS if own else (None,):
+        spans = [(start, stop) for _, of, _, start, stop in cut if split in (of, None)]
+        assert b"".join(text[start:stop] for start, stop in spans) == text
+    whole = documents(1 << 40)
+    assert documents(-(-len(text) // 4) * 4) == whole
+
+
+def test_a_shard_is_written_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever split its tokens are of, and what is to be tokenised is not all cut before the first is."""
+    monkeypatch.setattr(shards, "_BLOCK", 1 << 14)
+    monkeypatch.setattr(shards, "_HELD", 1 << 16)
+    tokens, before = np.arange(1 << 14, dtype=np.uint16), set(tmp_path.iterdir())
+    tracemalloc.start()
+    with closing(shards.Writer(tmp_path / "shard", "<u2")) as writer:
+        for _ in range(200):
+            for split in SPLITS:
+                writer.add(split, [tokens], len(tokens), ends=True)
+        facts = writer.finish()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 3 << 20 < tokens.nbytes * 200 and set(tmp_path.iterdir()) - before == {tmp_path / "shard"}
+    found = shards.sections(tmp_path / "shard", "<u2", facts)
+    assert all((found[split].tokens(0, 200 << 14).reshape(200, -1) == tokens).all() for split in SPLITS)
+
+
+def test_a_long_document_is_cut_as_it_is_tokenised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i} word" * 2000}) + "\n" for i in range(9)))
+    whole = texts_of(config(tmp_path, "jsonl", "a.jsonl"))
+    ahead, most = 0, 0
+
+    def cut(data: bytes, size: int) -> Iterator[bytes]:
+        nonlocal ahead, most
+        for piece in files.cut(data, size):
+            ahead += 1
+            most = max(most, ahead)
+            yield piece
+
+    def encode(self: ByteTokenizer, texts: list[str], threads: int) -> list[Any]:
+        nonlocal ahead
+        ahead -= len(texts)
+        return encoded(self, texts, threads)
+
+    encoded = ByteTokenizer.encode
+    monkeypatch.setattr(ByteTokenizer, "encode", encode)
+    for name, value in {"_SEGMENT": 100, "_CHUNK": 400, "cut": cut}.items():
+        monkeypatch.setattr(job, name, value)
+    assert texts_of(config(tmp_path, "jsonl", "a.jsonl", cache_dir=str(tmp_path / "other"), processes=1)) == whole
+    assert 0 < most < 20
 
 
 class InBlocks(AbstractFileSystem):

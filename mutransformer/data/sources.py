@@ -8,8 +8,9 @@ sides. Add a source by a function in SOURCES.
 import hashlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
@@ -177,24 +178,27 @@ def _text(config: SourceConfig, key: str, shares: Shares) -> list[Part]:
     """Files of text. One over about 1/100 of the text is cut in pieces of about 1/400 or more.
 
     So some hundred files of like size are each held out or trained on as a whole, and one file is divided among the splits. The
-    size is a power of two, so that text added later seldom moves the cuts.
+    size is a power of two, so that text added later seldom moves the cuts. A document is in memory as a whole: none has more than
+    about PART_BYTES, but for a file that is not cut, which may have twice as much.
     """
     if config.validation_files:
-        given = [_whole(file, split) for split, files in _own(config, key) for file in files]
-        return _grouped([document for document in given if document.stop > document.start])
+        size = PART_BYTES // 4
+        own = _own(config, key)
+        return _grouped(_merged((piece, split) for split, files in own for file in files for piece in _pieces(file, size)))
     files = find(config.files, f"{key}.files")[: config.max_parts]
     total = sum(file.size for file in files)
-    size = max(_SMALLEST_PIECE, 1 << max(0, (total // 256).bit_length() - 1))
-    pieces: list[Piece] = []
-    for file in files:
-        start = _bom(file)
-        if file.size - start > 4 * size:
-            cuts = [start, *_cuts(file, start, size)]
-            spans = zip(cuts, cuts[1:], strict=False)
-            pieces += [Piece(f"{file.name}#{k}", file, *span) for k, span in enumerate(spans)]
-        elif file.size > start:
-            pieces.append(Piece(file.name, file, start, file.size))
+    size = min(max(_SMALLEST_PIECE, 1 << max(0, (total // 256).bit_length() - 1)), PART_BYTES // 2)
+    pieces = [piece for file in files for piece in _pieces(file, size)]
     return _documents(pieces, key, shares, f", {key}.files = {config.files}")
+
+
+def _pieces(file: File, size: int) -> list[Piece]:
+    """A file as a whole, or one of more than 4 * size in pieces of size to 2 * size; none if it is empty."""
+    start = _bom(file)
+    if file.size - start > 4 * size:
+        cuts = [start, *_cuts(file, start, size)]
+        return [Piece(f"{file.name}#{k}", file, *span) for k, span in enumerate(pairwise(cuts))]
+    return [Piece(file.name, file, start, file.size)] if file.size > start else []
 
 
 def _cuts(file: File, start: int, size: int) -> Iterator[int]:
@@ -223,14 +227,20 @@ def _documents(pieces: list[Piece], key: str, shares: Shares, files: str = "") -
         len(pieces) >= len(SPLITS),
         f"{key}.source{files}: {text} bytes of text are too few for a train, a validation and a test split",
     )
+    splits = assign([piece.name for piece in pieces], *shares)
+    return _grouped(_merged(zip(pieces, splits, strict=True)))
+
+
+def _merged(pieces: Iterable[tuple[Piece, Split]]) -> list[Document]:
+    """Consecutive pieces of one file that are in the same split, together."""
     documents: list[Document] = []
-    for piece, split in zip(pieces, assign([piece.name for piece in pieces], *shares), strict=True):
+    for piece, split in pieces:
         last = documents[-1] if documents else None
-        if last and last.file is piece.file and last.split == split:
-            documents[-1] = Document(last.name, split, last.file, last.start, piece.stop)
+        if last and last.file is piece.file and last.split == split and piece.stop - last.start <= PART_BYTES:
+            documents[-1] = replace(last, stop=piece.stop)
         else:
-            documents.append(Document(piece.name, split, piece.file, piece.start, piece.stop))
-    return _grouped(documents)
+            documents.append(Document(piece.name, split, *piece[1:]))
+    return documents
 
 
 def _grouped(documents: list[Document]) -> list[Part]:
@@ -243,10 +253,6 @@ def _grouped(documents: list[Document]) -> list[Part]:
         groups[-1].append(document)
         size += document.stop - document.start
     return [DocumentPart(tuple(group)) for group in groups]
-
-
-def _whole(file: File, split: Split) -> Document:
-    return Document(file.name, split, file, _bom(file), file.size)
 
 
 def _bom(file: File) -> int:
