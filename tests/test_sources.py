@@ -4,8 +4,12 @@ import gzip
 import hashlib
 import json
 import logging
+import os
 import re
+import runpy
+import sys
 import tracemalloc
+import zipfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from fsspec.registry import _registry
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from hf import gpt2
 
@@ -362,6 +367,10 @@ class InBlocks(AbstractFileSystem):
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         name = str(self._strip_protocol(path))
+        if name.startswith("refused"):
+            raise PermissionError("403, Forbidden")
+        if name not in self.contents:
+            raise FileNotFoundError(name)
         return {"name": name, "size": len(self.contents[name]), "type": "file"}
 
     def _open(self, path: str, *_: Any, **__: Any) -> Any:
@@ -374,16 +383,98 @@ class Blocks(AbstractBufferedFile):
         return InBlocks.contents[self.path][start:end]
 
 
-def test_lines_at_a_url_are_fetched_once() -> None:
-    fsspec.register_implementation("blocks", InBlocks, clobber=True)
+def test_lines_at_a_url_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_registry, "blocks", InBlocks)
     lines = [json.dumps({"text": f"text {i}"}).encode() + b"\n" for i in range(10_000)]
-    InBlocks.contents["a.jsonl"] = b"".join(lines)
+    monkeypatch.setitem(InBlocks.contents, "a.jsonl", b"".join(lines))
     (file,) = find(["blocks://a.jsonl"], "key")
     for start in (0, file.size // 2):
         InBlocks.fetched.clear()
         texts = [record.text for record in LinePart(file, start, file.size, "text", None).records()]
         assert texts == [f"text {i}".encode() for i in range(10_000 - len(texts), 10_000)] and len(texts) > 4000
         assert sum(InBlocks.fetched) < 1.1 * (file.size - start)
+
+
+class Web(InBlocks):
+    """As fsspec's for HTTP, which takes whatever fails for a file that is not there."""
+
+    protocol = "https"
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return path
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        status = 200 if path in self.contents else 403 if "refused" in path else 404
+        if status != 200:
+            error = ValueError(f"{status}, message='...'")
+            error.status = status  # pyright: ignore[reportAttributeAccessIssue]
+            raise FileNotFoundError(path) from error
+        return {"name": path, "size": len(self.contents[path]), "type": "file"}
+
+
+def test_urls_that_fail_are_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not there, what is refused, and URLs that are none of a file."""
+    for name, store in {"blocks": InBlocks, "https": Web}.items():
+        monkeypatch.setitem(_registry, name, store)
+    for url, message in {
+        "blocks://none.txt": "blocks://none.txt matches no file",
+        "blocks://refused.txt": "cannot list blocks://refused.txt: 403, Forbidden",
+        "https://host/none.txt": "https://host/none.txt matches no file",
+        "https://host/refused.txt": "cannot list https://host/refused.txt: 403, message='...'",
+        "zip://x.txt": "zip://x.txt: .+",
+        f"zip://x.txt::{tmp_path}": rf"zip://x.txt::{tmp_path}: Is a directory",
+        f"zip://x.txt::{tmp_path}/none.zip": rf"zip://x.txt::{tmp_path}/none.zip: No such file or directory",
+        "dir://x.txt": "dir://x.txt: .+",
+    }.items():
+        with pytest.raises(ConfigError, match=f"^data.files: {message}$"):
+            find([url], "data.files")
+
+
+def test_a_file_is_read_as_its_name_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own name: not that of what a link leads to, nor the query of a URL; nor is the rest of a URL lost."""
+    monkeypatch.setitem(_registry, "https", Web)
+    lines = json.dumps({"text": "a text"}).encode()
+    (tmp_path / "blobs").mkdir()
+    for name, data in {"a.jsonl.gz": gzip.compress(lines), "b.jsonl.zst": zstandard.compress(lines), "c.jsonl": lines}.items():
+        (tmp_path / "blobs" / f"{name[0]}0123").write_bytes(data)
+        (tmp_path / name).symlink_to(f"blobs/{name[0]}0123")
+        monkeypatch.setitem(InBlocks.contents, f"https://host/data/{name}?sig=a/b.gz", data)
+        with zipfile.ZipFile(tmp_path / "all.zip", "a") as archive:
+            archive.writestr(f"data/{name}", data)
+    patterns = [f"{tmp_path}/*.json*", f"zip://data/*::{tmp_path}/all.zip", f"zip://data/c.jsonl::{tmp_path}/all.zip"]
+    found = find([*patterns, *(url for url in InBlocks.contents if url.startswith("https"))], "key")
+    names = ["a.jsonl.gz", "b.jsonl.zst", "c.jsonl"]
+    assert sorted(file.name for file in found) == sorted([*names, *names, *(f"{name}?sig=a/b.gz" for name in names)])
+    for file in found:
+        assert [record.text for record in LinePart(file, 0, None, "text", None).records()] == [b"a text"]
+
+
+def test_the_bytes_of_a_name_decide_its_split() -> None:
+    names = [os.fsdecode(name) for name in (b"\xe9.txt", b"a.txt", b"b.txt", "é.txt".encode())]
+    place = [int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") for name in names]
+    (validation,) = (k for k, split in enumerate(sources.assign(names, 1e-9, 1e-9)) if split == "validation")
+    assert place[validation] == min(place)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--rows", "-1"], "--rows -1: must not be negative"),
+        (["--batch", "-1"], "--batch -1: must not be negative"),
+        (["--batch", str(1 << 70)], f"--batch {1 << 70}: so many batches are never drawn"),
+    ],
+)
+def test_rows_that_cannot_be_shown(
+    given: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a.jsonl", TEXTS)
+    settings = ["data.source=jsonl", f"data.files=[{tmp_path}/a.jsonl]", f"data.cache_dir={tmp_path}", "data.tokenizer=bytes"]
+    script = str(Path(__file__).parents[1] / "scripts/inspect_data.py")
+    monkeypatch.setattr(sys, "argv", [script, *settings, "data.processes=1", *given])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(script, run_name="__main__")
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
 
 
 def test_sources_are_mixed_and_their_caches_shared(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def assign(names: list[str], validation_share: float, test_share: float) -> list
     Only where the hash would leave a split empty, the nearest name by hash goes there. Needs at least three names.
     """
     assert len(names) >= len(SPLITS)
-    place = [_place(name.encode()) for name in names]
+    place = [_place(name.encode(errors="surrogateescape")) for name in names]  # as the file system has it
     held_out = validation_share + test_share
     n_validation = min(max(1, sum(u < validation_share for u in place)), len(names) - 2)
     n_test = min(max(1, sum(validation_share <= u < held_out for u in place)), len(names) - 1 - n_validation)
