@@ -150,6 +150,21 @@ def test_a_column_is_named_or_the_error_names_what_there_is(tmp_path: Path) -> N
         prepare(config(tmp_path, "parquet", "a.parquet", column="id"))
 
 
+def test_a_column_of_any_type_of_text(tmp_path: Path) -> None:
+    """A list of texts is none."""
+    strings = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+    for kind in [*strings, pa.list_(pa.string()), pa.dictionary(pa.int32(), pa.binary())]:
+        table = pa.table({"text": pa.array([["a"]] if pa.types.is_list(kind) else ["a"], kind)})
+        with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as opened, pa.ipc.new_file(opened, table.schema) as writer:
+            writer.write_table(table)
+        part = TablePart(find([str(tmp_path / "a.arrow")], "key")[0], "arrow", None, 0, 1, "text", None, "data.column")
+        if kind in strings:
+            assert [record.text for record in part.records()] == [b"a"]
+        else:
+            with pytest.raises(ConfigError, match=rf"data\.column = text: holds {re.escape(str(kind))}, not text; "):
+                next(part.records())
+
+
 BAD_LINES = {
     b'{"text": "cut off': r"not JSON \(Unterminated string.*\)",
     b"no json at all": r"not JSON \(Expecting value.*\)",
