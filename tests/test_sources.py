@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import sys
+import threading
 import tracemalloc
 import zipfile
 from collections.abc import Iterator
@@ -463,6 +464,23 @@ def test_a_file_is_read_as_its_name_tells(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(file.name for file in found) == sorted([*names, *names, *(f"{name}?sig=a/b.gz" for name in names)])
     for file in found:
         assert [record.text for record in LinePart(file, 0, None, "text", None).records()] == [b"a text"]
+
+
+@pytest.mark.parametrize("kind", ["text", "parquet"])
+def test_files_are_looked_at_side_by_side(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(4):
+        write(tmp_path / f"{i}.parquet", TEXTS[:1]) if kind == "parquet" else (tmp_path / f"{i}.text").write_text("text")
+    two, opened = threading.Barrier(2), files.File.open
+
+    def meets(self: files.File) -> Any:
+        two.wait(timeout=10)
+        return opened(self)
+
+    monkeypatch.setattr(files.File, "open", meets)
+    settings = config(tmp_path, kind, f"*.{kind}")
+    found = sources.SOURCES[kind](settings, "data", Shares(0.1, 0.1))
+    names = [entry[0] for part in found for entry in (part.identity() if kind == "text" else [part.identity()])]
+    assert names == [f"{i}.{kind}" for i in range(4)]
 
 
 def test_the_bytes_of_a_name_decide_its_split() -> None:

@@ -9,10 +9,11 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple, Optional, TypeVar
 
 from mutransformer.config import ConfigError, DataConfig, MixedSourceConfig, SourceConfig, check
 from mutransformer.data import hub
@@ -30,6 +31,8 @@ from mutransformer.data.parts import (
     damaged,
     pyarrow,
 )
+
+T = TypeVar("T")
 
 _SMALLEST_PIECE = 64  # bytes
 _STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -183,13 +186,20 @@ def _text(config: SourceConfig, key: str, shares: Shares) -> list[Part]:
     """
     if config.validation_files:
         size = PART_BYTES // 4
-        own = _own(config, key)
-        return _grouped(_merged((piece, split) for split, files in own for file in files for piece in _pieces(file, size)))
+        given: list[tuple[Split, File]] = [(split, file) for split, files in _own(config, key) for file in files]
+        found = _at_once(lambda file: _pieces(file, size), [file for _, file in given])
+        return _grouped(_merged((piece, split) for (split, _), pieces in zip(given, found, strict=True) for piece in pieces))
     files = find(config.files, f"{key}.files")[: config.max_parts]
     total = sum(file.size for file in files)
     size = min(max(_SMALLEST_PIECE, 1 << max(0, (total // 256).bit_length() - 1)), PART_BYTES // 2)
-    pieces = [piece for file in files for piece in _pieces(file, size)]
+    pieces = [piece for pieces in _at_once(lambda file: _pieces(file, size), files) for piece in pieces]
     return _documents(pieces, key, shares, f", {key}.files = {config.files}")
+
+
+def _at_once(ask: Callable[[File], T], files: list[File]) -> list[T]:
+    """What is asked of each file, several at a time: a store takes its while to answer."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(ask, files))
 
 
 def _pieces(file: File, size: int) -> list[Piece]:
@@ -300,19 +310,25 @@ def _jsonl(config: SourceConfig, key: str, shares: Shares) -> list[Part]:
 
 def _parquet(config: SourceConfig, key: str, shares: Shares) -> list[Part]:
     found: list[Part] = []
-    for split, file in _records(config, key):
-        pa = pyarrow(file.path)
-        with file.open() as opened, damaged(file.path, "parquet"):
-            metadata = pa.parquet.ParquetFile(opened).metadata
-            groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    given = _records(config, key)
+    for (split, file), groups in zip(given, _at_once(_row_groups, [file for _, file in given]), strict=True):
         first, size, first_row, row = 0, 0, 0, 0
-        for i, group in enumerate(groups, start=1):
-            row += group.num_rows
-            size += group.total_byte_size
+        for i, (n_rows, n_bytes) in enumerate(groups, start=1):
+            row += n_rows
+            size += n_bytes
             if size >= PART_BYTES or i == len(groups):
                 found.append(TablePart(file, "parquet", tuple(range(first, i)), first_row, size, *_column(config, split, key)))
                 first, size, first_row = i, 0, row
     return found
+
+
+def _row_groups(file: File) -> list[tuple[int, int]]:
+    """The rows and bytes of each."""
+    pa = pyarrow(file.path)
+    with file.open() as opened, damaged(file.path, "parquet"):
+        metadata = pa.parquet.ParquetFile(opened).metadata
+        groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+        return [(group.num_rows, group.total_byte_size) for group in groups]
 
 
 def _arrow(config: SourceConfig, key: str, shares: Shares) -> list[Part]:
