@@ -1,5 +1,6 @@
 """Files of every kind to documents: the same text in whichever form it lies, and what is wrong with it, by file and line."""
 
+import argparse
 import gzip
 import hashlib
 import json
@@ -508,6 +509,32 @@ def test_rows_that_cannot_be_shown(
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(script, run_name="__main__")
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [
+            "data.source=hub",
+            "data.path=a",
+            "data.subset=b",
+            "data.revision=c",
+            "data.split=d",
+            "data.column=e",
+            "data.max_parts=1",
+        ],
+        ["data.source=text", "data.files=[a]", "data.validation_files=[b]", "data.test_files=[c]"],
+        ["data.sources.a.source=hub", "data.sources.a.path=b"],
+    ],
+)
+def test_the_benchmark_reads_its_own_text(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run: Any = runpy.run_path(str(Path(__file__).parents[1] / "scripts/benchmark_data.py"))["run"]
+    seen: list[DataConfig] = []
+    monkeypatch.setitem(run.__globals__, "write", lambda *_: ["own.jsonl"])
+    monkeypatch.setitem(run.__globals__, "tokenise", lambda config, _: seen.append(config) or {})
+    monkeypatch.setitem(run.__globals__, "load", lambda *_: {})
+    run(argparse.Namespace(args=settings, megabytes=1, repeats=1, batches=1))
+    assert seen[0].mixture == {"data": MixedSourceConfig(source="jsonl", files=["own.jsonl"])}
 
 
 def test_sources_are_mixed_and_their_caches_shared(tmp_path: Path) -> None:
