@@ -46,6 +46,11 @@ class SourceConfig:
             check(self.source == "hub" or getattr(self, key) is None, f"{at}.{key} is set: it needs {at}.source=hub")
         check(bool(self.column), f"{at}.column is empty: name the column that holds the text")
         check(self.max_parts is None or self.max_parts >= 1, f"{at}.max_parts = {self.max_parts}: must be at least 1")
+        in_parts = (*FILES, "hub")
+        check(
+            self.source in in_parts or self.max_parts is None,
+            f"{at}.max_parts is set: it needs {at}.source={'|'.join(in_parts)}",
+        )
         for key in given:
             for pattern in getattr(self, key):
                 check_path(f"{at}.{key}", pattern, urls=True)
@@ -106,7 +111,7 @@ class DataConfig(SourceConfig):
             source.check(f"data.sources.{name}")
         if self.sources:
             alone = SourceConfig()
-            set_too = [key for key in ("source", "files", "path") if getattr(self, key) != getattr(alone, key)]
+            set_too = [key for key in SourceConfig.__dataclass_fields__ if getattr(self, key) != getattr(alone, key)]
             check(not set_too, f"data.{''.join(set_too[:1])} is set: with data.sources put it below a source's name")
         else:
             self.check("data")

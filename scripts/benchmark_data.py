@@ -42,7 +42,8 @@ def run(given: Namespace) -> int:
     processes = config.processes or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         files = write(Path(folder), given.megabytes, 4 * processes)
-        config = replace(config, source="jsonl", files=files, column="text", sources={}, cache_dir=f"{folder}/cache")
+        alone = SourceConfig(source="jsonl", files=files)  # none of the config's own source, nor its splits, is left
+        config = replace(config, **vars(alone), sources={}, cache_dir=f"{folder}/cache")
         config = replace(config, processes=processes, local_dir=f"{folder}/local")
         report = tokenise(config, given.repeats) | {"loading": load(config, given.repeats, given.batches)}
     print(json.dumps(report, indent=2))

@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 
 from mutransformer import settings
+from mutransformer.config import ConfigError, check
 from mutransformer.launch import command, guarded, prepare_jax
 
 
@@ -21,6 +22,8 @@ def main() -> int:
 
 def run(given: Namespace) -> int:
     config = settings.load(given.args)
+    for key in ("rows", "batch"):
+        check(getattr(given, key) >= 0, f"--{key} {getattr(given, key)}: must not be negative")
     prepare_jax(config.distributed)
     from contextlib import closing
 
@@ -41,7 +44,9 @@ def run(given: Namespace) -> int:
             print(f"{tokens.source} {split}: {tokens.n_documents:,} documents, {tokens.n_tokens:,} tokens, {n:,} rows{share}")
     with closing(train_batches(corpus.splits["train"], config.data, config.seed, 1, (0,), tokenizer.n_vocab)) as batches:
         batches.set_state({"next_index": given.batch})
-        shown = next(batches)
+        shown = next(batches, None)
+    if shown is None:
+        raise ConfigError(f"--batch {given.batch}: so many batches are never drawn")
     for row, (ids, mask) in enumerate(zip(shown.tokens[: given.rows], shown.mask[: given.rows], strict=True)):
         print(f"\nbatch {given.batch}, row {row}: {mask.sum()} of {len(ids)} tokens count")
         segments = None if shown.segments is None else shown.segments[row]

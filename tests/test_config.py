@@ -214,6 +214,12 @@ RANGES: list[tuple[str, str]] = [
     *((f"name={name}", r"name = .*: must be a plain folder name") for name in ("''", "..", ".hidden", "../x", "a/b", "a\\b")),
     ("workdir=~no-such-user", r"workdir = ~no-such-user: there is no such user"),
     ("workdir=gs://bucket/runs", r"workdir = gs://bucket/runs: only local paths can be read and written so far"),
+    *((f"data.sources.a.weight=2 data.{key}={value}", rf"data.{key} is set: with data.sources put it below a source's name")
+      for key, value in {"source": "hub", "files": "[a]", "validation_files": "[a]", "test_files": "[a]", "column": "c",
+                         "path": "a", "subset": "en", "split": "s", "revision": "r", "max_parts": "1"}.items()),
+    ("data.max_parts=0", r"data.max_parts = 0: must be at least 1"),
+    ("data.max_parts=1", r"data.max_parts is set: it needs data.source=text\|jsonl\|parquet\|arrow\|hub$"),
+    ("data.source=tokens data.path=a data.max_parts=1", r"data.max_parts is set: it needs data.source=text"),
     ("seed=-1", r"seed = -1: must lie in 0 ... 2\^31 - 1"),
     ("seed=2147483648", r"seed = 2147483648: must lie"),
     ("steps=0", r"steps = 0: must be at least 1"),

@@ -1,5 +1,6 @@
 """Data sets and tokenizers of the Hugging Face Hub: the real code, against folders in its layout and a server that fails."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_hub import COMMIT, Hub
 from hf import t5
@@ -87,6 +90,20 @@ def test_a_folder_in_the_hubs_layout_and_its_own_splits(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message) as error:
             prepare(DataConfig(**changed))
         assert "\n" not in str(error.value)
+
+
+def test_only_the_column_of_text_is_decoded(tmp_path: Path) -> None:
+    images = pa.array([{"bytes": b"no image", "path": None}] * len(TEXTS), pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    features = {"text": {"dtype": "string", "_type": "Value"}, "image": {"_type": "Image"}}
+    table = pa.table({"text": TEXTS, "image": images})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    (tmp_path / "own").mkdir()
+    pq.write_table(table, tmp_path / "own/train.parquet")
+    given: dict[str, Any] = {"source": "hub", "path": f"{tmp_path}/own", "tokenizer": "bytes", "processes": 1}
+    found = texts_of(DataConfig(**given, cache_dir=f"{tmp_path}/cache"))
+    assert sorted(sum(found.values(), [])) == sorted(TEXTS)
+    with pytest.raises(ConfigError, match=r"data\.column = content: no such column; .*own has text, image$"):
+        prepare(DataConfig(**given, cache_dir=f"{tmp_path}/cache", column="content"))
 
 
 @pytest.mark.slow

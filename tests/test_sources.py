@@ -1,10 +1,19 @@
 """Files of every kind to documents: the same text in whichever form it lies, and what is wrong with it, by file and line."""
 
+import argparse
 import gzip
 import hashlib
 import json
 import logging
+import os
 import re
+import runpy
+import sys
+import threading
+import tracemalloc
+import zipfile
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +23,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from fsspec.registry import _registry
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from hf import gpt2
 
-from mutransformer.config import ConfigError, DataConfig, MixedSourceConfig
-from mutransformer.data import parts, sources
+from mutransformer.config import ConfigError, DataConfig, MixedSourceConfig, SourceConfig
+from mutransformer.data import files, job, parts, shards, sources
 from mutransformer.data.cache import seal
 from mutransformer.data.corpus import prepare
 from mutransformer.data.files import find
 from mutransformer.data.parts import SPLITS, LinePart, TablePart
 from mutransformer.data.sources import Shares, split_of
+from mutransformer.data.tokenize import ByteTokenizer
 
 TEXTS = [f"document {i}: " + "the quick brown fox — 😀\n" * (i % 5 + 1) for i in range(120)]
 KINDS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "arrows"]
@@ -113,6 +125,13 @@ def test_a_sources_own_splits_are_kept(kind: str, tmp_path: Path) -> None:
             write(tmp_path / split / f"a.{kind}", texts)
     given: dict[str, Any] = {f"{split}_files": [f"{tmp_path}/{split}/*.{kind}"] for split in ("validation", "test")}
     assert texts_of(config(tmp_path, kind, f"train/*.{kind}", **given)) == own
+    twice = given | {"test_files": [f"{tmp_path}/*t*/*.{kind}"]}  # of all three
+    for pattern, settings, message in (
+        (f"*/*.{kind}", given, rf"^data\.validation_files: .*/validation/\w+\.{kind} is also one of data\.files$"),
+        (f"train/*.{kind}", twice, r"^data\.test_files: .* is also one of data\.\w*files$"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prepare(config(tmp_path, kind, pattern, **settings))
     with pytest.raises(ConfigError, match=r"data\.validation_files, data\.test_files: give both, or neither"):
         config(tmp_path, kind, "train/*", validation_files=["a"])
 
@@ -131,6 +150,21 @@ def test_a_column_is_named_or_the_error_names_what_there_is(tmp_path: Path) -> N
             prepare(config(tmp_path, kind, f"a.{kind}"))
     with pytest.raises(ConfigError, match=r"data\.column = id: holds int64, not text"):
         prepare(config(tmp_path, "parquet", "a.parquet", column="id"))
+
+
+def test_a_column_of_any_type_of_text(tmp_path: Path) -> None:
+    """A list of texts is none."""
+    strings = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+    for kind in [*strings, pa.list_(pa.string()), pa.dictionary(pa.int32(), pa.binary())]:
+        table = pa.table({"text": pa.array([["a"]] if pa.types.is_list(kind) else ["a"], kind)})
+        with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as opened, pa.ipc.new_file(opened, table.schema) as writer:
+            writer.write_table(table)
+        part = TablePart(find([str(tmp_path / "a.arrow")], "key")[0], "arrow", None, 0, 1, "text", None, "data.column")
+        if kind in strings:
+            assert [record.text for record in part.records()] == [b"a"]
+        else:
+            with pytest.raises(ConfigError, match=rf"data\.column = text: holds {re.escape(str(kind))}, not text; "):
+                next(part.records())
 
 
 BAD_LINES = {
@@ -211,6 +245,26 @@ def test_files_that_are_cut_off_or_another_thing(kind: str, message: str, tmp_pa
             prepare(config(tmp_path, "jsonl", name))
 
 
+@pytest.mark.parametrize("n", [1, 20_000])
+def test_zstandard_files_are_whole_or_told(n: int, tmp_path: Path) -> None:
+    """Cut off at any place, where a large one has given whole lines; frames one after another, also empty and to be skipped."""
+    lines = [json.dumps({"text": hashlib.sha256(b"%d" % i).hexdigest()}).encode() + b"\n" for i in range(n)]
+    path, frame = tmp_path / "a.jsonl.zst", zstandard.compress(b"".join(lines))
+
+    def texts(data: bytes) -> list[bytes | None]:
+        path.write_bytes(data)
+        return [record.text for record in LinePart(find([str(path)], "key")[0], 0, None, "text", None).records()]
+
+    whole = [line[10:-3] for line in lines]
+    assert texts(frame) == whole
+    skipped = b"\x50\x2a\x4d\x18\x03\0\0\0abc"
+    assert texts(skipped + frame + zstandard.compress(b"") + frame + skipped) == whole * 2
+    for kept in (0, 3, len(frame) // 2, len(frame) - 1):
+        for before in (b"", frame) if kept else (b"",):
+            with pytest.raises(EOFError, match="ends within a Zstandard frame"):
+                texts(before + frame[:kept])
+
+
 def test_odd_but_good_text_passes(tmp_path: Path) -> None:
     """A byte-order mark, CRLF, NUL, a line of five megabytes, no line end at the end, blank lines, empty texts."""
     odd = ["first\0second", "x" * 5_000_000, "a\r\nb", "", "last"] + [f"filler {i}" for i in range(60)]
@@ -252,6 +306,235 @@ def test_urls_give_what_local_files_give(kind: str, tmp_path: Path) -> None:
         prepare(config(tmp_path, kind, "", files=["memory://none/*.x"]))
     with pytest.raises(ConfigError, match=r"data\.files: nosuch://bucket/a: "):
         prepare(config(tmp_path, kind, "", files=["nosuch://bucket/a"]))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_no_document_is_longer_than_a_part(own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the file; where none is, the parts are what they are without the limit."""
+    text = b"".join(b"line %d\n" % i for i in range(30_000))
+    given = {}
+    for split in SPLITS:
+        (tmp_path / f"{split}.text").write_bytes(text)
+        given[f"{split}_files"] = [f"{tmp_path}/{split}.text"]
+    files = given.pop("train_files")
+    settings = SourceConfig(source="text", files=files, **given if own else {})
+
+    def documents(limit: int) -> list[list[Any]]:
+        monkeypatch.setattr(sources, "PART_BYTES", limit)
+        return [document for part in sources.SOURCES["text"](settings, "data", Shares(0.1, 0.1)) for document in part.identity()]
+
+    cut = documents(1000)
+    assert max(stop - start for *_, start, stop in cut) <= 1000 and len(cut) < 3 * 1.3 * len(text) / 750
+    for split in SPLITS if own else (None,):
+        spans = [(start, stop) for _, of, _, start, stop in cut if split in (of, None)]
+        assert b"".join(text[start:stop] for start, stop in spans) == text
+    whole = documents(1 << 40)
+    assert documents(-(-len(text) // 4) * 4) == whole
+
+
+def test_a_shard_is_written_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever split its tokens are of, and what is to be tokenised is not all cut before the first is."""
+    monkeypatch.setattr(shards, "_BLOCK", 1 << 14)
+    monkeypatch.setattr(shards, "_HELD", 1 << 16)
+    tokens, before = np.arange(1 << 14, dtype=np.uint16), set(tmp_path.iterdir())
+    tracemalloc.start()
+    with closing(shards.Writer(tmp_path / "shard", "<u2")) as writer:
+        for _ in range(200):
+            for split in SPLITS:
+                writer.add(split, [tokens], len(tokens), ends=True)
+        facts = writer.finish()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 3 << 20 < tokens.nbytes * 200 and set(tmp_path.iterdir()) - before == {tmp_path / "shard"}
+    found = shards.sections(tmp_path / "shard", "<u2", facts)
+    assert all((found[split].tokens(0, 200 << 14).reshape(200, -1) == tokens).all() for split in SPLITS)
+
+
+def test_a_long_document_is_cut_as_it_is_tokenised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i} word" * 2000}) + "\n" for i in range(9)))
+    whole = texts_of(config(tmp_path, "jsonl", "a.jsonl"))
+    ahead, most = 0, 0
+
+    def cut(data: bytes, size: int) -> Iterator[bytes]:
+        nonlocal ahead, most
+        for piece in files.cut(data, size):
+            ahead += 1
+            most = max(most, ahead)
+            yield piece
+
+    def encode(self: ByteTokenizer, texts: list[str], threads: int) -> list[Any]:
+        nonlocal ahead
+        ahead -= len(texts)
+        return encoded(self, texts, threads)
+
+    encoded = ByteTokenizer.encode
+    monkeypatch.setattr(ByteTokenizer, "encode", encode)
+    for name, value in {"_SEGMENT": 100, "_CHUNK": 400, "cut": cut}.items():
+        monkeypatch.setattr(job, name, value)
+    assert texts_of(config(tmp_path, "jsonl", "a.jsonl", cache_dir=str(tmp_path / "other"), processes=1)) == whole
+    assert 0 < most < 20
+
+
+class InBlocks(AbstractFileSystem):
+    """Gives files as most stores do: in blocks. Notes how many bytes it was asked for."""
+
+    protocol = "blocks"
+    contents: dict[str, bytes] = {}
+    fetched: list[int] = []
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        name = str(self._strip_protocol(path))
+        if name.startswith("refused"):
+            raise PermissionError("403, Forbidden")
+        if name not in self.contents:
+            raise FileNotFoundError(name)
+        return {"name": name, "size": len(self.contents[name]), "type": "file"}
+
+    def _open(self, path: str, *_: Any, **__: Any) -> Any:
+        return Blocks(self, path, block_size=1 << 12)  # pyright: ignore[reportArgumentType]
+
+
+class Blocks(AbstractBufferedFile):
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        InBlocks.fetched.append(end - start)
+        return InBlocks.contents[self.path][start:end]
+
+
+def test_lines_at_a_url_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_registry, "blocks", InBlocks)
+    lines = [json.dumps({"text": f"text {i}"}).encode() + b"\n" for i in range(10_000)]
+    monkeypatch.setitem(InBlocks.contents, "a.jsonl", b"".join(lines))
+    (file,) = find(["blocks://a.jsonl"], "key")
+    for start in (0, file.size // 2):
+        InBlocks.fetched.clear()
+        texts = [record.text for record in LinePart(file, start, file.size, "text", None).records()]
+        assert texts == [f"text {i}".encode() for i in range(10_000 - len(texts), 10_000)] and len(texts) > 4000
+        assert sum(InBlocks.fetched) < 1.1 * (file.size - start)
+
+
+class Web(InBlocks):
+    """As fsspec's for HTTP, which takes whatever fails for a file that is not there."""
+
+    protocol = "https"
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return path
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        status = 200 if path in self.contents else 403 if "refused" in path else 404
+        if status != 200:
+            error = ValueError(f"{status}, message='...'")
+            error.status = status  # pyright: ignore[reportAttributeAccessIssue]
+            raise FileNotFoundError(path) from error
+        return {"name": path, "size": len(self.contents[path]), "type": "file"}
+
+
+def test_urls_that_fail_are_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not there, what is refused, and URLs that are none of a file."""
+    for name, store in {"blocks": InBlocks, "https": Web}.items():
+        monkeypatch.setitem(_registry, name, store)
+    for url, message in {
+        "blocks://none.txt": "blocks://none.txt matches no file",
+        "blocks://refused.txt": "cannot list blocks://refused.txt: 403, Forbidden",
+        "https://host/none.txt": "https://host/none.txt matches no file",
+        "https://host/refused.txt": "cannot list https://host/refused.txt: 403, message='...'",
+        "zip://x.txt": "zip://x.txt: .+",
+        f"zip://x.txt::{tmp_path}": rf"zip://x.txt::{tmp_path}: Is a directory",
+        f"zip://x.txt::{tmp_path}/none.zip": rf"zip://x.txt::{tmp_path}/none.zip: No such file or directory",
+        "dir://x.txt": "dir://x.txt: .+",
+    }.items():
+        with pytest.raises(ConfigError, match=f"^data.files: {message}$"):
+            find([url], "data.files")
+
+
+def test_a_file_is_read_as_its_name_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own name: not that of what a link leads to, nor the query of a URL; nor is the rest of a URL lost."""
+    monkeypatch.setitem(_registry, "https", Web)
+    lines = json.dumps({"text": "a text"}).encode()
+    (tmp_path / "blobs").mkdir()
+    for name, data in {"a.jsonl.gz": gzip.compress(lines), "b.jsonl.zst": zstandard.compress(lines), "c.jsonl": lines}.items():
+        (tmp_path / "blobs" / f"{name[0]}0123").write_bytes(data)
+        (tmp_path / name).symlink_to(f"blobs/{name[0]}0123")
+        monkeypatch.setitem(InBlocks.contents, f"https://host/data/{name}?sig=a/b.gz", data)
+        with zipfile.ZipFile(tmp_path / "all.zip", "a") as archive:
+            archive.writestr(f"data/{name}", data)
+    patterns = [f"{tmp_path}/*.json*", f"zip://data/*::{tmp_path}/all.zip", f"zip://data/c.jsonl::{tmp_path}/all.zip"]
+    found = find([*patterns, *(url for url in InBlocks.contents if url.startswith("https"))], "key")
+    names = ["a.jsonl.gz", "b.jsonl.zst", "c.jsonl"]
+    assert sorted(file.name for file in found) == sorted([*names, *names, *(f"{name}?sig=a/b.gz" for name in names)])
+    for file in found:
+        assert [record.text for record in LinePart(file, 0, None, "text", None).records()] == [b"a text"]
+
+
+@pytest.mark.parametrize("kind", ["text", "parquet"])
+def test_files_are_looked_at_side_by_side(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(4):
+        write(tmp_path / f"{i}.parquet", TEXTS[:1]) if kind == "parquet" else (tmp_path / f"{i}.text").write_text("text")
+    two, opened = threading.Barrier(2), files.File.open
+
+    def meets(self: files.File) -> Any:
+        two.wait(timeout=10)
+        return opened(self)
+
+    monkeypatch.setattr(files.File, "open", meets)
+    settings = config(tmp_path, kind, f"*.{kind}")
+    found = sources.SOURCES[kind](settings, "data", Shares(0.1, 0.1))
+    names = [entry[0] for part in found for entry in (part.identity() if kind == "text" else [part.identity()])]
+    assert names == [f"{i}.{kind}" for i in range(4)]
+
+
+def test_the_bytes_of_a_name_decide_its_split() -> None:
+    names = [os.fsdecode(name) for name in (b"\xe9.txt", b"a.txt", b"b.txt", "é.txt".encode())]
+    place = [int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") for name in names]
+    (validation,) = (k for k, split in enumerate(sources.assign(names, 1e-9, 1e-9)) if split == "validation")
+    assert place[validation] == min(place)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--rows", "-1"], "--rows -1: must not be negative"),
+        (["--batch", "-1"], "--batch -1: must not be negative"),
+        (["--batch", str(1 << 70)], f"--batch {1 << 70}: so many batches are never drawn"),
+    ],
+)
+def test_rows_that_cannot_be_shown(
+    given: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a.jsonl", TEXTS)
+    settings = ["data.source=jsonl", f"data.files=[{tmp_path}/a.jsonl]", f"data.cache_dir={tmp_path}", "data.tokenizer=bytes"]
+    script = str(Path(__file__).parents[1] / "scripts/inspect_data.py")
+    monkeypatch.setattr(sys, "argv", [script, *settings, "data.processes=1", *given])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(script, run_name="__main__")
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [
+            "data.source=hub",
+            "data.path=a",
+            "data.subset=b",
+            "data.revision=c",
+            "data.split=d",
+            "data.column=e",
+            "data.max_parts=1",
+        ],
+        ["data.source=text", "data.files=[a]", "data.validation_files=[b]", "data.test_files=[c]"],
+        ["data.sources.a.source=hub", "data.sources.a.path=b"],
+    ],
+)
+def test_the_benchmark_reads_its_own_text(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run: Any = runpy.run_path(str(Path(__file__).parents[1] / "scripts/benchmark_data.py"))["run"]
+    seen: list[DataConfig] = []
+    monkeypatch.setitem(run.__globals__, "write", lambda *_: ["own.jsonl"])
+    monkeypatch.setitem(run.__globals__, "tokenise", lambda config, _: seen.append(config) or {})
+    monkeypatch.setitem(run.__globals__, "load", lambda *_: {})
+    run(argparse.Namespace(args=settings, megabytes=1, repeats=1, batches=1))
+    assert seen[0].mixture == {"data": MixedSourceConfig(source="jsonl", files=["own.jsonl"])}
 
 
 def test_sources_are_mixed_and_their_caches_shared(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from hf import gpt2
 
 from mutransformer.config import ConfigError, DataConfig
+from mutransformer.data.build import Host
+from mutransformer.data.cache import Store
 from mutransformer.data.corpus import prepare
 from mutransformer.data.sources import open_source, shares_of
 from mutransformer.data.tokenize import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
-from mutransformer.data.vocabulary import training_texts
+from mutransformer.data.vocabulary import open_tokenizer, training_texts
 
 SOURCE = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text(encoding="utf-8")
 TEXTS = [
@@ -127,6 +130,19 @@ def test_a_tokenizer_file_that_is_none(tmp_path: Path, contents: bytes | None, m
         path.write_bytes(contents)
     with pytest.raises(ConfigError, match=rf"^data\.tokenizer_file = .*broken\.model: {message}$"):
         SentencePieceTokenizer(path)
+
+
+def test_weights_beside_a_tokenizer_are_not_read(tmp_path: Path) -> None:
+    folder, cached = gpt2(tmp_path / "gpt2"), tmp_path / "cache"
+    config = DataConfig(tokenizer="hf", tokenizer_file=str(folder))
+
+    def entries(name: str, contents: str) -> int:
+        (folder / name).write_text(contents)
+        open_tokenizer(config, Store(str(cached), str(cached)), Host(), [])
+        return len(list(cached.glob("tokenizer-*")))
+
+    assert [entries("model.safetensors", "1"), entries("model.safetensors", "2"), entries("pytorch_model.bin", "3")] == [1] * 3
+    assert entries("added.txt", "4") == 2
 
 
 def test_a_truncated_model_is_refused(trained: SentencePieceTokenizer, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import gzip
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.core import url_to_fs
 
 from mutransformer.config import ConfigError, check
 from mutransformer.data.cache import first_line
 from mutransformer.errors import is_url
 
 _ANY = set("*?[")
+_HTTP = ("http://", "https://")  # where ? begins a query
+_BLOCK = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,20 @@ class File:
         return is_url(self.path)
 
     def open(self) -> Any:
-        """A binary file of the bytes as they are stored; seekable."""
-        return _filesystem(self.path).open(self.path, "rb") if self.remote else open(self.path, "rb")
+        """A binary file of the bytes as they are stored, for `with`; seekable."""
+        return fsspec.open(self.path, "rb") if self.remote else open(self.path, "rb")
 
     @contextmanager
     def decompressed(self) -> Iterator[Any]:
         """A binary file of the contents, whether they are stored plain, as .gz or as .zst; those forward only.
 
+        Buffered, since the files of most stores fetch and copy a block or two for each line.
+
         Raises:
             ConfigError: .zst needs a package that is missing.
         """
         with self.open() as stored:
-            if self.path.endswith(".gz"):
+            if self._ends(".gz"):
                 with gzip.GzipFile(fileobj=stored) as file:
                     yield file
             elif self.compressed:
@@ -60,13 +65,45 @@ class File:
                     import zstandard
                 except ImportError:
                     raise ConfigError(f"{self.path}: needs zstandard: pip install 'mutransformer[data]'") from None
-                yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(stored, read_across_frames=True))
+                yield io.BufferedReader(_Frames(stored, zstandard.ZstdDecompressor().decompressobj), _BLOCK)
             else:
-                yield stored
+                yield io.BufferedReader(stored, _BLOCK) if self.remote else stored
 
     @property
     def compressed(self) -> bool:
-        return self.path.endswith((".gz", ".zst", ".zstd"))
+        return self._ends(".gz", ".zst", ".zstd")
+
+    def _ends(self, *suffixes: str) -> bool:
+        # The name that was given: a link may lead to a file that is named by its hash.
+        return (self.name.partition("?")[0] if self.path.startswith(_HTTP) else self.name).endswith(suffixes)
+
+
+class _Frames(io.RawIOBase):
+    """The contents of Zstandard's frames, one after another. The package's own reader takes a file that is cut off for whole."""
+
+    def __init__(self, stored: Any, new: Callable[[], Any]):
+        self._stored, self._new = stored, new
+        self._frame = new()
+        self._read, self._left = b"", memoryview(b"")  # what is not yet decompressed, and what is
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            # No more at once, since little may stand for much.
+            self._read = self._read or self._stored.read(_BLOCK // 16)
+            if not self._read:
+                if not self._frame.eof:
+                    raise EOFError("it ends within a Zstandard frame")
+                return 0
+            if self._frame.eof:
+                self._frame = self._new()
+            self._left = memoryview(self._frame.decompress(self._read))
+            self._read = self._frame.unused_data
+        n = min(len(buffer), len(self._left))
+        buffer[:n], self._left = self._left[:n], self._left[n:]
+        return n
 
 
 def find(patterns: Iterable[str], key: str) -> list[File]:
@@ -87,13 +124,16 @@ def find(patterns: Iterable[str], key: str) -> list[File]:
     def file(path: str, name: str) -> File:
         try:
             if is_url(path):
-                fs = _filesystem(path)
-                return File(name, path, fs.info(path)["size"], str(fs.ukey(path)))
+                fs, plain = url_to_fs(path)
+                size = fs.info(plain)["size"]
+                if size is None:
+                    raise ValueError("its size is not told")
+                return File(name, path, size, str(fs.ukey(plain)))
             with open(path, "rb") as handle:
                 version = hashlib.file_digest(handle, "sha256").hexdigest()
                 return File(name, path, handle.tell(), version)
-        except OSError as error:
-            raise ConfigError(f"{key}: cannot read {path}: {first_line(error)}") from None
+        except Exception as error:  # each file system of fsspec has its own
+            raise ConfigError(f"{key}: cannot read {path}: {first_line(error)}") from error
 
     with ThreadPoolExecutor(8) as pool:  # hashing and asking a store both leave Python
         return sorted(pool.map(file, found.keys(), found.values()), key=lambda f: (f.name, f.path))
@@ -126,22 +166,29 @@ def _local(pattern: str, key: str) -> list[tuple[str, str]]:
 
 
 def _remote(pattern: str, key: str) -> list[tuple[str, str]]:
-    fs = _filesystem(pattern, key)
     try:
-        plain = fs._strip_protocol(pattern)
-        matches = fs.glob(plain, maxdepth=None) if _ANY & set(plain) else [plain] if fs.isfile(plain) else []
-        matches = [path for path in matches if not fs.isdir(path)]
+        fs, plain = url_to_fs(pattern)
+    except Exception as error:  # of whatever package it needs
+        raise ConfigError(f"{key}: {pattern}: {first_line(error)}") from error
+    magic = _ANY - {"?"} if pattern.startswith(_HTTP) else _ANY
+    named = bool(magic & set(plain))
+    try:
+        found = fs.glob(plain, maxdepth=None, detail=True) if named else {plain: fs.info(plain)}
     except Exception as error:  # each file system of fsspec has its own
-        raise ConfigError(f"{key}: cannot list {pattern}: {first_line(error)}") from error
+        cause = error.__cause__  # of HTTP's error for all that fails, the status
+        if not isinstance(error, FileNotFoundError) or (cause is not None and getattr(cause, "status", None) != 404):
+            raise ConfigError(f"{key}: cannot list {pattern}: {first_line(cause or error)}") from error
+        found = {}
+    matches = [path for path, info in found.items() if info["type"] != "directory"]
     check(bool(matches), f"{key}: {pattern} matches no file")
-    root = plain.rpartition("/")[0]
-    while _ANY & set(root):
+    root = (plain.partition("?")[0] if "?" not in magic else plain).rpartition("/")[0]
+    while magic & set(root):
         root = root.rpartition("/")[0]
-    return [(path[len(root) :].lstrip("/") if root else path, fs.unstrip_protocol(path)) for path in matches]
+    # What else than a path tells the place, as the host of ftp://host/path or the archive of zip://path::archive, is kept.
+    head, chained, rest = pattern.partition("::")
+    kept = head.removesuffix(plain) if chained or fs._get_kwargs_from_urls(pattern) else None
 
+    def url(path: str) -> str:
+        return fs.unstrip_protocol(path) if kept is None else f"{kept}{path}{chained}{rest}"
 
-def _filesystem(url: str, key: str = "") -> Any:
-    try:
-        return fsspec.filesystem(url.split("://")[0])
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"{key}: {url}: {first_line(error)}") from None
+    return [(path[len(root) :].lstrip("/") if root else path, url(path)) for path in matches]

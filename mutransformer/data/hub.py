@@ -5,7 +5,7 @@ Hugging Face's own libraries. Those read a token from the environment; this code
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +37,17 @@ class HubPart:
         return [self.index, self.column, self.split]
 
     def records(self) -> Iterator[Record]:
-        for row, fields in enumerate(self.shard):
-            if self.column not in fields:
-                raise ConfigError(f"{self.key}.column = {self.column}: no such column; {self.path} has {', '.join(fields)}")
+        shard, names = self.shard, self.shard.column_names
+        if names is not None:  # known before a row is read; a broken image beside the text is then not looked at
+            self._check(names)
+            shard = shard.select_columns([self.column])
+        for row, fields in enumerate(shard):
+            self._check(fields)
             yield encoded(f"{self.place}, row {row}", self.column, fields[self.column], self.split)
+
+    def _check(self, names: Collection[str]) -> None:
+        if self.column not in names:
+            raise ConfigError(f"{self.key}.column = {self.column}: no such column; {self.path} has {', '.join(names)}")
 
 
 def newest_commit(path: str, key: str) -> str:

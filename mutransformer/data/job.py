@@ -108,9 +108,11 @@ def _write(job: Job, part: Part, writer: Writer, threads: int) -> dict[str, Any]
         chunk: list[_Piece] = []
         size = 0
         for data, split in accepted:
-            segments = list(cut(data, _SEGMENT)) if len(data) > _SEGMENT else [data]
-            for k, segment in enumerate(segments, start=1):
-                chunk.append(_Piece(segment, split, k == 1, k == len(segments)))
+            start = 0
+            for segment in cut(data, _SEGMENT):
+                stop = start + len(segment)
+                chunk.append(_Piece(segment, split, start == 0, stop == len(data)))
+                start = stop
                 size += len(segment)
                 if size >= _CHUNK * threads:
                     _tokenise(job, chunk, writer, threads)

@@ -252,8 +252,10 @@ class TablePart:
     def _check(self, schema: Any) -> None:
         found = f"{self.file.path} has {', '.join(map(repr, schema.names))}"
         check(self.column in schema.names, f"{self.key} = {self.column}: no such column; {found}")
-        kind = str(schema.field(self.column).type)
-        check("string" in kind, f"{self.key} = {self.column}: holds {kind}, not text; {found}")
+        kind, types = schema.field(self.column).type, pyarrow(self.file.path).types
+        values = kind.value_type if types.is_dictionary(kind) else kind
+        is_text = types.is_string(values) or types.is_large_string(values) or types.is_string_view(values)
+        check(is_text, f"{self.key} = {self.column}: holds {kind}, not text; {found}")
 
 
 class damaged:

@@ -6,6 +6,7 @@ the same order, as 64-bit numbers, the count of the split's tokens up to and inc
 
 import hashlib
 import os
+import shutil
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from mutransformer.data.parts import SPLITS, Split
 
 _BLOCK = 1 << 20  # tokens or documents looked at together
 _STRIDE = 128  # documents
+_HELD = 8 << 20  # bytes of a split that wait in memory
 
 
 def dtype_for(n_vocab: int) -> str:
@@ -30,12 +33,12 @@ def dtype_for(n_vocab: int) -> str:
 
 
 class Writer:
-    """Writes a shard, document by document. The tokens of train go to the disk, the rest is kept in memory."""
+    """Writes a shard, document by document. The tokens of train go to its file, what is to follow them is kept beside it."""
 
     def __init__(self, path: Path, dtype: str):
         self._file = open(path, "wb")
         self._dtype = np.dtype(dtype)
-        self._held = {"validation": bytearray(), "test": bytearray()}
+        self._held = {split: SpooledTemporaryFile(_HELD, dir=str(path.parent)) for split in SPLITS if split != "train"}
         self._hash = {split: hashlib.sha256() for split in SPLITS}
         self._ends = {split: array("Q") for split in SPLITS}
         self._counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
@@ -62,7 +65,7 @@ class Writer:
             if split == "train":
                 self._file.write(data)
             else:
-                self._held[split] += data
+                self._held[split].write(data)
             pending.clear()
         self._n_pending = 0
 
@@ -70,15 +73,18 @@ class Writer:
         """Completes the file. Returns its counts and the hashes of tokens by split."""
         self._write()
         with self._file:
-            for data in self._held.values():
-                self._file.write(data)
+            for held in self._held.values():
+                with held:
+                    held.seek(0)
+                    shutil.copyfileobj(held, self._file, 1 << 20)
             self._file.write(bytes(-self._file.tell() % 8))
             for ends in self._ends.values():
                 self._file.write(np.array(ends, "<u8").tobytes())
         return {split: self._counts[split] | {"sha256": self._hash[split].hexdigest()} for split in SPLITS}
 
     def close(self) -> None:
-        self._file.close()
+        for file in (self._file, *self._held.values()):
+            file.close()
 
 
 class _Reader:

@@ -8,10 +8,12 @@ sides. Add a source by a function in SOURCES.
 import hashlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple, Optional, TypeVar
 
 from mutransformer.config import ConfigError, DataConfig, MixedSourceConfig, SourceConfig, check
 from mutransformer.data import hub
@@ -29,6 +31,8 @@ from mutransformer.data.parts import (
     damaged,
     pyarrow,
 )
+
+T = TypeVar("T")
 
 _SMALLEST_PIECE = 64  # bytes
 _STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -134,7 +138,7 @@ def assign(names: list[str], validation_share: float, test_share: float) -> list
     Only where the hash would leave a split empty, the nearest name by hash goes there. Needs at least three names.
     """
     assert len(names) >= len(SPLITS)
-    place = [_place(name.encode()) for name in names]
+    place = [_place(name.encode(errors="surrogateescape")) for name in names]  # as the file system has it
     held_out = validation_share + test_share
     n_validation = min(max(1, sum(u < validation_share for u in place)), len(names) - 2)
     n_test = min(max(1, sum(validation_share <= u < held_out for u in place)), len(names) - 1 - n_validation)
@@ -177,24 +181,34 @@ def _text(config: SourceConfig, key: str, shares: Shares) -> list[Part]:
     """Files of text. One over about 1/100 of the text is cut in pieces of about 1/400 or more.
 
     So some hundred files of like size are each held out or trained on as a whole, and one file is divided among the splits. The
-    size is a power of two, so that text added later seldom moves the cuts.
+    size is a power of two, so that text added later seldom moves the cuts. A document is in memory as a whole: none has more than
+    about PART_BYTES, but for a file that is not cut, which may have twice as much.
     """
     if config.validation_files:
-        given = [_whole(file, split) for split, files in _own(config, key) for file in files]
-        return _grouped([document for document in given if document.stop > document.start])
+        size = PART_BYTES // 4
+        given: list[tuple[Split, File]] = [(split, file) for split, files in _own(config, key) for file in files]
+        found = _at_once(lambda file: _pieces(file, size), [file for _, file in given])
+        return _grouped(_merged((piece, split) for (split, _), pieces in zip(given, found, strict=True) for piece in pieces))
     files = find(config.files, f"{key}.files")[: config.max_parts]
     total = sum(file.size for file in files)
-    size = max(_SMALLEST_PIECE, 1 << max(0, (total // 256).bit_length() - 1))
-    pieces: list[Piece] = []
-    for file in files:
-        start = _bom(file)
-        if file.size - start > 4 * size:
-            cuts = [start, *_cuts(file, start, size)]
-            spans = zip(cuts, cuts[1:], strict=False)
-            pieces += [Piece(f"{file.name}#{k}", file, *span) for k, span in enumerate(spans)]
-        elif file.size > start:
-            pieces.append(Piece(file.name, file, start, file.size))
+    size = min(max(_SMALLEST_PIECE, 1 << max(0, (total // 256).bit_length() - 1)), PART_BYTES // 2)
+    pieces = [piece for pieces in _at_once(lambda file: _pieces(file, size), files) for piece in pieces]
     return _documents(pieces, key, shares, f", {key}.files = {config.files}")
+
+
+def _at_once(ask: Callable[[File], T], files: list[File]) -> list[T]:
+    """What is asked of each file, several at a time: a store takes its while to answer."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(ask, files))
+
+
+def _pieces(file: File, size: int) -> list[Piece]:
+    """A file as a whole, or one of more than 4 * size in pieces of size to 2 * size; none if it is empty."""
+    start = _bom(file)
+    if file.size - start > 4 * size:
+        cuts = [start, *_cuts(file, start, size)]
+        return [Piece(f"{file.name}#{k}", file, *span) for k, span in enumerate(pairwise(cuts))]
+    return [Piece(file.name, file, start, file.size)] if file.size > start else []
 
 
 def _cuts(file: File, start: int, size: int) -> Iterator[int]:
@@ -223,14 +237,20 @@ def _documents(pieces: list[Piece], key: str, shares: Shares, files: str = "") -
         len(pieces) >= len(SPLITS),
         f"{key}.source{files}: {text} bytes of text are too few for a train, a validation and a test split",
     )
+    splits = assign([piece.name for piece in pieces], *shares)
+    return _grouped(_merged(zip(pieces, splits, strict=True)))
+
+
+def _merged(pieces: Iterable[tuple[Piece, Split]]) -> list[Document]:
+    """Consecutive pieces of one file that are in the same split, together."""
     documents: list[Document] = []
-    for piece, split in zip(pieces, assign([piece.name for piece in pieces], *shares), strict=True):
+    for piece, split in pieces:
         last = documents[-1] if documents else None
-        if last and last.file is piece.file and last.split == split:
-            documents[-1] = Document(last.name, split, last.file, last.start, piece.stop)
+        if last and last.file is piece.file and last.split == split and piece.stop - last.start <= PART_BYTES:
+            documents[-1] = replace(last, stop=piece.stop)
         else:
-            documents.append(Document(piece.name, split, piece.file, piece.start, piece.stop))
-    return _grouped(documents)
+            documents.append(Document(piece.name, split, *piece[1:]))
+    return documents
 
 
 def _grouped(documents: list[Document]) -> list[Part]:
@@ -245,23 +265,30 @@ def _grouped(documents: list[Document]) -> list[Part]:
     return [DocumentPart(tuple(group)) for group in groups]
 
 
-def _whole(file: File, split: Split) -> Document:
-    return Document(file.name, split, file, _bom(file), file.size)
-
-
 def _bom(file: File) -> int:
     with file.open() as opened:
         return 3 if opened.read(3) == b"\xef\xbb\xbf" else 0
 
 
 def _own(config: SourceConfig, key: str) -> list[tuple[Split, list[File]]]:
-    """The files of each split that the settings name."""
+    """The files of each split that the settings name.
+
+    Raises:
+        ConfigError: a file is named for two splits.
+    """
     named: dict[Split, tuple[str, list[str]]] = {
         "train": ("files", config.files),
         "validation": ("validation_files", config.validation_files),
         "test": ("test_files", config.test_files),
     }
-    return [(split, find(patterns, f"{key}.{name}")[: config.max_parts]) for split, (name, patterns) in named.items()]
+    found: dict[Split, list[File]] = {split: find(patterns, f"{key}.{name}") for split, (name, patterns) in named.items()}
+    seen: dict[str, str] = {}
+    for split, files in found.items():
+        for file in files:
+            name = named[split][0]
+            check(file.path not in seen, f"{key}.{name}: {file.path} is also one of {key}.{seen.get(file.path)}")
+            seen[file.path] = name
+    return [(split, files[: config.max_parts]) for split, files in found.items()]
 
 
 def _records(config: SourceConfig, key: str) -> list[tuple[Optional[Split], File]]:
@@ -283,19 +310,25 @@ def _jsonl(config: SourceConfig, key: str, shares: Shares) -> list[Part]:
 
 def _parquet(config: SourceConfig, key: str, shares: Shares) -> list[Part]:
     found: list[Part] = []
-    for split, file in _records(config, key):
-        pa = pyarrow(file.path)
-        with file.open() as opened, damaged(file.path, "parquet"):
-            metadata = pa.parquet.ParquetFile(opened).metadata
-            groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    given = _records(config, key)
+    for (split, file), groups in zip(given, _at_once(_row_groups, [file for _, file in given]), strict=True):
         first, size, first_row, row = 0, 0, 0, 0
-        for i, group in enumerate(groups, start=1):
-            row += group.num_rows
-            size += group.total_byte_size
+        for i, (n_rows, n_bytes) in enumerate(groups, start=1):
+            row += n_rows
+            size += n_bytes
             if size >= PART_BYTES or i == len(groups):
                 found.append(TablePart(file, "parquet", tuple(range(first, i)), first_row, size, *_column(config, split, key)))
                 first, size, first_row = i, 0, row
     return found
+
+
+def _row_groups(file: File) -> list[tuple[int, int]]:
+    """The rows and bytes of each."""
+    pa = pyarrow(file.path)
+    with file.open() as opened, damaged(file.path, "parquet"):
+        metadata = pa.parquet.ParquetFile(opened).metadata
+        groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+        return [(group.num_rows, group.total_byte_size) for group in groups]
 
 
 def _arrow(config: SourceConfig, key: str, shares: Shares) -> list[Part]:

@@ -24,6 +24,7 @@ from mutransformer.data.tokenize import (
 
 _SAMPLE_BYTES = 256 << 20  # of text up to which a tokenizer is trained on all of it
 _SAMPLE_PARTS, _SAMPLE_PART = 16, 1 << 20  # beyond: the first so many bytes of so many parts
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx"}
 
 Write = Callable[[Path], dict[str, Any]]
 
@@ -82,11 +83,14 @@ def _bytes(config: DataConfig, store: Store, host: Host, sources: Sequence[Sourc
 
 
 def _hf(config: DataConfig, store: Store, host: Host, sources: Sequence[Source]) -> Tokenizer:
-    """The Hub is asked once, what it gave is kept; a folder is read each time, to notice a change."""
+    """The Hub is asked once, what it gave is kept; a folder is read each time, to notice a change: not the weights in it."""
     name = config.tokenizer_file or ""
     write = partial(hf_tokenizer.convert, name, config.eos_token)
     folder = Path(name).expanduser()
-    files = [cache.describe(file)["sha256"] for file in sorted(folder.iterdir()) if file.is_file()] if folder.is_dir() else None
+    files = None
+    if folder.is_dir():
+        read = sorted(path for path in folder.iterdir() if path.suffix not in _WEIGHTS and path.is_file())
+        files = [cache.describe(path)["sha256"] for path in read]
     settings = ["hf", name if files is None else files, config.eos_token]
     return HFTokenizer(*_entry(store, host, settings, hf_tokenizer.FILES, write))
 
