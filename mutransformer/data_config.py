@@ -66,7 +66,9 @@ class MixedSourceConfig(SourceConfig):
 class DataConfig(SourceConfig):
     """What is trained on: documents, a tokenizer, and rows of seq_len tokens. One source, or several in `sources`."""
 
-    sources: dict[str, MixedSourceConfig] = field(default_factory=dict)  # a mixture, by name; then `source` is not read
+    sources: dict[str, MixedSourceConfig] = field(
+        default_factory=dict
+    )  # a mixture, by name, instead of one source by the settings above
     tokenizer: Literal["sentencepiece", "bytes", "hf"] = "sentencepiece"
     tokenizer_file: Optional[str] = None  # a SentencePiece .model (None: one is trained on train); for hf a folder or a Hub id
     vocab_size: int = 4096  # pieces of the SentencePiece model that is trained
