@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,45 @@ def test_a_host_that_never_comes_is_done_without(root: str, tmp_path: Path) -> N
     text(tmp_path)
     (one,) = hosts(tmp_path, [root] * 2, silence=1.0, started=[0])
     assert sorted(one["made"]) == list(range(FILES))
+
+
+@pytest.mark.parametrize("damaged", [[1], [0, 1], [3, 7, 8]])
+def test_hosts_mend_each_its_own_damaged_shards(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: list[int]
+) -> None:
+    """All find the damage before the first mends any, and nobody waits until another is thought gone."""
+    text(tmp_path)
+    n, threads, made, found = 3, list[threading.Thread](), list[tuple[str, int]](), list[str]()
+    prepare(DataConfig(**config(tmp_path, root)))
+    whole = objects(root, tmp_path)
+    for i in damaged:
+        (path,) = tmp_path.rglob(f"{i:05d}-of-*.bin")
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    met, make, construct = threading.Barrier(n), build.shard, build.build
+
+    def shard(*args: Any, **more: Any) -> None:
+        made.append((threading.current_thread().name, args[2]))
+        make(*args, **more)
+
+    def build_together(*args: Any) -> dict[str, Any]:
+        met.wait(timeout=10)
+        return construct(*args)
+
+    def host(i: int) -> None:
+        given = config(tmp_path, root, local_dir=f"{tmp_path}/local of {i}")
+        found.append(prepare(DataConfig(**given), n, i).splits["train"].fingerprint)
+
+    monkeypatch.setattr(build, "SILENCE", 60.0)
+    monkeypatch.setattr(build, "shard", shard)
+    monkeypatch.setattr(build, "build", build_together)
+    for i in range(n):
+        threads.append(threading.Thread(target=host, args=(i,), name=str(i), daemon=True))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(timeout=15)
+    assert len(found) == n and len(set(found)) == 1
+    assert sorted(made, key=lambda each: each[1]) == [(str(i % n), i) for i in damaged]
+    assert objects(root, tmp_path) == whole
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from mutransformer.config import ConfigError
+from mutransformer.data.cache import Damaged
 from mutransformer.data.job import Job, shard
 from mutransformer.data.parts import Part
 
@@ -65,23 +66,26 @@ def build(job: Job, parts: Sequence[Part], again: set[int], processes: int, n_pr
     mine = [i for i in missing if i % n_process == process]
     if missing:
         _log.info("tokenising %d of %d shards to %s/%s", len(missing), job.n_parts, job.store.root, job.folder)
-    with _signs_of_life(job, process, active=n_process > 1 and bool(missing)):
+    # Not while it waits: two that wait would keep each other waiting.
+    with _signs_of_life(job, process, active=n_process > 1 and bool(mine)):
         _make(job, parts, mine, processes)
-        rest = set(missing) - set(mine)
-        if rest:
-            _make(job, parts, sorted(_wait(job, rest, again, n_process, process)), processes)
-        notes = [job.note(i) for i in range(job.n_parts)]
+    rest = set(missing) - set(mine)
+    if rest:
+        _make(job, parts, sorted(_wait(job, rest, again, n_process)), processes)
+    notes = [job.note(i) for i in range(job.n_parts)]
     if missing:
         _report(job, notes)
     return {"shards": notes}
 
 
-def _wait(job: Job, rest: set[int], again: set[int], n_process: int, process: int) -> set[int]:
+def _wait(job: Job, rest: set[int], again: set[int], n_process: int) -> set[int]:
     """Returns once the other hosts have made their shards, or with those whose hosts are silent."""
     heard: dict[int, tuple[bytes, float]] = dict.fromkeys(range(n_process), (b"", time.monotonic()))
-    told = False
+    left, told = rest, False
     while True:
-        left = {i for i in rest if i not in job.done() or i in again}
+        began = time.monotonic()
+        left = {i for i in left if i not in job.done() or (i in again and not _mended(job, i))}
+        looked = time.monotonic() - began
         for host in {i % n_process for i in left}:
             sign = job.store.read(_sign(job, host)) or b""
             if sign != heard[host][0]:
@@ -94,7 +98,18 @@ def _wait(job: Job, rest: set[int], again: set[int], n_process: int, process: in
         if not told:
             _log.info("waiting for the other processes' shards")
             told = True
-        time.sleep(0.5)
+        # A damaged shard is read to look at it: not most of the time, but as often as signs of life may come.
+        time.sleep(min(max(0.5, 9 * looked), SILENCE / 6))
+
+
+def _mended(job: Job, index: int) -> bool:
+    """Whether a shard that was damaged is whole again."""
+    try:
+        note = job.note(index)
+        job.store.fetch(f"{job.folder}/{note['file']}", note["bytes"], note["sha256"])
+    except Damaged:
+        return False
+    return True
 
 
 def _sign(job: Job, process: int) -> str:
