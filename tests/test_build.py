@@ -195,15 +195,45 @@ def test_a_shard_that_is_there_is_not_made_again(root: str, tmp_path: Path) -> N
     assert {path.name[:5] for path in before if after[path] != before[path]} == {"00003", "00007"}
 
 
-def test_progress_is_told_with_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+@pytest.mark.parametrize(("step", "first", "last"), [(10, "00:01:50", "00:00:10"), (10_000, "30:33:20", "02:46:40")])
+def test_progress_is_told_with_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, step: int, first: str, last: str
+) -> None:
     text(tmp_path)
     monkeypatch.setattr(build, "_REPORT", 0.0)
-    clock = iter(range(0, 10**6, 10))
+    clock = iter(range(0, 10**9, step))
     monkeypatch.setattr(build.time, "monotonic", lambda: float(next(clock)))
     with caplog.at_level("INFO"):
         prepare(DataConfig(**config(tmp_path, str(tmp_path / "cache"))))
     told = [r.getMessage() for r in caplog.records if " left" in r.getMessage()]
-    assert told[0] == "data: 1 of 12 shards, about 00:01:50 left" and told[-1] == "data: 11 of 12 shards, about 00:00:10 left"
+    assert told[0] == f"data: 1 of 12 shards, about {first} left" and told[-1] == f"data: 11 of 12 shards, about {last} left"
+
+
+def test_the_store_is_asked_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listed once a poll whatever is waited for, and its notes read several at once."""
+    text(tmp_path)
+    listed, polls, reading, most = list[str](), list[float](), set[str](), list[int]()
+    names, read, sleep = Store.names, Store.read, time.sleep
+
+    def count_names(self: Store, folder: str) -> set[str]:
+        listed.append(folder)
+        return names(self, folder)
+
+    def slow_read(self: Store, name: str) -> bytes | None:
+        if name.endswith(".json"):
+            reading.add(name)
+            most.append(len(reading))
+            sleep(0.01)
+            reading.discard(name)
+        return read(self, name)
+
+    monkeypatch.setattr(Store, "names", count_names)
+    monkeypatch.setattr(Store, "read", slow_read)
+    monkeypatch.setattr(build, "SILENCE", 0.6)
+    monkeypatch.setattr(build.time, "sleep", lambda seconds: (polls.append(seconds), sleep(seconds)))
+    prepare(DataConfig(**config(tmp_path, str(tmp_path / "cache"))), 2, 0)
+    assert len(polls) >= 3 and len(listed) <= len(polls) + 4
+    assert max(most) > 1
 
 
 @pytest.mark.slow
