@@ -72,6 +72,11 @@ class Corpus:
     tokenizer: Tokenizer
     splits: dict[Split, Mixture]
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of all that a process trains on: another process with the same has the same tokens."""
+        return {"tokenizer": self.tokenizer.fingerprint} | {split: text.fingerprint for split, text in self.splits.items()}
+
 
 def prepare(config: DataConfig, n_process: int = 1, process: int = 0) -> Corpus:
     """The tokenizer and the tokens for config, from data.cache_dir or put there.
