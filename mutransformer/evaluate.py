@@ -17,6 +17,7 @@ from mutransformer.config import Config, ConfigError
 from mutransformer.data import pipeline
 from mutransformer.data.corpus import Mixture, prepare
 from mutransformer.data.pipeline import Batch
+from mutransformer.launch import agreed
 from mutransformer.mesh import check_fits, data_share, make_mesh, put
 from mutransformer.model import Transformer
 from mutransformer.state import plan
@@ -96,6 +97,7 @@ def score(config: Config) -> dict[str, Any]:
     """
     mesh = make_mesh(config.mesh)
     corpus = prepare(config.data, jax.process_count(), jax.process_index())
+    agreed("data", corpus.fingerprints)
     config = config.with_vocab(corpus.tokenizer.n_vocab)
     check_fits(config, mesh)
     with closing(Checkpoints(config, read_only=True)) as checkpoints:

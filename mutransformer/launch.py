@@ -1,5 +1,7 @@
 """From a command line to a function of a Config: arguments, help, one-line errors, signals, and jax.distributed."""
 
+import itertools
+import json
 import logging
 import os
 import signal
@@ -7,7 +9,7 @@ import socket
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,10 @@ FAILED = 1
 MISTAKE = 2  # the user can mend it
 INTERRUPTED = 130  # by Ctrl-C, with nothing saved
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, all is saved, the same command goes on
+
+_PATIENCE = 24 * 3600  # seconds: one host may have to tokenise all while another has it; JAX sees one that died much earlier
+
+_calls = itertools.count()  # of agreed: no key of the service is written twice
 
 
 def launch(main: Callable[[Config], int], description: str, argv: Sequence[str] | None = None) -> int:
@@ -163,6 +169,50 @@ def connect(config: DistributedConfig) -> None:
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"distributed: cannot join the other processes: {str(error).splitlines()[0]}") from None
     logging.getLogger(__name__).info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def agreed(what: str, parts: Mapping[str, str]) -> None:
+    """Returns once all processes of the run have come here, each with the same.
+
+    It asks JAX's coordination service: a collective of the devices gives up long before another process may have its data.
+
+    Args:
+        what: is compared, for the message. Processes come here in the same order.
+        parts: of it, by name.
+
+    Raises:
+        ConfigError: a process has something else, which all are told; or one has not come for a day.
+    """
+    import jax
+
+    n = jax.process_count()
+    if n == 1:
+        return
+    from jax._src import distributed  # there is no public way to its keys and values
+
+    client, call, until = distributed.global_state.client, next(_calls), time.monotonic() + _PATIENCE
+    assert client is not None
+
+    def of(process: int) -> dict[str, str]:
+        while True:
+            try:  # in short waits, between which Python heeds a signal
+                return json.loads(client.blocking_key_value_get(f"mutransformer/agreed/{call}/{process}", 2000))
+            except RuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+            if time.monotonic() > until:
+                raise ConfigError(f"{what}: process {process} of {n} is not ready after {_PATIENCE // 3600} hours")
+
+    client.key_value_set(f"mutransformer/agreed/{call}/{jax.process_index()}", json.dumps(dict(parts)))
+    first = of(0)
+    for process in range(1, n):
+        other = of(process)
+        differ = [name for name in first if first[name] != other.get(name)]
+        if differ:
+            raise ConfigError(
+                f"{what} differs between process 0 and {process}: {', '.join(differ)} (process 0 has "
+                f"{differ[0]} {first[differ[0]][:8]}, process {process} {other.get(differ[0], 'none')[:8]}); give all the same"
+            )
 
 
 def _wait_for(coordinator: str, timeout: int) -> None:

@@ -15,7 +15,7 @@ from mutransformer.data.corpus import Corpus, prepare
 from mutransformer.evaluate import Interrupted, evaluate
 from mutransformer.flags import compiler_options
 from mutransformer.hardware import Profile
-from mutransformer.launch import FINISHED, STOPPED, stop_on_signals
+from mutransformer.launch import FINISHED, STOPPED, agreed, stop_on_signals
 from mutransformer.mesh import check_fits, data_share, make_mesh, put
 from mutransformer.metrics import Metrics, NonFiniteLoss
 from mutransformer.model import flops_per_token, specs
@@ -36,6 +36,7 @@ def train(config: Config) -> int:
     """
     mesh = make_mesh(config.mesh)
     corpus = prepare(config.data, jax.process_count(), jax.process_index())
+    agreed("data", corpus.fingerprints)
     config = config.with_vocab(corpus.tokenizer.n_vocab)
     check_fits(config, mesh)
     share, n_vocab, bos = data_share(mesh), corpus.tokenizer.n_vocab, corpus.tokenizer.bos_id

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -194,15 +195,45 @@ def test_a_shard_that_is_there_is_not_made_again(root: str, tmp_path: Path) -> N
     assert {path.name[:5] for path in before if after[path] != before[path]} == {"00003", "00007"}
 
 
-def test_progress_is_told_with_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+@pytest.mark.parametrize(("step", "first", "last"), [(10, "00:01:50", "00:00:10"), (10_000, "30:33:20", "02:46:40")])
+def test_progress_is_told_with_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, step: int, first: str, last: str
+) -> None:
     text(tmp_path)
     monkeypatch.setattr(build, "_REPORT", 0.0)
-    clock = iter(range(0, 10**6, 10))
+    clock = iter(range(0, 10**9, step))
     monkeypatch.setattr(build.time, "monotonic", lambda: float(next(clock)))
     with caplog.at_level("INFO"):
         prepare(DataConfig(**config(tmp_path, str(tmp_path / "cache"))))
     told = [r.getMessage() for r in caplog.records if " left" in r.getMessage()]
-    assert told[0] == "data: 1 of 12 shards, about 00:01:50 left" and told[-1] == "data: 11 of 12 shards, about 00:00:10 left"
+    assert told[0] == f"data: 1 of 12 shards, about {first} left" and told[-1] == f"data: 11 of 12 shards, about {last} left"
+
+
+def test_the_store_is_asked_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listed once a poll whatever is waited for, and its notes read several at once."""
+    text(tmp_path)
+    listed, polls, reading, most = list[str](), list[float](), set[str](), list[int]()
+    names, read, sleep = Store.names, Store.read, time.sleep
+
+    def count_names(self: Store, folder: str) -> set[str]:
+        listed.append(folder)
+        return names(self, folder)
+
+    def slow_read(self: Store, name: str) -> bytes | None:
+        if name.endswith(".json"):
+            reading.add(name)
+            most.append(len(reading))
+            sleep(0.01)
+            reading.discard(name)
+        return read(self, name)
+
+    monkeypatch.setattr(Store, "names", count_names)
+    monkeypatch.setattr(Store, "read", slow_read)
+    monkeypatch.setattr(build, "SILENCE", 0.6)
+    monkeypatch.setattr(build.time, "sleep", lambda seconds: (polls.append(seconds), sleep(seconds)))
+    prepare(DataConfig(**config(tmp_path, str(tmp_path / "cache"))), 2, 0)
+    assert len(polls) >= 3 and len(listed) <= len(polls) + 4
+    assert max(most) > 1
 
 
 @pytest.mark.slow
@@ -245,6 +276,45 @@ def test_a_host_that_never_comes_is_done_without(root: str, tmp_path: Path) -> N
     text(tmp_path)
     (one,) = hosts(tmp_path, [root] * 2, silence=1.0, started=[0])
     assert sorted(one["made"]) == list(range(FILES))
+
+
+@pytest.mark.parametrize("damaged", [[1], [0, 1], [3, 7, 8]])
+def test_hosts_mend_each_its_own_damaged_shards(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: list[int]
+) -> None:
+    """All find the damage before the first mends any, and nobody waits until another is thought gone."""
+    text(tmp_path)
+    n, threads, made, found = 3, list[threading.Thread](), list[tuple[str, int]](), list[str]()
+    prepare(DataConfig(**config(tmp_path, root)))
+    whole = objects(root, tmp_path)
+    for i in damaged:
+        (path,) = tmp_path.rglob(f"{i:05d}-of-*.bin")
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    met, make, construct = threading.Barrier(n), build.shard, build.build
+
+    def shard(*args: Any, **more: Any) -> None:
+        made.append((threading.current_thread().name, args[2]))
+        make(*args, **more)
+
+    def build_together(*args: Any) -> dict[str, Any]:
+        met.wait(timeout=10)
+        return construct(*args)
+
+    def host(i: int) -> None:
+        given = config(tmp_path, root, local_dir=f"{tmp_path}/local of {i}")
+        found.append(prepare(DataConfig(**given), n, i).splits["train"].fingerprint)
+
+    monkeypatch.setattr(build, "SILENCE", 60.0)
+    monkeypatch.setattr(build, "shard", shard)
+    monkeypatch.setattr(build, "build", build_together)
+    for i in range(n):
+        threads.append(threading.Thread(target=host, args=(i,), name=str(i), daemon=True))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(timeout=15)
+    assert len(found) == n and len(set(found)) == 1
+    assert sorted(made, key=lambda each: each[1]) == [(str(i % n), i) for i in damaged]
+    assert objects(root, tmp_path) == whole
 
 
 @pytest.mark.slow

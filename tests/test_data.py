@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 
 from mutransformer.config import ConfigError, DataConfig
-from mutransformer.data import cache, job
+from mutransformer.data import build, cache, corpus, hub, job
 from mutransformer.data.cache import Store
-from mutransformer.data.corpus import prepare
+from mutransformer.data.corpus import plan, prepare
 from mutransformer.data.files import cut
 from mutransformer.data.parts import SPLITS, Document, DocumentPart
 from mutransformer.data.sources import assign, open_source, shares_of
@@ -338,3 +339,75 @@ def test_a_cache_that_cannot_be_a_folder_is_one_line(config: DataConfig) -> None
     Path(config.cache_dir).write_text("a file")
     with pytest.raises(ConfigError, match=r"^data\.cache_dir = .*cache: cannot write there: (Not a directory|File exists)$"):
         prepare(config)
+
+
+def test_a_cache_may_be_a_file_url(config: DataConfig, tmp_path: Path) -> None:
+    plain = tokens_of(config)
+    assert tokens_of(replace(config, cache_dir=f"file://{tmp_path}/new/cache")) == plain
+    assert list(tmp_path.glob("new/cache/tokens-*/manifest.json"))
+
+
+# What would be done
+
+
+def test_a_plan_tells_what_is_in_the_cache(config: DataConfig, tmp_path: Path) -> None:
+    given = text_config(tmp_path, config.files, tokenizer="sentencepiece", vocab_size=300)
+    assert any(line.startswith("  1 shards to tokenise, ") and "cache" not in line for line in plan(given))
+    assert not Path(given.cache_dir).exists()
+    prepare(given)
+    before = {path: path.stat().st_mtime_ns for path in Path(given.cache_dir).rglob("*")}
+    assert "  0 shards to tokenise; 1 are in the cache" in plan(given)
+    assert {path: path.stat().st_mtime_ns for path in Path(given.cache_dir).rglob("*")} == before
+
+
+def test_a_plan_tells_of_files_that_are_held_out(config: DataConfig, tmp_path: Path) -> None:
+    folder = f"{tmp_path}/text"
+    own = text_config(tmp_path, [f"{folder}/a/*.txt"], validation_files=[f"{folder}/b/2.txt"], test_files=[f"{folder}/b/4.txt"])
+    assert "  splits: the source's own" in plan(own)
+    assert "  splits: by hash, validation 10.0000%, test 10.0000%" in plan(config)
+
+
+# Tokens made elsewhere
+
+
+def test_what_is_no_folder_of_tokens_is_one_line(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(replace(config, tokenizer="sentencepiece", vocab_size=300))
+    elsewhere = {"source": "tokens", "files": [], "tokenizer": "bytes"}
+    with pytest.raises(ConfigError, match=r"^data\.path = .*tokenizer-\w+: not a folder of tokens: its manifest\.json tells"):
+        prepare(replace(config, **elsewhere, path=str(only_entry(config, "tokenizer"))))
+    prepare(replace(config, cache_dir=str(tmp_path / "other")))
+    (made,) = (tmp_path / "other").glob("tokens-*")
+    monkeypatch.chdir(tmp_path / "other")
+    assert prepare(replace(config, **elsewhere, path=made.name)).splits["train"].n_tokens
+    with pytest.raises(ConfigError, match=rf"^data\.path = /{made.name}: not a folder of tokens: "):
+        prepare(replace(config, **elsewhere, path=f"/{made.name}"))
+
+
+@pytest.mark.parametrize("made_with", [True, False])
+def test_tokens_made_with_or_without_bos_are_told_apart(config: DataConfig, made_with: bool) -> None:
+    prepare(replace(config, add_bos=made_with))
+    folder = only_entry(config)
+    elsewhere = replace(config, source="tokens", files=[], path=str(folder), add_bos=made_with)
+    assert prepare(elsewhere).splits["train"].n_tokens
+    with pytest.raises(ConfigError, match=rf"^data\.add_bos = {not made_with}: .* with data\.add_bos = {made_with}$"):
+        prepare(replace(elsewhere, add_bos=not made_with))
+    manifest = cache.unseal("", (folder / cache.MANIFEST).read_bytes())
+    del manifest["add_bos"]  # as it was written before
+    (folder / cache.MANIFEST).write_bytes(cache.seal(manifest))
+    assert prepare(replace(elsewhere, add_bos=not made_with)).splits["train"].n_tokens
+
+
+def test_a_branch_is_the_commit_that_it_was_at_when_first_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, now = [], ["a" * 40]
+    monkeypatch.setattr(hub, "newest_commit", lambda path, key, revision: (asked.append(revision), now[0])[1])
+    store, given = Store(str(tmp_path), str(tmp_path)), DataConfig(source="hub", path="org/name", tokenizer="bytes")
+
+    def version(revision: str | None) -> Any:
+        source = corpus._source(replace(given, revision=revision), "data", store, build.Host())
+        assert source is not None and source.config.revision in source.identity
+        return source.config.revision
+
+    assert [version("main"), version(None)] == ["a" * 40] * 2
+    now[0] = "b" * 40
+    assert [version("main"), version(None), version("v1"), version("c" * 40)] == ["a" * 40, "a" * 40, "b" * 40, "c" * 40]
+    assert asked == ["main", None, "v1"]

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from runs import finish, free_port, metrics, settings, start, wait_for_step
 
+from mutransformer.data.corpus import prepare
+from mutransformer.settings import load
+
 LENGTH = ["steps=6", "eval.every=3", "precision.compute=float32"]
 MESHES = {"4x2": ["mesh.x=4", "mesh.y=2"], "1x8": ["mesh.x=1", "mesh.y=8", "model.d_head=8"]}
 
@@ -85,6 +88,40 @@ def test_four_processes_draw_the_batches_of_one_from_three_sources_with_document
     (one,) = global_batches(tmp_path, "01234567", args, 1)
     assert len(set(one.splitlines())) == 50 and one.count("(8, 32)") == 150, "batches repeat, or have no segments"
     assert global_batches(tmp_path, "01234567", args, 4) == [one] * 4
+
+
+def separate(tmp_path: Path, *of: str) -> list[list[str]]:
+    """Settings of two processes of a run, each with a text file and a cache of its own."""
+    shared = [f"distributed.coordinator=127.0.0.1:{free_port()}", "distributed.n_process=2"]
+    return [
+        [*settings(tmp_path / f"host{i}", *LENGTH, "mesh.x=2", "mesh.y=1", *of, *shared, f"workdir={tmp_path}/runs")]
+        + [f"distributed.process_id={i}"]
+        for i in range(2)
+    ]
+
+
+def test_processes_with_different_texts_are_told(tmp_path: Path) -> None:
+    given = separate(tmp_path, "name=apart")
+    (other := tmp_path / "host1/text.txt").write_text(other.read_text().replace("is", "was"))
+    for args in given:  # so that neither waits for the other's shards
+        prepare(load([arg for arg in args if not arg.startswith("distributed")]).data)
+    for process in [start("scripts/train.py", args, optimize=False) for args in given]:
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 2, f"{out}\n{err}"
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert line.startswith("error: data differs between process 0 and 1: train, validation, test (process 0 has train ")
+        assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_cold_caches_of_their_own_train_as_one_that_is_shared(tmp_path: Path) -> None:
+    for name in ("first", "second"):  # the second finds both caches warm
+        for process in [start("scripts/train.py", args, optimize=False) for args in separate(tmp_path, f"name={name}")]:
+            finish(process)
+    cold, warm = (metrics(tmp_path / "runs" / name) for name in ("first", "second"))
+    assert list(cold) == list(range(1, 7))
+    assert [line["train/loss"] for line in cold.values()] == [line["train/loss"] for line in warm.values()]
+    assert len(list(tmp_path.glob("host*/cache/tokens-*/manifest.json"))) == 2
 
 
 def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:

@@ -9,15 +9,17 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 from mutransformer.config import ConfigError
+from mutransformer.data.cache import Damaged
 from mutransformer.data.job import Job, shard
 from mutransformer.data.parts import Part
 
@@ -27,6 +29,8 @@ _ALONE = 32 << 20  # bytes of text for which no process is started
 _REPORT = 10.0  # seconds between lines of progress
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,30 +64,42 @@ def build(job: Job, parts: Sequence[Part], again: set[int], processes: int, n_pr
     Raises:
         ConfigError: a part cannot be read, the tokenizer is broken, or the cache cannot be written.
     """
-    again = again | {i for i in job.done() if not job.whole(i)}
-    missing = sorted((set(range(job.n_parts)) - job.done()) | again)
+    there = job.done()
+    again = again | {i for i, whole in zip(there, _each(job.whole, there), strict=True) if not whole}
+    missing = sorted((set(range(job.n_parts)) - there) | again)
     mine = [i for i in missing if i % n_process == process]
     if missing:
         _log.info("tokenising %d of %d shards to %s/%s", len(missing), job.n_parts, job.store.root, job.folder)
-    with _signs_of_life(job, process, active=n_process > 1 and bool(missing)):
+    # Not while it waits: two that wait would keep each other waiting.
+    with _signs_of_life(job, process, active=n_process > 1 and bool(mine)):
         _make(job, parts, mine, processes)
-        rest = set(missing) - set(mine)
-        if rest:
-            _make(job, parts, sorted(_wait(job, rest, again, n_process, process)), processes)
-        notes = [job.note(i) for i in range(job.n_parts)]
+    rest = set(missing) - set(mine)
+    if rest:
+        _make(job, parts, sorted(_wait(job, rest, again, n_process)), processes)
+    notes = _each(job.note, range(job.n_parts))
     if missing:
         _report(job, notes)
     return {"shards": notes}
 
 
-def _wait(job: Job, rest: set[int], again: set[int], n_process: int, process: int) -> set[int]:
+def _each(action: Callable[[int], T], indices: Iterable[int]) -> list[T]:
+    """What an action that reads the store gives for each index; several at once, for a store may take long to answer."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(action, indices))
+
+
+def _wait(job: Job, rest: set[int], again: set[int], n_process: int) -> set[int]:
     """Returns once the other hosts have made their shards, or with those whose hosts are silent."""
     heard: dict[int, tuple[bytes, float]] = dict.fromkeys(range(n_process), (b"", time.monotonic()))
-    told = False
+    left, told = set(rest), False
     while True:
-        left = {i for i in rest if i not in job.done() or i in again}
-        for host in {i % n_process for i in left}:
-            sign = job.store.read(_sign(job, host)) or b""
+        began = time.monotonic()
+        there = job.done()
+        damaged = sorted(left & there & again)
+        left -= (there - again) | {i for i, mended in zip(damaged, _each(partial(_mended, job), damaged), strict=True) if mended}
+        looked = time.monotonic() - began
+        others = sorted({i % n_process for i in left})
+        for host, sign in zip(others, _each(lambda host: job.store.read(_sign(job, host)) or b"", others), strict=True):
             if sign != heard[host][0]:
                 heard[host] = sign, time.monotonic()
         silent = {i for i in left if time.monotonic() - heard[i % n_process][1] > SILENCE}
@@ -94,7 +110,18 @@ def _wait(job: Job, rest: set[int], again: set[int], n_process: int, process: in
         if not told:
             _log.info("waiting for the other processes' shards")
             told = True
-        time.sleep(0.5)
+        # A damaged shard is read to look at it: not most of the time, but as often as signs of life may come.
+        time.sleep(min(max(0.5, 9 * looked), SILENCE / 6))
+
+
+def _mended(job: Job, index: int) -> bool:
+    """Whether a shard that was damaged is whole again."""
+    try:
+        note = job.note(index)
+        job.store.fetch(f"{job.folder}/{note['file']}", note["bytes"], note["sha256"])
+    except Damaged:
+        return False
+    return True
 
 
 def _sign(job: Job, process: int) -> str:
@@ -191,8 +218,13 @@ class _Progress:
         now = time.monotonic()
         if now - self._told >= _REPORT and 0 < done < self._n:
             self._told = now
-            left = time.strftime("%H:%M:%S", time.gmtime((now - self._started) / done * (self._n - done)))
+            left = _hours((now - self._started) / done * (self._n - done))
             _log.info("%s: %d of %d shards, about %s left", self._job.key, done, self._n, left)
+
+
+def _hours(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def _report(job: Job, notes: list[dict[str, Any]]) -> None:

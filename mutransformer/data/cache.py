@@ -39,14 +39,16 @@ class Store:
     Attributes:
         root: a folder, or a URL of anything that fsspec can write whole objects to; neither rename nor append is needed.
         local_dir: for copies of what lies at a URL, named by their hashes.
+        read_only: what is missing is not made.
     """
 
     root: str
     local_dir: str
+    read_only: bool = False
 
     @property
     def remote(self) -> bool:
-        return is_url(self.root)
+        return is_url(self.root) and not self.root.startswith("file://")
 
     def read(self, name: str) -> bytes | None:
         """The object; None if there is none."""
@@ -82,7 +84,11 @@ class Store:
 
     @property
     def _scratch(self) -> Path:
-        return Path(self.local_dir if self.remote else self.root).expanduser()
+        return Path(self.local_dir).expanduser() if self.remote else self._folder
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.root.removeprefix("file://")).expanduser()
 
     def put(self, name: str, file: Path) -> None:
         """Publishes a file, which is moved away or removed."""
@@ -140,7 +146,7 @@ class Store:
         return f"{self.root.rstrip('/')}/{name}"
 
     def _path(self, name: str) -> Path:
-        return Path(self.root).expanduser() / name
+        return self._folder / name
 
     @contextmanager
     def _told(self, doing: str) -> Iterator[None]:
@@ -208,11 +214,14 @@ def entry(store: Store, kind: str, settings: list[Any], files: list[str], write:
 
     Raises:
         ConfigError: the store cannot be used.
+        Damaged: it is only to be read, and the entry is missing or damaged.
     """
     folder = f"{kind}-{name_of(settings)}"
     try:
         return _files(store, folder, files)
     except Damaged as error:
+        if store.read_only:
+            raise
         if MANIFEST in store.names(folder):
             _log.warning("the cache %s/%s is damaged and is built again: %s", store.root, folder, error)
     temporary = store.scratch(f"{folder}/new")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import resource
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -72,6 +73,11 @@ class Corpus:
     tokenizer: Tokenizer
     splits: dict[Split, Mixture]
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of all that a process trains on: another process with the same has the same tokens."""
+        return {"tokenizer": self.tokenizer.fingerprint} | {split: text.fingerprint for split, text in self.splits.items()}
+
 
 def prepare(config: DataConfig, n_process: int = 1, process: int = 0) -> Corpus:
     """The tokenizer and the tokens for config, from data.cache_dir or put there.
@@ -118,20 +124,27 @@ def plan(config: DataConfig) -> list[str]:
     Raises:
         ConfigError: as prepare().
     """
-    store, lines = Store(config.cache_dir, config.local_dir), []
+    store, lines = Store(config.cache_dir, config.local_dir, read_only=True), []
     sources = {name: _source(config, name, store, Host(), pin=False) for name in config.mixture}
     trained = config.tokenizer == "sentencepiece" and config.tokenizer_file is None
     what = f"trained here, {config.vocab_size} pieces" if trained else config.tokenizer_file or ""
     lines.append(f"tokenizer: {config.tokenizer} {what}".rstrip())
+    try:
+        tokenizer = open_tokenizer(config, store, Host(), [source for source in sources.values() if source])
+    except Damaged:
+        tokenizer = None  # it is still to be made, and so are all tokens
     for name, source in sources.items():
         settings = config.mixture[name] if source is None else source.config
         told = {key: getattr(settings, key) for key in ("path", "subset", "revision", "files", "max_parts", "column")}
         lines.append(f"{config.key(name)}: {settings.source} " + ", ".join(f"{k} {v}" for k, v in told.items() if v))
         if source is not None:
             parts = source.parts()
-            size = sum(part.size for part in parts)
-            own = bool(parts) and isinstance(getattr(parts[0], "split", None), str)
-            lines.append(f"  {len(parts)} shards to tokenise" + (f", {size:,} bytes of text" if size else ""))
+            done = _job(config, name, source, tokenizer, store, parts).done() if tokenizer else set()
+            size = sum(part.size for i, part in enumerate(parts) if i not in done)
+            own = bool(settings.validation_files) or (bool(parts) and isinstance(getattr(parts[0], "split", None), str))
+            lines.append(f"  {len(parts) - len(done)} shards to tokenise" + (f", {size:,} bytes of text" if size else ""))
+            if done:
+                lines[-1] += f"; {len(done)} are in the cache"
             lines.append("  splits: the source's own" if own else f"  splits: by hash, {_percent(config)}")
     lines.append(f"cache: {config.cache_dir}, copies in {config.local_dir}" if store.remote else f"cache: {config.cache_dir}")
     lines.append(f"rows: {config.rows} of {config.seq_len} tokens; {config.processes or _cores()} processes")
@@ -147,11 +160,12 @@ def _cores() -> int:
 
 
 def _source(config: DataConfig, name: str, store: Store, host: Host, pin: bool = True) -> Source | None:
-    """None for tokens made elsewhere. pin: a data set's newest commit is written down."""
+    """None for tokens made elsewhere. pin: the commit that a data set's branch or tag is at is written down."""
     settings, key = config.mixture[name], config.key(name)
     if settings.source == "tokens":
         return None
-    if settings.source == "hub" and settings.revision is None and not hub.is_folder(settings.path or ""):
+    commit = re.fullmatch("[0-9a-f]{40}", settings.revision or "")
+    if settings.source == "hub" and not commit and not hub.is_folder(settings.path or ""):
         settings = replace(settings, revision=_pinned(settings, key, store, host, pin))
     return open_source(settings, key, shares_of(config))
 
@@ -159,31 +173,41 @@ def _source(config: DataConfig, name: str, store: Store, host: Host, pin: bool =
 def _pinned(settings: MixedSourceConfig, key: str, store: Store, host: Host, pin: bool) -> str:
     """The commit of a data set that this cache holds on to, so that a run never changes its data and needs no network later."""
     assert settings.path is not None
-    name = f"pins/{cache.name_of([settings.path])}.json"
+    of = [settings.path] if settings.revision is None else [settings.path, settings.revision]
+    name = f"pins/{cache.name_of(of)}.json"
     host.after_first(lambda: store.read(name) is not None)
     try:
         return unseal(name, store.read(name))["commit"]
     except Damaged:
-        commit = hub.newest_commit(settings.path, key)
+        commit = hub.newest_commit(settings.path, key, settings.revision)
         if pin:
-            store.write(name, seal({"path": settings.path, "commit": commit}))
+            store.write(name, seal({"path": settings.path, "revision": settings.revision, "commit": commit}))
         return commit
 
 
+def _folder(config: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
+    decides = [source.identity, tokenizer.fingerprint, config.add_bos, *shares_of(config), config.on_bad_record]
+    return f"tokens-{cache.name_of(decides)}"
+
+
+def _job(config: DataConfig, name: str, source: Source, tokenizer: Tokenizer, store: Store, parts: list[Part]) -> Job:
+    folder, shares = _folder(config, source, tokenizer), shares_of(config)
+    return Job(store, folder, config.key(name), len(parts), tokenizer, config.add_bos, shares, config.on_bad_record)
+
+
 def _tokens(config: DataConfig, name: str, source: Source, tokenizer: Tokenizer, store: Store, host: Host) -> dict[Split, Tokens]:
-    shares, listed = shares_of(config), list[Part]()
-    decides = [source.identity, tokenizer.fingerprint, config.add_bos, *shares, config.on_bad_record]
-    folder, damaged = f"tokens-{cache.name_of(decides)}", set[int]()
+    folder, listed, damaged = _folder(config, source, tokenizer), list[Part](), set[int]()
     for _ in range(3):
         manifest = _manifest(store, folder)
         if manifest is None or damaged:
             listed = listed or source.parts()
-            job = Job(store, folder, config.key(name), len(listed), tokenizer, config.add_bos, shares, config.on_bad_record)
+            job = _job(config, name, source, tokenizer, store, listed)
             manifest = build.build(job, listed, damaged, config.processes or _cores(), host.n_process, host.process)
             manifest |= {
                 "source": config.mixture[name].source,
                 "identity": cache.digest(source.identity),
                 "tokenizer": tokenizer.fingerprint,
+                "add_bos": config.add_bos,
                 "n_vocab": tokenizer.n_vocab,
                 "dtype": dtype_for(tokenizer.n_vocab),
             }
@@ -251,16 +275,19 @@ def _made_elsewhere(config: DataConfig, name: str, tokenizer: Tokenizer) -> dict
     """The tokens in a folder that the settings name; every id is looked at."""
     path, key = config.mixture[name].path or "", f"{config.key(name)}.path"
     root, _, folder = path.rstrip("/").rpartition("/")
-    store = Store(root or ".", config.local_dir)
+    store = Store(root or ("/" if path.startswith("/") else "."), config.local_dir)
     try:
         manifest = unseal(MANIFEST, store.read(f"{folder}/{MANIFEST}"))
     except Damaged as error:
         raise ConfigError(f"{key} = {path}: not a folder of tokens: {error}") from None
+    check({"tokenizer", "shards"} <= set(manifest), f"{key} = {path}: not a folder of tokens: its {MANIFEST} tells of none")
     check(
         manifest["tokenizer"] == tokenizer.fingerprint,
         f"{key} = {path}: made with another tokenizer than data.tokenizer = {config.tokenizer} "
         f"({manifest['n_vocab']} ids, fingerprint {manifest['tokenizer'][:8]} and not {tokenizer.fingerprint[:8]})",
     )
+    bos = manifest.get("add_bos", config.add_bos)  # older ones do not tell
+    check(bos == config.add_bos, f"data.add_bos = {config.add_bos}: {key} = {path} was made with data.add_bos = {bos}")
     tokens, damaged = _open(store, folder, name, manifest, tokenizer.eos_id)
     check(not damaged, f"{key} = {path}: {len(damaged)} of its shards are damaged or missing; copy or make them again")
     for split in SPLITS:

@@ -50,8 +50,8 @@ class HubPart:
             raise ConfigError(f"{self.key}.column = {self.column}: no such column; {self.path} has {', '.join(names)}")
 
 
-def newest_commit(path: str, key: str) -> str:
-    """The commit that a data set's main branch is at.
+def newest_commit(path: str, key: str, revision: str | None = None) -> str:
+    """The commit that a branch or tag of a data set is at, None for its main branch.
 
     Raises:
         ConfigError: the Hub does not tell.
@@ -59,7 +59,7 @@ def newest_commit(path: str, key: str) -> str:
     import huggingface_hub
 
     with told(f"{key}.path = {path}"):
-        commit = huggingface_hub.HfApi().dataset_info(path).sha
+        commit = huggingface_hub.HfApi().dataset_info(path, revision=revision).sha
     assert commit is not None, "the Hub gave no commit"
     return commit
 
