@@ -24,7 +24,7 @@ class SourceConfig:
     path: Optional[str] = None  # hub: a data set's id, or a folder in the Hub's layout; tokens: a folder or URL
     subset: Optional[str] = None  # hub: the configuration of the data set, e.g. en
     split: str = "train"  # hub: what is divided by hash where the data set does not have train, validation and test
-    revision: Optional[str] = None  # hub: a commit, tag or branch; None: the newest commit when the cache first asks
+    revision: Optional[str] = None  # hub: a commit; a tag or branch, None: the main one, as it was when the cache first asked
     max_parts: Optional[int] = None  # only so many files (hub: shards) of each split, the first ones
 
     def check(self, at: str) -> None:
@@ -66,9 +66,7 @@ class MixedSourceConfig(SourceConfig):
 class DataConfig(SourceConfig):
     """What is trained on: documents, a tokenizer, and rows of seq_len tokens. One source, or several in `sources`."""
 
-    sources: dict[str, MixedSourceConfig] = field(
-        default_factory=dict
-    )  # a mixture, by name, instead of one source by the settings above
+    sources: dict[str, MixedSourceConfig] = field(default_factory=dict)  # a mixture, by name, in place of the settings above
     tokenizer: Literal["sentencepiece", "bytes", "hf"] = "sentencepiece"
     tokenizer_file: Optional[str] = None  # a SentencePiece .model (None: one is trained on train); for hf a folder or a Hub id
     vocab_size: int = 4096  # pieces of the SentencePiece model that is trained
