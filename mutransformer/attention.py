@@ -6,11 +6,11 @@ softmax are float32 whatever the compute dtype. Dims are those of `spec`.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
@@ -81,6 +81,41 @@ def attention(
         weights = ATTENTION_ACTIVATIONS[activation](logits, eps).astype(v.dtype)
         o = checkpoint_name(contract("bkgqs,bksd->bkgqd", weights, v).astype(v.dtype), "attended")
     return jnp.transpose(o, (0, 3, 1, 2, 4)).reshape(b, T, h, D)
+
+
+class Cache(NamedTuple):
+    """Keys and values of a row of T positions as attention reads them, of one layer; or of all, stacked in dim 0."""
+
+    k: Float[Array, "*L b T k D"]
+    v: Float[Array, "*L b T k D"]
+
+
+class Past(NamedTuple):
+    """What stands before a position: a cache that is right up to there, whatever it holds from there on."""
+
+    cache: Cache
+    position: Int[Array, ""]
+
+
+def attention_at(
+    q: Float[Array, "b 1 h D"],
+    k: Float[Array, "b 1 k D"],
+    v: Float[Array, "b 1 k D"],
+    past: Past,
+    scale: float,
+    activation: str,
+    eps: float,
+) -> Float[Array, "b 1 h D"]:
+    """What `attention` gives at one position of a row, from what is new there and from what stands before it."""
+    b, _, h, D = q.shape
+    n_kv = k.shape[2]
+    k = lax.dynamic_update_slice_in_dim(past.cache.k, k, past.position, axis=1)
+    v = lax.dynamic_update_slice_in_dim(past.cache.v, v, past.position, axis=1)
+    readable = (jnp.arange(k.shape[1]) <= past.position)[None, None, None]
+    logits = scale * contract("bkgd,bskd->bkgs", q.reshape(b, n_kv, h // n_kv, D), k)
+    logits = jnp.where(readable, logits, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1) if activation == "softmax" else ATTENTION_ACTIVATIONS[activation](logits, eps)
+    return contract("bkgs,bskd->bkgd", weights.astype(v.dtype), v).astype(v.dtype).reshape(q.shape)
 
 
 def _named(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from mutransformer import levers, mup, ops
-from mutransformer.attention import attention, attention_logits
+from mutransformer.attention import Cache, Past, attention, attention_at, attention_logits
 from mutransformer.collectives import gather_heads, gather_x, gather_y, scatter_y
 from mutransformer.config import Config
 from mutransformer.linear import Head, Precision, head_loss, look_up, project, whole
@@ -132,10 +132,10 @@ def _start(choice: str) -> Init:
 class Forward:
     """The mathematics of a config, for use inside shard_map on this device's shards."""
 
-    def __init__(self, config: Config, watch: bool = False, whole: bool = False):
+    def __init__(self, config: Config, watch: bool = False, whole: bool = False, cache: bool = False):
         """watch: keep what `activations` returns; else nothing of it is computed. whole: weights come whole along x, and their
-        gradients stay so, this device's own, in float32; see `gathered`."""
-        self.watch = watch
+        gradients stay so, this device's own, in float32; see `gathered`. cache: for `read`."""
+        self.watch, self.cache = watch, cache
         self.config, self.c = config, config.model
         self.specs, self.block_specs = specs(config), block_specs(config)
         if whole:
@@ -149,7 +149,7 @@ class Forward:
         return jax.tree.map(partial(self.use, typed=jnp.float32), params, self.specs)
 
     def residual(
-        self, params: Transformer[Array], inputs: Int[Array, "b T"], segments: Segments
+        self, params: Transformer[Array], inputs: Int[Array, "b T"], segments: Segments, past: Past | None = None
     ) -> tuple[Float[Array, "b T m"], Activations]:
         """The residual stream behind the last layer, and what was watched in the layers, stacked over them."""
         c, s = self.c, self.specs
@@ -157,19 +157,23 @@ class Forward:
         if c.embed_norm:
             x = self.norm(x, self.whole(params.g_e, s.g_e))
 
-        def layer(xs: tuple[Array, ...], block: Block[Array]) -> tuple[tuple[Array, ...], Activations]:
+        def layer(xs: tuple[Array, ...], of: tuple[Block[Array], Any]) -> tuple[tuple[Array, ...], Activations]:
+            block, cache = of
             w = jax.tree.map(self.whole, block, self.block_specs)
-            streams = [self.layer(w, x, rows) for x, rows in zip(xs, parts, strict=True)]
+            own = None if past is None else Past(cache, past.position)
+            streams = [self.layer(w, x, rows, own) for x, rows in zip(xs, parts, strict=True)]
             return tuple(x for x, _ in streams), streams[0][1]
 
-        n = 1 if self.watch else levers.streams(self.config, inputs.shape[0])
+        n = 1 if self.watch or self.cache else levers.streams(self.config, inputs.shape[0])
         parts = jnp.split(segments, n) if segments is not None else [None] * n
-        xs, seen = lax.scan(levers.keeping(layer, self.config), tuple(jnp.split(x, n)), params.blocks)
+        xs, seen = lax.scan(levers.keeping(layer, self.config), tuple(jnp.split(x, n)), (params.blocks, past and past.cache))
         return jnp.concatenate(xs), seen
 
-    def layer(self, w: "Block[Any]", x: Float[Array, "b T m"], segments: Segments) -> tuple[Float[Array, "b T m"], Activations]:
+    def layer(
+        self, w: "Block[Any]", x: Float[Array, "b T m"], segments: Segments, past: Past | None
+    ) -> tuple[Float[Array, "b T m"], Activations]:
         seen = self.seen(residual=x)
-        branch, in_attention = self.attention(w, x, segments)
+        branch, in_attention = self.attention(w, x, segments, past)
         x = checkpoint_name(x + self.times(branch, self.block_specs.w_o), "middle")
         branch, in_feed_forward = self.feed_forward(w, x)
         x = x + self.times(branch, self.block_specs.w_fo)
@@ -182,7 +186,7 @@ class Forward:
         return scatter_y(x, levers.exchanges(self.config))
 
     def attention(
-        self, w: "Block[Any]", x: Float[Array, "b T m"], segments: Segments
+        self, w: "Block[Any]", x: Float[Array, "b T m"], segments: Segments, past: Past | None
     ) -> tuple[Float[Array, "b T m"], Activations]:
         c, s = self.c, self.block_specs
         h = self.gather_y(self.norm(x, w.g_a))
@@ -195,13 +199,18 @@ class Forward:
         if c.qk_norm:
             q, k = self.gain(ops.rms_norm(q, c.norm_eps), w.g_q), self.gain(ops.rms_norm(k, c.norm_eps), w.g_k)
         if c.rotary_base:
-            q, k = ops.rotary(q, c.rotary_base), ops.rotary(k, c.rotary_base)
+            first = None if past is None else past.position
+            q, k = ops.rotary(q, c.rotary_base, first), ops.rotary(k, c.rotary_base, first)
         if self.watch:
             seen |= self.seen(rotated_query=q, rotated_key=k, attention_logits=attention_logits(q, k, c.logit_scale))
-        o = attention(q, k, v, c.logit_scale, c.attention_activation, c.norm_eps, segments, c.attention_kernel)
+        kept = {"cached_key": k, "cached_value": v} if self.cache else {}
+        if past is None:
+            o = attention(q, k, v, c.logit_scale, c.attention_activation, c.norm_eps, segments, c.attention_kernel)
+        else:
+            o = attention_at(q, k, v, past, c.logit_scale, c.attention_activation, c.norm_eps)
         r = self.scatter_y(project(o, w.w_o, s.w_o, self.precision))
         r = self.bias(r, w.b_o)
-        return r, seen | self.seen(attention_output=o, attention_branch=r)
+        return r, seen | kept | self.seen(attention_output=o, attention_branch=r)
 
     def feed_forward(self, w: "Block[Any]", x: Float[Array, "b T m"]) -> tuple[Float[Array, "b T m"], Activations]:
         c, s = self.c, self.block_specs
@@ -216,6 +225,18 @@ class Forward:
         r = self.scatter_y(project(f, w.w_fo, s.w_fo, self.precision))
         r = self.bias(r, w.b_fo)
         return r, seen | self.seen(feed_forward_activation=f, feed_forward_branch=r)
+
+    def read(self, params: Transformer[Array], inputs: Int[Array, "b T"], past: Past | None = None) -> tuple[Array, Cache]:
+        """The residual stream [b T m] behind the last layer, and the inputs' keys and values, stacked over layers.
+
+        Args:
+            params: the weights.
+            inputs: a row, or with a past the token at its position.
+            past: of the row before that position; what it holds from there on does not count.
+        """
+        assert self.cache
+        x, seen = self.residual(params, inputs, None, past)
+        return x, Cache(seen["cached_key"], seen["cached_value"])
 
     def final(self, params: Transformer[Array], inputs: Int[Array, "b T"], segments: Segments) -> Float[Array, "b T M"]:
         """The normed residual stream that the unembedding reads, whole along y."""

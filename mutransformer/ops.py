@@ -28,11 +28,19 @@ def rms_norm_y(x: Float[Array, "b T m"], eps: float) -> Float[Array, "b T m"]:
     return (wide * lax.rsqrt(mean + eps)).astype(x.dtype)
 
 
-def rotary(x: Float[Array, "b T n D"], base: float) -> Float[Array, "b T n D"]:
-    """Rotary positions (Su et al., arXiv 2104.09864) on split halves: pair i is (x[i], x[i + D/2]), at base^(-2i/D)."""
+def rotary(x: Float[Array, "b T n D"], base: float, first: Int[Array, ""] | None = None) -> Float[Array, "b T n D"]:
+    """Rotary positions (Su et al., arXiv 2104.09864) on split halves: pair i is (x[i], x[i + D/2]), at base^(-2i/D).
+
+    Args:
+        x: queries or keys.
+        base: as in the formula.
+        first: the position of x's first; None: 0.
+    """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = (jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency[None, :])[None, :, None, :]
+    position = jnp.arange(x.shape[1], dtype=jnp.float32)
+    position = position if first is None else first + position
+    angle = (position[:, None] * frequency[None, :])[None, :, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, low * sin + high * cos], axis=-1).astype(x.dtype)
