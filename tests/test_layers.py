@@ -17,13 +17,13 @@ FLOORS = [
     *({"data.sources", "data.hf_tokenizer"}, {"data.job"}, {"data.build"}, {"data.vocabulary"}, {"data.corpus"}),
     *({"data.rows"}, {"data.pipeline"}, {"data"}),
     *({"mup", "mesh", "collectives", "hardware", "flags"}, {"linear", "launch", "levers"}, {"ops", "kernels"}, {"attention"}),
-    *({"model"}, {"optim"}, {"state"}, {"step"}, {"checkpoint", "metrics"}, {"evaluate", "generate", "hf"}),
+    *({"model"}, {"optim"}, {"state"}, {"step"}, {"checkpoint", "metrics"}, {"evaluate", "generate"}),
     *({"plan.chips", "plan.kernels", "plan.hlo"}, {"plan.comm", "plan.loops", "plan.timing", "plan.trace", "plan.case"}),
     *({"plan.walk", "plan.estimate", "plan.lower"}, {"plan.search", "plan.simulate"}, {"plan.show", "plan.timeline"}),
     *({"plan.asdict"}, {"plan"}, {"study"}, {"train"}),
 ]
 # By the first part of their names. The config asks where files are, and leaves reading them to OmegaConf.
-EFFECTS = {"data", "checkpoint", "metrics", "hardware", "launch", "train", "study", "hf"}
+EFFECTS = {"data", "checkpoint", "metrics", "hardware", "launch", "train", "study"}
 ALLOWED = {name: {"pathlib", "pathlib.Path"} for name in ("config", "errors", "settings", "plan.timeline")}
 ALLOWED["plan.lower"] = {"os", "time"}
 
