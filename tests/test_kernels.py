@@ -182,7 +182,7 @@ def test_gpus_without_the_kernel(kind: str) -> None:
         (["splash", "data.seq_len=100"], "splash: needs a multiple of 128 positions, not data.seq_len = 100"),
         (["splash", "model.d_head=32"], "splash: needs heads of a multiple of 64, not model.d_head = 32"),
         (["splash", "model.attention_activation=elu"], "splash: computes softmax only, not model.attention_activation = elu"),
-        (["cudnn", "precision.compute=float32"], "cudnn: computes in bfloat16 or float16, not precision.compute = float32"),
+        (["cudnn", "precision.compute=float32"], "cudnn: computes in bfloat16, not precision.compute = float32"),
         (["cudnn", "model.d_head=4"], "cudnn: needs heads of a multiple of 8 up to 128, not model.d_head = 4"),
         (["cudnn", "data.seq_len=33"], "cudnn: needs an even number of positions, not data.seq_len = 33"),
     ],
