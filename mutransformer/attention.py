@@ -84,10 +84,10 @@ def attention(
 
 
 class Cache(NamedTuple):
-    """Keys and values of a row of T positions as attention reads them, of one layer; or of all, stacked in dim 0."""
+    """Keys and values of a row of T positions, of one layer; or of all, stacked in dim 0."""
 
-    k: Float[Array, "*L b T k D"]
-    v: Float[Array, "*L b T k D"]
+    k: Float[Array, "*L b k T D"]
+    v: Float[Array, "*L b k T D"]
 
 
 class Past(NamedTuple):
@@ -95,6 +95,11 @@ class Past(NamedTuple):
 
     cache: Cache
     position: Int[Array, ""]
+
+
+def cached(k: Float[Array, "b T k D"], v: Float[Array, "b T k D"]) -> Cache:
+    """As a cache holds them: laid out for attention's products, which else would do so anew for each token."""
+    return Cache(*(jnp.transpose(a, (0, 2, 1, 3)) for a in (k, v)))
 
 
 def attention_at(
@@ -109,13 +114,15 @@ def attention_at(
     """What `attention` gives at one position of a row, from what is new there and from what stands before it."""
     b, _, h, D = q.shape
     n_kv = k.shape[2]
-    k = lax.dynamic_update_slice_in_dim(past.cache.k, k, past.position, axis=1)
-    v = lax.dynamic_update_slice_in_dim(past.cache.v, v, past.position, axis=1)
-    readable = (jnp.arange(k.shape[1]) <= past.position)[None, None, None]
-    logits = scale * contract("bkgd,bskd->bkgs", q.reshape(b, n_kv, h // n_kv, D), k)
+    k, v = (
+        lax.dynamic_update_slice_in_dim(old, new, past.position, axis=2)
+        for old, new in zip(past.cache, cached(k, v), strict=True)
+    )
+    readable = (jnp.arange(k.shape[2]) <= past.position)[None, None, None]
+    logits = scale * contract("bkgd,bksd->bkgs", q.reshape(b, n_kv, h // n_kv, D), k)
     logits = jnp.where(readable, logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1) if activation == "softmax" else ATTENTION_ACTIVATIONS[activation](logits, eps)
-    return contract("bkgs,bskd->bkgd", weights.astype(v.dtype), v).astype(v.dtype).reshape(q.shape)
+    return contract("bkgs,bksd->bkgd", weights.astype(v.dtype), v).astype(v.dtype).reshape(q.shape)
 
 
 def _named(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:

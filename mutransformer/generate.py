@@ -162,7 +162,7 @@ def make_decode(config: Config, mesh: AnyMesh) -> Decode:
     ) -> tuple[Float[Array, "b v"], Cache]:
         x, new = forward.read(params, inputs[:, None], Past(cache, position))
         logits = forward.unembed(params, forward.unembed_input(params, x).astype(jnp.float32))
-        added = jax.tree.map(lambda a, n: lax.dynamic_update_slice_in_dim(a, n, position, axis=2), cache, new)
+        added = jax.tree.map(lambda a, n: lax.dynamic_update_slice_in_dim(a, n, position, axis=3), cache, new)
         return logits[:, 0], added
 
     caches = _places(mesh)
@@ -175,8 +175,8 @@ def make_decode(config: Config, mesh: AnyMesh) -> Decode:
 
 
 def _places(mesh: AnyMesh) -> Any:
-    """Of a cache [L B T K D]. Where y does not divide the heads, K counts those that each of its devices reads."""
-    place: Any = PartitionSpec(None, *rows(mesh), None, "y")
+    """Of a cache [L B K T D]. Where y does not divide the heads, K counts those that each of its devices reads."""
+    place: Any = PartitionSpec(None, *rows(mesh), "y")
     return Cache(place, place)
 
 

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from mutransformer import levers, mup, ops
-from mutransformer.attention import Cache, Past, attention, attention_at, attention_logits
+from mutransformer.attention import Cache, Past, attention, attention_at, attention_logits, cached
 from mutransformer.collectives import gather_heads, gather_x, gather_y, scatter_y
 from mutransformer.config import Config
 from mutransformer.linear import Head, Precision, head_loss, look_up, project, whole
@@ -203,7 +203,7 @@ class Forward:
             q, k = ops.rotary(q, c.rotary_base, first), ops.rotary(k, c.rotary_base, first)
         if self.watch:
             seen |= self.seen(rotated_query=q, rotated_key=k, attention_logits=attention_logits(q, k, c.logit_scale))
-        kept = {"cached_key": k, "cached_value": v} if self.cache else {}
+        kept = cached(k, v)._asdict() if self.cache else {}
         if past is None:
             o = attention(q, k, v, c.logit_scale, c.attention_activation, c.norm_eps, segments, c.attention_kernel)
         else:
@@ -236,7 +236,7 @@ class Forward:
         """
         assert self.cache
         x, seen = self.residual(params, inputs, None, past)
-        return x, Cache(seen["cached_key"], seen["cached_value"])
+        return x, Cache(seen["k"], seen["v"])
 
     def final(self, params: Transformer[Array], inputs: Int[Array, "b T"], segments: Segments) -> Float[Array, "b T M"]:
         """The normed residual stream that the unembedding reads, whole along y."""

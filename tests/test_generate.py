@@ -119,7 +119,11 @@ def on_one_device(model: str) -> list[np.ndarray]:
     return from_scratch(*make(model))
 
 
-CASES = [(m, on) for m in MODELS for on in MESHES if on == "1 x 1" or m in list(MODELS)[:3] and on == "4 x 2" or m == "relu"]
+CASES = [
+    *((model, "1 x 1") for model in MODELS),
+    *((model, "4 x 2") for model in list(MODELS)[:3]),
+    *(("relu", on) for on in ("2 x 1", "1 x 2")),
+]
 
 
 @pytest.mark.parametrize(("model", "on"), CASES)
@@ -169,7 +173,7 @@ def test_greedy_sampling_takes_the_largest_logit_of_a_pass_from_scratch(first: i
 
 def test_of_one_token_the_choice_is_greedy() -> None:
     assert np.array_equal(sampled(Sampling(temperature=3.0, top_k=1)), sampled(GREEDY))
-    assert not np.array_equal(sampled(Sampling(temperature=3.0, top_k=3)), sampled(GREEDY))
+    assert not np.array_equal(drawn()[:1], sampled(GREEDY))
 
 
 @cache
@@ -192,8 +196,9 @@ def test_samples_depend_on_the_seed() -> None:
 
 
 def test_padding_of_the_vocabulary_is_never_drawn() -> None:
-    how = Sampling(samples=200, temperature=1e6)  # all that may be drawn is equally likely
-    assert set(np.unique(sampled(how)[:, FIRST:])) == set(range(V))
+    how = Sampling(samples=64, temperature=1e6)  # all that may be drawn is equally likely
+    found = sampled(how)[:, FIRST:]
+    assert found.max() < V and len(np.unique(found)) > 80
     assert sampled(how, n_vocab=PADDED)[:, FIRST:].max() >= V, "the control draws none either"
 
 
@@ -274,8 +279,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The config of a run that was trained with a tokenizer of its own, and whose data is gone."""
     folder = tmp_path_factory.mktemp("generate")
     shutil.copy(__file__, folder / "text.txt")
-    args = ["data.tokenizer=sentencepiece", "data.vocab_size=400", "model.n_vocab=null", "log.tensorboard=false", "name=tiny"]
-    args += ["steps=4", "checkpoint.every=2", "eval.every=2", "mesh.x=4", "mesh.y=2"]
+    args = [
+        "data.tokenizer=sentencepiece",
+        "data.vocab_size=400",
+        "model.n_vocab=null",
+        "model.n_layer=1",
+        "log.tensorboard=false",
+        "name=tiny",
+    ]
+    args += ["log.tensorboard=false", "steps=4", "checkpoint.every=2", "eval.every=2", "mesh.x=4", "mesh.y=2"]
     assert train(load(settings(folder, *args))) == FINISHED
     shutil.rmtree(folder / "cache")
     (folder / "text.txt").unlink()
@@ -306,16 +318,15 @@ def test_the_script(script: Callable[..., int], tmp_path: Path, capsys: pytest.C
     assert script(*args) == 0
     one, two = (sample["text"] for sample in found["samples"])
     assert capsys.readouterr().out == f"--- 1 of 2\n12: the{one}\n--- 2 of 2\n12: the{two}\n"
-    assert script("--temperature", "0") == 0, "an empty prompt"
-    assert capsys.readouterr().out
 
 
 def test_the_best_checkpoint(
     script: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Checkpoints, "best", lambda self: 2)
-    assert script("--tokens", "1", "--json", "eval.checkpoint=best") == 0
-    assert json.loads(capsys.readouterr().out)["step"] == 2
+    assert script("--tokens", "1", "--temperature", "0", "--json", "eval.checkpoint=best") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["step"], found["prompt"]) == (2, "") and len(found["samples"]) == 1
 
 
 @pytest.mark.parametrize(
