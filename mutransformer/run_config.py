@@ -57,7 +57,7 @@ class EvalConfig:
     batches: int = 16  # of data.batch_size rows, always the same ones
     final_batches: Optional[int] = None  # at the end of the run; None: the whole validation split
     split: Literal["validation", "test"] = "validation"  # for scripts/evaluate.py, which scores all of it
-    checkpoint: Literal["newest", "best"] = "newest"  # likewise
+    checkpoint: Literal["newest", "best"] = "newest"  # for scripts/evaluate.py and generate.py
 
     def __post_init__(self) -> None:
         check(self.every >= 0, f"eval.every = {self.every}: must not be negative")
