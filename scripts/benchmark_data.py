@@ -52,7 +52,8 @@ def run(given: Namespace) -> int:
 
 def write(folder: Path, megabytes: float, n_files: int) -> list[str]:
     """Documents of some two thousand characters, as a page of the web has, in files of like size."""
-    from mutransformer.data.sources import SOURCES, Shares
+    from mutransformer.data.sources import SOURCES
+    from mutransformer.data.splits import Shares
 
     parts = SOURCES["stdlib"](SourceConfig(), "data", Shares(0.05, 0.05))
     texts = [record.text.decode() for part in parts for record in part.records() if record.text]

@@ -18,7 +18,8 @@ from mutransformer.data.cache import Store
 from mutransformer.data.corpus import plan, prepare
 from mutransformer.data.files import cut
 from mutransformer.data.parts import SPLITS, Document, DocumentPart
-from mutransformer.data.sources import assign, open_source, shares_of
+from mutransformer.data.sources import open_source
+from mutransformer.data.splits import assign, shares_of
 from mutransformer.data.tokenize import ByteTokenizer
 
 PARAGRAPH = "Whan that Aprille with his shoures soote\r\n\tthe droghte of March hath perced — 😀\n\n"

@@ -20,7 +20,7 @@ from test_sources import TEXTS, texts_of, write
 from mutransformer.config import ConfigError, DataConfig
 from mutransformer.data.corpus import prepare
 from mutransformer.data.parts import SPLITS
-from mutransformer.data.sources import Shares, split_of
+from mutransformer.data.splits import Shares, split_of
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_thisIsASecretOfTheUser"

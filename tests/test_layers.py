@@ -13,7 +13,7 @@ PACKAGE = "mutransformer"
 # From the ground up: a module imports only from floors below its own.
 FLOORS = [
     *({""}, {"errors"}, {"data_config", "run_config", "kernel_rules"}, {"config"}, {"settings", "spec"}),
-    *({"data.cache", "data.batch"}, {"data.files"}, {"data.parts", "data.tokenize"}, {"data.hub", "data.shards"}),
+    *({"data.cache", "data.batch"}, {"data.files"}, {"data.parts", "data.tokenize"}, {"data.hub", "data.shards", "data.splits"}),
     *({"data.sources", "data.hf_tokenizer"}, {"data.job"}, {"data.build"}, {"data.vocabulary"}, {"data.corpus"}),
     *({"data.rows"}, {"data.pipeline"}, {"data"}),
     *({"mup", "mesh", "collectives", "hardware", "flags"}, {"linear", "launch", "levers"}, {"ops", "kernels"}, {"attention"}),

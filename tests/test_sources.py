@@ -33,7 +33,7 @@ from mutransformer.data.cache import seal
 from mutransformer.data.corpus import prepare
 from mutransformer.data.files import find
 from mutransformer.data.parts import SPLITS, LinePart, TablePart
-from mutransformer.data.sources import Shares, split_of
+from mutransformer.data.splits import Shares, split_of
 from mutransformer.data.tokenize import ByteTokenizer
 
 TEXTS = [f"document {i}: " + "the quick brown fox — 😀\n" * (i % 5 + 1) for i in range(120)]

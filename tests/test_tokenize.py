@@ -12,7 +12,8 @@ from mutransformer.config import ConfigError, DataConfig
 from mutransformer.data.build import Host
 from mutransformer.data.cache import Store
 from mutransformer.data.corpus import prepare
-from mutransformer.data.sources import open_source, shares_of
+from mutransformer.data.sources import open_source
+from mutransformer.data.splits import shares_of
 from mutransformer.data.tokenize import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from mutransformer.data.vocabulary import open_tokenizer, training_texts
 

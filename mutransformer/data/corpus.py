@@ -19,7 +19,8 @@ from mutransformer.data.cache import MANIFEST, Damaged, Store, seal, unseal
 from mutransformer.data.job import Job
 from mutransformer.data.parts import SPLITS, Part, Split
 from mutransformer.data.shards import Tokens, dtype_for, first_outside, join, sections
-from mutransformer.data.sources import Source, open_source, shares_of
+from mutransformer.data.sources import Source, open_source
+from mutransformer.data.splits import shares_of
 from mutransformer.data.tokenize import Tokenizer, train_sentencepiece
 from mutransformer.data.vocabulary import open_tokenizer, training_texts
 

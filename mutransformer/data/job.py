@@ -17,7 +17,8 @@ from mutransformer.data.cache import Damaged, Store, describe, seal, unseal
 from mutransformer.data.files import cut
 from mutransformer.data.parts import Part, Split
 from mutransformer.data.shards import Writer, dtype_for
-from mutransformer.data.sources import Accepted, Shares, Unreadable
+from mutransformer.data.sources import Accepted, Unreadable
+from mutransformer.data.splits import Shares
 from mutransformer.data.tokenize import Tokenizer
 
 ATTEMPTS = 5  # at a part that is read over the network, with 1, 2, 4, 8 seconds between them

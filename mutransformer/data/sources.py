@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, TypeVar
 
-from mutransformer.config import ConfigError, DataConfig, MixedSourceConfig, SourceConfig, check
+from mutransformer.config import ConfigError, MixedSourceConfig, SourceConfig, check
 from mutransformer.data import hub
 from mutransformer.data.files import File, find
 from mutransformer.data.parts import (
@@ -31,22 +31,12 @@ from mutransformer.data.parts import (
     damaged,
     pyarrow,
 )
+from mutransformer.data.splits import Shares, assign, split_of
 
 T = TypeVar("T")
 
 _SMALLEST_PIECE = 64  # bytes
 _STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-class Shares(NamedTuple):
-    """What a hash sends to validation and to test."""
-
-    validation: float
-    test: float
-
-
-def shares_of(config: DataConfig) -> Shares:
-    return Shares(config.validation_share, config.test_share)
 
 
 class Piece(NamedTuple):
@@ -124,34 +114,6 @@ class Accepted:
             raise
         except Exception as error:  # whatever a file system, a decompressor or the Hub's library raises
             raise Unreadable(f"{self._part.place}: cannot read it: {hub.reason(error)}") from error
-
-
-def split_of(text: bytes, shares: Shares) -> Split:
-    """The split of a record, by the SHA-256 of its text alone."""
-    place = _place(text)
-    return "validation" if place < shares.validation else "test" if place < shares.validation + shares.test else "train"
-
-
-def assign(names: list[str], validation_share: float, test_share: float) -> list[Split]:
-    """The split of each name, by its SHA-256 alone: the same on every machine, and whatever other names there are.
-
-    Only where the hash would leave a split empty, the nearest name by hash goes there. Needs at least three names.
-    """
-    assert len(names) >= len(SPLITS)
-    place = [_place(name.encode(errors="surrogateescape")) for name in names]  # as the file system has it
-    held_out = validation_share + test_share
-    n_validation = min(max(1, sum(u < validation_share for u in place)), len(names) - 2)
-    n_test = min(max(1, sum(validation_share <= u < held_out for u in place)), len(names) - 1 - n_validation)
-    order = sorted(range(len(names)), key=place.__getitem__)
-    splits: list[Split] = ["train"] * len(names)
-    for rank, index in enumerate(order[: n_validation + n_test]):
-        splits[index] = "validation" if rank < n_validation else "test"
-    return splits
-
-
-def _place(data: bytes) -> float:
-    """In [0, 1), by hash."""
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
 
 
 def _stdlib(config: SourceConfig, key: str, shares: Shares) -> list[Part]:
