@@ -120,6 +120,13 @@ class Checkpoints:
             _log.warning("%s is damaged: %s", self.directory / str(step), damage)
         return None
 
+    def chosen(self) -> int:
+        """The checkpoint that eval.checkpoint names. Raises ConfigError if there is none."""
+        step = self.latest() if self._config.eval.checkpoint == "newest" else self.best()
+        if step is None:
+            raise ConfigError(f"{self.directory}: holds no checkpoint, or none with a validation loss")
+        return step
+
     def loss(self, step: int) -> float | None:
         """The validation loss at a checkpoint, if it was evaluated."""
         return (self._manager.metrics(step) or {}).get("loss")

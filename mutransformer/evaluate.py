@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Integer
 
 from mutransformer.checkpoint import Checkpoints
-from mutransformer.config import Config, ConfigError
+from mutransformer.config import Config
 from mutransformer.data import pipeline
 from mutransformer.data.corpus import Mixture, prepare
 from mutransformer.data.pipeline import Batch
@@ -101,9 +101,7 @@ def score(config: Config) -> dict[str, Any]:
     config = config.with_vocab(corpus.tokenizer.n_vocab)
     check_fits(config, mesh)
     with closing(Checkpoints(config, read_only=True)) as checkpoints:
-        step = checkpoints.latest() if config.eval.checkpoint == "newest" else checkpoints.best()
-        if step is None:
-            raise ConfigError(f"{checkpoints.directory}: holds no checkpoint, or none with a validation loss")
+        step = checkpoints.chosen()
         checkpoints.check_same(step, pipeline.fingerprint(corpus.splits["train"], config.data, config.seed))
         state, _ = checkpoints.restore(step, plan(config, mesh).shapes)
     held_out, n_vocab = corpus.splits[config.eval.split], corpus.tokenizer.n_vocab

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 
 from mutransformer.attention import Cache, Past
 from mutransformer.checkpoint import Checkpoints
-from mutransformer.config import Config, ConfigError, check
-from mutransformer.data.hf_tokenizer import FILES, HFTokenizer
-from mutransformer.data.tokenize import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from mutransformer.config import Config, check
+from mutransformer.data.tokenize import Tokenizer
+from mutransformer.data.vocabulary import kept_tokenizer
 from mutransformer.mesh import AnyMesh, check_fits, make_mesh, replicated, rows
 from mutransformer.model import Forward, Transformer
 from mutransformer.ops import shift_right
@@ -68,7 +68,7 @@ def generate(config: Config, prompt: str, how: Sampling) -> dict[str, Any]:
         ConfigError: the run or its checkpoint is not there or does not fit the config; the text does not fit data.seq_len.
     """
     mesh = make_mesh(config.mesh)
-    tokenizer = kept_tokenizer(config)
+    tokenizer = kept_tokenizer(config.data, config.rundir)
     config = config.with_vocab(tokenizer.n_vocab)
     check_fits(config, mesh)
     given, T = prompt_tokens(prompt, tokenizer, config), config.data.seq_len
@@ -95,23 +95,6 @@ def continuation(given: list[int], new: list[int], tokenizer: Tokenizer) -> dict
     return {"text": text, "tokens": tokens, "ended": ended}
 
 
-def kept_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of a run, from the copy in its folder.
-
-    Raises:
-        ConfigError: there is no such folder, or no such copy.
-    """
-    folder = config.rundir
-    check(folder.is_dir(), f"{folder}: no run here")
-    if config.data.tokenizer == "bytes":
-        return ByteTokenizer()
-    if config.data.tokenizer == "sentencepiece":
-        return SentencePieceTokenizer(folder / "tokenizer.model")
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    check(not missing, f"{folder}: lacks the tokenizer's {' and '.join(missing)}, which a run copies to its folder")
-    return HFTokenizer(*(folder / name for name in FILES))
-
-
 def prompt_tokens(prompt: str, tokenizer: Tokenizer, config: Config) -> list[int]:
     """The ids of a prompt, as a document of the run's data begins.
 
@@ -132,9 +115,7 @@ def restored(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> tuple[int, Tra
     # Which tokens it was trained on does not matter here, and to tell they would all have to be read.
     free = replace(config.checkpoint, allow=[*config.checkpoint.allow, "fingerprint.tokens"])
     with closing(Checkpoints(replace(config, checkpoint=free), read_only=True)) as checkpoints:
-        step = checkpoints.latest() if config.eval.checkpoint == "newest" else checkpoints.best()
-        if step is None:
-            raise ConfigError(f"{checkpoints.directory}: holds no checkpoint, or none with a validation loss")
+        step = checkpoints.chosen()
         checkpoints.check_same(step, {"tokens": None, "tokenizer": tokenizer.fingerprint})
         state, _ = checkpoints.restore(step, plan(config, mesh).shapes)
     return step, state.params

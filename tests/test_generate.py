@@ -23,11 +23,11 @@ from mutransformer.checkpoint import Checkpoints
 from mutransformer.config import Config, ConfigError
 from mutransformer.data.hf_tokenizer import convert
 from mutransformer.data.tokenize import ByteTokenizer
+from mutransformer.data.vocabulary import kept_tokenizer
 from mutransformer.generate import (
     Sampling,
     choose,
     continuation,
-    kept_tokenizer,
     likely,
     make_decode,
     make_prefill,
@@ -256,13 +256,13 @@ def test_the_tokenizer_is_read_from_the_runs_folder(tmp_path: Path) -> None:
     hub = t5(tmp_path / "hub")
     config = load(["data.tokenizer=hf", f"data.tokenizer_file={hub}", f"workdir={tmp_path}", "name=run"])
     with pytest.raises(ConfigError, match="run: no run here"):
-        kept_tokenizer(config)
+        kept_tokenizer(config.data, config.rundir)
     (tmp_path / "run").mkdir()
     with pytest.raises(ConfigError, match=r"run: lacks the tokenizer's tokenizer\.json and special_ids\.json"):
-        kept_tokenizer(config)
+        kept_tokenizer(config.data, config.rundir)
     convert(str(hub), None, tmp_path / "run")
     shutil.rmtree(hub)
-    tokenizer = kept_tokenizer(config)
+    tokenizer = kept_tokenizer(config.data, config.rundir)
     given, new = (ids.tolist() for ids in tokenizer.encode(["the cat", "sat"]))
     assert tokenizer.decode([*given, *new]) == "the cat sat" and tokenizer.decode(new) == "sat"
     assert continuation(given, new, tokenizer)["text"] == " sat"

@@ -13,7 +13,8 @@ from mutransformer.data.cache import Store
 from mutransformer.data.hf_tokenizer import HFTokenizer
 from mutransformer.data.job import retried
 from mutransformer.data.parts import Part
-from mutransformer.data.sources import Accepted, Source, shares_of
+from mutransformer.data.sources import Accepted, Source
+from mutransformer.data.splits import shares_of
 from mutransformer.data.tokenize import (
     TRAINING_VERSION,
     ByteTokenizer,
@@ -38,6 +39,22 @@ def open_tokenizer(config: DataConfig, store: Store, host: Host, sources: Sequen
         ConfigError: there is none, it is none, or it cannot be trained on the sources.
     """
     return TOKENIZERS[config.tokenizer](config, store, host, sources)
+
+
+def kept_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
+    """The tokenizer of a run, from the copies of its files in the run's folder.
+
+    Raises:
+        ConfigError: there is no such folder, or no such copy.
+    """
+    check(folder.is_dir(), f"{folder}: no run here")
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    if config.tokenizer == "sentencepiece":
+        return SentencePieceTokenizer(folder / "tokenizer.model")
+    missing = [name for name in hf_tokenizer.FILES if not (folder / name).is_file()]
+    check(not missing, f"{folder}: lacks the tokenizer's {' and '.join(missing)}, which a run copies to its folder")
+    return HFTokenizer(*(folder / name for name in hf_tokenizer.FILES))
 
 
 def _sentencepiece(config: DataConfig, store: Store, host: Host, sources: Sequence[Source]) -> Tokenizer:
