@@ -10,19 +10,19 @@ import statistics
 import sys
 import time
 
-from mutransformer.launch import launch
+from mutransformer.sharding.processes import launch
 
 
 def main(config):
     import jax
     import numpy as np
 
-    from mutransformer.data.pipeline import Batch
-    from mutransformer.hardware import memory_in_use, peak_flops
-    from mutransformer.mesh import check_fits, data_share, make_mesh, put
-    from mutransformer.model import flops_per_token, specs
-    from mutransformer.state import init_state
-    from mutransformer.step import make_train_step
+    from mutransformer.data.batches.pipeline import Batch
+    from mutransformer.model.transformer import flops_per_token, specs
+    from mutransformer.sharding.devices import memory_in_use, peak_flops
+    from mutransformer.sharding.mesh import check_fits, data_share, make_mesh, put
+    from mutransformer.training.state import init_state
+    from mutransformer.training.step import make_train_step
 
     seconds, repeats = float(os.environ.get("BENCHMARK_SECONDS", "2")), int(os.environ.get("BENCHMARK_REPEATS", "5"))
     config = config.with_vocab(config.model.n_vocab or config.data.vocab_size)
@@ -31,7 +31,7 @@ def main(config):
     n_blocks, blocks = data_share(mesh)
     rows = config.data.batch_size // n_blocks * len(blocks)
     tokens = np.random.default_rng(0).integers(0, config.model.n_vocab, (rows, config.data.seq_len), dtype=np.int32)
-    segments = np.zeros_like(tokens) if config.data.documents == "apart" else None
+    segments = np.zeros_like(tokens) if config.data.intra_document_mask else None
     batch = put(Batch(tokens, np.ones_like(tokens, dtype=bool), segments), mesh)
 
     state = init_state(config, mesh)

@@ -21,9 +21,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from mutransformer import settings
-from mutransformer.config import DataConfig, SourceConfig
-from mutransformer.launch import command, guarded
+from mutransformer.config import load as settings
+from mutransformer.config.schema import DataConfig, SourceConfig
+from mutransformer.sharding.processes import command, guarded
 
 CHUNK = 256 << 10  # characters given to a library at once: its fastest of 4 Ki to 4 Mi
 
@@ -39,12 +39,12 @@ def main() -> int:
 
 def run(given: Namespace) -> int:
     config = settings.load(given.args).data
-    processes = config.processes or len(os.sched_getaffinity(0))
+    processes = config.tokenize_workers or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         files = write(Path(folder), given.megabytes, 4 * processes)
         alone = SourceConfig(source="jsonl", files=files)  # none of the config's own source, nor its splits, is left
         config = replace(config, **vars(alone), sources={}, cache_dir=f"{folder}/cache")
-        config = replace(config, processes=processes, local_dir=f"{folder}/local")
+        config = replace(config, tokenize_workers=processes, local_dir=f"{folder}/local")
         report = tokenise(config, given.repeats) | {"loading": load(config, given.repeats, given.batches)}
     print(json.dumps(report, indent=2))
     return 0
@@ -52,8 +52,8 @@ def run(given: Namespace) -> int:
 
 def write(folder: Path, megabytes: float, n_files: int) -> list[str]:
     """Documents of some two thousand characters, as a page of the web has, in files of like size."""
-    from mutransformer.data.sources import SOURCES
-    from mutransformer.data.splits import Shares
+    from mutransformer.data.sources.registry import SOURCES
+    from mutransformer.data.sources.splits import Shares
 
     parts = SOURCES["stdlib"](SourceConfig(), "data", Shares(0.05, 0.05))
     texts = [record.text.decode() for part in parts for record in part.records() if record.text]
@@ -72,12 +72,12 @@ def write(folder: Path, megabytes: float, n_files: int) -> list[str]:
 
 
 def tokenise(config: DataConfig, repeats: int) -> dict[str, object]:
-    from mutransformer.data.corpus import prepare
+    from mutransformer.data.cache.prepare import prepare
 
     prepared = prepare(config)  # the tokenizer too, so that its training does not count
     n_bytes = sum(text.n_bytes for text in prepared.splits.values())
     model = next(map(str, prepared.tokenizer.files().values()), "")
-    processes, files = config.processes or 1, config.files
+    processes, files = config.tokenize_workers or 1, config.files
     ours, reading, encoding = [], [], []
     for _ in range(repeats):
         for folder in Path(config.cache_dir).glob("tokens-*"):
@@ -140,8 +140,8 @@ def library(tokenizer: str, model: str, files: list[str]) -> float:
 
 
 def load(config: DataConfig, repeats: int, batches: int) -> dict[str, object]:
-    from mutransformer.data.corpus import prepare
-    from mutransformer.data.pipeline import train_batches
+    from mutransformer.data.batches.pipeline import train_batches
+    from mutransformer.data.cache.prepare import prepare
 
     corpus = prepare(config)
     report: dict[str, object] = {"seq_len": config.seq_len, "batch_size": config.batch_size, "threads": config.threads}
@@ -149,7 +149,7 @@ def load(config: DataConfig, repeats: int, batches: int) -> dict[str, object]:
     rates: dict[str, list[float]] = {"join": [], "apart": []}
     for _ in range(repeats):
         for documents, found in rates.items():
-            settings = replace(config, rows="concat", documents=documents)
+            settings = replace(config, packing="concat", documents=documents)
             drawing = train_batches(corpus.splits["train"], settings, 0, 1, (0,), corpus.tokenizer.n_vocab)
             for _ in range(config.prefetch + 2):
                 next(drawing)

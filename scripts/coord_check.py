@@ -14,9 +14,9 @@ float32; eps 1e-15, since a fixed eps stops the updates of wide models, whose gr
 import sys
 from pathlib import Path
 
-from mutransformer import settings
-from mutransformer.config import DEPTH_RULES, check
-from mutransformer.launch import FAILED, FINISHED, command, guarded, prepare_jax, simulate_devices
+from mutransformer.config import load as settings
+from mutransformer.config.schema import DEPTH_RULES, check
+from mutransformer.sharding.processes import FAILED, FINISHED, command, guarded, prepare_jax, simulate_devices
 
 PRESET = [
     *("data.batch_size=1", "data.seq_len=32", "optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=0.00390625"),
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def run(given) -> int:
-    from mutransformer.study import grid
+    from mutransformer.study.sweep import grid
 
     files = [arg for arg in given.args if settings.is_file(arg)]
     args = [*files, *PRESET, *(arg for arg in given.args if arg not in files)]
@@ -69,9 +69,9 @@ def run(given) -> int:
 
     simulate_devices(len(seeds))
     prepare_jax(config.distributed)
-    from mutransformer.metrics import setup_logging
-    from mutransformer.study.coord_report import coordinate_check
-    from mutransformer.study.slopes import Limits
+    from mutransformer.study.coordinates.report import coordinate_check
+    from mutransformer.study.coordinates.slopes import Limits
+    from mutransformer.training.metrics import setup_logging
 
     setup_logging()
     verdicts = coordinate_check(subject, control, axis, seeds, given.steps, Limits(slope=given.max_slope), out)

@@ -8,9 +8,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from mutransformer import settings
-from mutransformer.config import ConfigError
-from mutransformer.launch import command, guarded, prepare_jax
+from mutransformer.config import load as settings
+from mutransformer.config.schema import ConfigError
+from mutransformer.sharding.processes import command, guarded, prepare_jax
 
 
 def main() -> int:
@@ -31,8 +31,8 @@ def main() -> int:
 
 def run(given: Namespace) -> int:
     config = settings.load(given.args)
-    from mutransformer.generate import Sampling, generate
-    from mutransformer.metrics import setup_logging
+    from mutransformer.generation import Sampling, generate
+    from mutransformer.training.metrics import setup_logging
 
     how = Sampling(given.samples, given.tokens, given.temperature, given.top_k, given.top_p, given.seed)
     try:

@@ -1,15 +1,15 @@
 """Shows what a run trains on: python scripts/inspect_data.py configs/small.yaml [key=value ...] [--rows N] [--batch K]
 
 Counts by source and split, then rows of a training batch: each document in a row on a line of its own, with its place in the row,
-and with data.documents=apart its segment.
+and with data.intra_document_mask=true its segment.
 """
 
 import sys
 from argparse import Namespace
 
-from mutransformer import settings
-from mutransformer.config import ConfigError, check
-from mutransformer.launch import command, guarded, prepare_jax
+from mutransformer.config import load as settings
+from mutransformer.config.schema import ConfigError, check
+from mutransformer.sharding.processes import command, guarded, prepare_jax
 
 
 def main() -> int:
@@ -27,10 +27,10 @@ def run(given: Namespace) -> int:
     prepare_jax(config.distributed)
     from contextlib import closing
 
-    from mutransformer.data.corpus import prepare
-    from mutransformer.data.pipeline import train_batches
-    from mutransformer.data.rows import rows_of
-    from mutransformer.metrics import setup_logging
+    from mutransformer.data.batches.pipeline import train_batches
+    from mutransformer.data.batches.rows import rows_of
+    from mutransformer.data.cache.prepare import prepare
+    from mutransformer.training.metrics import setup_logging
 
     setup_logging()
     corpus = prepare(config.data)

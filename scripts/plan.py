@@ -10,9 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from mutransformer import settings
-from mutransformer.config import check
-from mutransformer.launch import FINISHED, command, guarded
+from mutransformer.config import load as settings
+from mutransformer.config.schema import check
+from mutransformer.sharding.processes import FINISHED, command, guarded
 
 
 def main(argv=None) -> int:
@@ -43,11 +43,11 @@ def run(given) -> int:
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: no accelerator is to be woken
     from rich.console import Console, Group
 
-    from mutransformer.plan import asdict, case, chips, kernels, show
-    from mutransformer.plan.estimate import estimate
-    from mutransformer.plan.lower import compile_step, require_compiler
-    from mutransformer.plan.search import by_policy, search
-    from mutransformer.plan.simulate import simulate
+    from mutransformer.planning import asdict, case, chips, kernels, show
+    from mutransformer.planning.estimate import estimate
+    from mutransformer.planning.lower import compile_step, require_compiler
+    from mutransformer.planning.search import by_policy, search
+    from mutransformer.planning.simulate import simulate
 
     if given.compile:
         require_compiler()
@@ -78,7 +78,7 @@ def run(given) -> int:
             data["compiled"] = asdict.of_simulated(real, found)
             shown = Group(shown, "", show.simulated(real, found))
             if given.timeline:
-                from mutransformer.plan.timeline import draw
+                from mutransformer.planning.timeline import draw
 
                 draw(real, f"{config.name} on {topology}", given.timeline)
     if given.json:

@@ -6,8 +6,8 @@ Training does the same where the cache lacks something. A run that was stopped g
 import sys
 from argparse import Namespace
 
-from mutransformer import settings
-from mutransformer.launch import command, guarded, prepare_jax
+from mutransformer.config import load as settings
+from mutransformer.sharding.processes import command, guarded, prepare_jax
 
 
 def main() -> int:
@@ -22,8 +22,8 @@ def run(given: Namespace) -> int:
     prepare_jax(config.distributed)
     import jax
 
-    from mutransformer.data.corpus import plan, prepare
-    from mutransformer.metrics import setup_logging
+    from mutransformer.data.cache.prepare import plan, prepare
+    from mutransformer.training.metrics import setup_logging
 
     setup_logging()
     if given.dry_run:

@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from mutransformer.config import check
-from mutransformer.launch import FINISHED, guarded
+from mutransformer.config.schema import check
+from mutransformer.sharding.processes import FINISHED, guarded
 
 
 def row(path: Path) -> list[str]:

@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from mutransformer.config import check
-from mutransformer.launch import command, guarded, prepare_jax, simulate_devices
+from mutransformer.config.schema import check
+from mutransformer.sharding.processes import command, guarded, prepare_jax, simulate_devices
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def run(given) -> int:
-    from mutransformer.study import grid
+    from mutransformer.study.sweep import grid
 
     widths = grid.integers("--widths", given.widths)
     jobs = grid.jobs(given.args, widths, given.set, given.label)
@@ -47,8 +47,8 @@ def run(given) -> int:
 
     simulate_devices(given.cpu_devices or min(os.cpu_count() or 1, len(points)))
     prepare_jax(config.distributed)
-    from mutransformer.metrics import setup_logging
-    from mutransformer.study.sweep import sweep
+    from mutransformer.study.sweep.run import sweep
+    from mutransformer.training.metrics import setup_logging
 
     setup_logging()
     return sweep(jobs, points, out, None if given.memory is None else int(given.memory * 1e9))

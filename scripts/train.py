@@ -2,12 +2,12 @@
 
 import sys
 
-from mutransformer.launch import launch
+from mutransformer.sharding.processes import launch
 
 
 def main(config):
-    from mutransformer.metrics import setup_logging
-    from mutransformer.train import train
+    from mutransformer.training.loop import train
+    from mutransformer.training.metrics import setup_logging
 
     setup_logging()
     return train(config)

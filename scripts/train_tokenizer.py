@@ -7,8 +7,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from mutransformer import settings
-from mutransformer.launch import command, guarded, prepare_jax
+from mutransformer.config import load as settings
+from mutransformer.sharding.processes import command, guarded, prepare_jax
 
 
 def main() -> int:
@@ -21,8 +21,8 @@ def main() -> int:
 def run(given: Namespace) -> int:
     config = settings.load(given.args)
     prepare_jax(config.distributed)
-    from mutransformer.data.corpus import train_tokenizer
-    from mutransformer.data.tokenize import SentencePieceTokenizer
+    from mutransformer.data.cache.prepare import train_tokenizer
+    from mutransformer.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
     train_tokenizer(config.data, given.out)
     print(f"{given.out}: {SentencePieceTokenizer(given.out).n_vocab} pieces")

@@ -10,7 +10,7 @@ from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormat
 from collections.abc import Sequence
 from pathlib import Path
 
-from mutransformer.launch import FAILED, guarded
+from mutransformer.sharding.processes import FAILED, guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
 
     def run() -> int:
-        from mutransformer.study import records, report
+        from mutransformer.study.sweep import records
+        from mutransformer.study.transfer import report
 
         runs = records.join(given.results)
         beside = given.results[0] if given.results[0].is_dir() else given.results[0].parent

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mutransformer.data import pipeline
-from mutransformer.data.corpus import prepare
-from mutransformer.launch import connect
-from mutransformer.mesh import data_share, make_mesh, put
-from mutransformer.settings import load
+from mutransformer.config.load import load
+from mutransformer.data.batches import pipeline
+from mutransformer.data.cache.prepare import prepare
+from mutransformer.sharding.mesh import data_share, make_mesh, put
+from mutransformer.sharding.processes import connect
 
 config = load(sys.argv[3:])
 connect(config.distributed)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mutransformer.config import Config
-from mutransformer.model import Transformer, specs
-from mutransformer.settings import load
+from mutransformer.config.load import load
+from mutransformer.config.schema import Config
+from mutransformer.model.transformer import Transformer, specs
 
 # Reference option -> our key. Values carry over unless a table below translates them.
 KEYS = {
@@ -37,7 +37,7 @@ KEYS = {
     "n_pretrain_step": "steps",
     "lr_base": "optim.lr",
     "grad_clip": "optim.clip_norm",
-    "grad_acc_steps": "optim.accumulate",
+    "grad_acc_steps": "optim.grad_accumulation_steps",
     "optim_name": "optim.name",
     "optim_rule": "optim.rule",
     "optim_beta1": "optim.beta1",
@@ -64,27 +64,27 @@ ALWAYS = {"optim.decay_vectors": True, "optim.loss_per": "position", "model.voca
 WEIGHTS = {
     "w_e": "embed",
     "w_u": "unembed",
-    "b_u": "b_u",
-    "g_e": "g_e",
-    "g_u": "g_u",
+    "b_u": "b_unembed",
+    "g_e": "embed_norm",
+    "g_u": "final_norm",
     "w_aq": "blocks.w_q",
     "w_ak": "blocks.w_k",
     "w_av": "blocks.w_v",
     "w_ao": "blocks.w_o",
-    "w_fi": "blocks.w_fi",
-    "w_fo": "blocks.w_fo",
-    "g_a": "blocks.g_a",
-    "g_f": "blocks.g_f",
-    "g_aq": "blocks.g_q",
-    "g_ak": "blocks.g_k",
+    "w_fi": "blocks.w_up",
+    "w_fo": "blocks.w_down",
+    "g_a": "blocks.attn_norm",
+    "g_f": "blocks.mlp_norm",
+    "g_aq": "blocks.q_norm",
+    "g_ak": "blocks.k_norm",
     "b_aq": "blocks.b_q",
     "b_ak": "blocks.b_k",
     "b_av": "blocks.b_v",
     "b_ao": "blocks.b_o",
-    "b_fi": "blocks.b_fi",
-    "b_fo": "blocks.b_fo",
+    "b_fi": "blocks.b_up",
+    "b_fo": "blocks.b_down",
 }
-GATES = {"w_fi": "blocks.w_fg", "b_fi": "blocks.b_fg"}
+GATES = {"w_fi": "blocks.w_gate", "b_fi": "blocks.b_gate"}
 
 
 class Case(NamedTuple):
@@ -115,7 +115,7 @@ def settings(options: dict[str, Any]) -> list[str]:
             ours[KEYS[name]] = VALUES.get(name, {}).get(value, value)
         elif name not in OTHERS | OF_THE_CASE:
             raise ValueError(f"the reference option {name} = {value!r} has no counterpart here")
-    ours["model.gains"] = options["norm_gains_type"] if options["norm_gains"] else "none"
+    ours["model.norm_scale"] = options["norm_gains_type"] if options["norm_gains"] else "none"
     rows = options["tokens_per_global_batch"] // options["sequence_len"]
     ours["data.batch_size"] = rows * options["grad_acc_steps"]  # its accumulation takes several batches, ours parts of one
     return [f"{key}={'null' if value is None else str(value)}" for key, value in ours.items()]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mutransformer import launch
+from mutransformer.sharding import processes as launch
 
 ROOT = Path(__file__).parent.parent
 TINY = [

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mutransformer.study.records import Run
+from mutransformer.study.sweep.records import Run
 
 WIDTHS, SEEDS, RATES = (64, 128, 256, 512), (0, 1), tuple(range(-10, -2))
 LOGGED = list(range(1, 201, 10))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_ops import EPS, by_difference, close, distance, f32, normal
 
-from mutransformer.attention import ATTENTION_ACTIVATIONS, _query_blocks, attention
+from mutransformer.model.attention import ATTENTION_ACTIVATIONS, _query_blocks, attention
 
 
 def plain_attention(

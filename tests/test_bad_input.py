@@ -16,16 +16,16 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from mutransformer import hardware
-from mutransformer.checkpoint import SEAL, Checkpoints, _hashes
-from mutransformer.data import cache
-from mutransformer.data.corpus import prepare
-from mutransformer.data.pipeline import fingerprint
-from mutransformer.launch import MISTAKE, launch
-from mutransformer.mesh import make_mesh
-from mutransformer.settings import load
-from mutransformer.state import init_state
-from mutransformer.train import train
+from mutransformer.config.load import load
+from mutransformer.data.batches.pipeline import fingerprint
+from mutransformer.data.cache import store as cache
+from mutransformer.data.cache.prepare import prepare
+from mutransformer.sharding import devices as hardware
+from mutransformer.sharding.mesh import make_mesh
+from mutransformer.sharding.processes import MISTAKE, launch
+from mutransformer.training.checkpoint import SEAL, Checkpoints, _hashes
+from mutransformer.training.loop import train
+from mutransformer.training.state import init_state
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(f"line {i} of a small text, number {i * i}\n" for i in range(60))
@@ -124,7 +124,11 @@ def test_settings(args, message, settings, tmp_path):
     [
         ("mesh.x=3", "", r"mesh.x = 3, mesh.y = 1: need 3 devices, here are 1"),
         ("data.batch_size=12", EIGHT, r"data.batch_size = 12 .*not divisible by mesh.x = 8"),
-        ("data.batch_size=16 mesh.streams=3", EIGHT, r"mesh.streams = 3: must divide the 2 rows that a device has at a time"),
+        (
+            "data.batch_size=16 mesh.overlap_groups=3",
+            EIGHT,
+            r"mesh.overlap_groups = 3: must divide the 2 rows that a device has at a time",
+        ),
         ("mesh.y=2 model.d_model=64", EIGHT, r"model.d_model / model.d_head: heads = 1: not divisible by mesh.y = 2"),
     ],
 )
@@ -139,7 +143,10 @@ def test_mesh(args, flags, message, settings, tmp_path):
         ("mesh.y=3", r"mesh.y = 3: does not divide the 8 devices"),
         ("mesh.y=16", r"mesh.y = 16: does not divide the 8 devices"),
         ("mesh.x=4 mesh.y=1", r"mesh.x = 4, mesh.y = 1: need 4 devices, here are 8"),
-        ("data.batch_size=8 optim.accumulate=8", r"optim.accumulate = 8: rows at a time = 1: not divisible by mesh.x = 8"),
+        (
+            "data.batch_size=8 optim.grad_accumulation_steps=8",
+            r"optim.grad_accumulation_steps = 8: rows at a time = 1: not divisible by mesh.x = 8",
+        ),
         ("model.d_model=60 model.d_head=60", r"model.d_model = 60: not divisible by mesh.x = 8"),
         ("mesh.x=1 mesh.y=8 model.d_head=8 model.ff_multiple=0.8", r"feed-forward .* = 51: not divisible by mesh.y = 8"),
         ("model.vocab_multiple=1", r"vocabulary padded to model.vocab_multiple = 259: not divisible by mesh.x = 8"),
@@ -342,7 +349,7 @@ def test_checkpoint_of_another_run(run, settings, tmp_path):
     [
         (["steps=3"], r"another run: steps was 2, is 3\. "),
         (["seed=1"], r"another run: seed was 0, is 1\. "),
-        (["data.documents=apart"], r"another run: data.documents was join, is apart\. "),
+        (["data.intra_document_mask=true"], r"another run: data.intra_document_mask was join, is apart\. "),
         (["optim.lr=0.5", "seed=1", "checkpoint.allow=[seed]"], r"run: optim.lr was 0.015625, is 0.5\. "),
         (["model.n_kv_head=1"], r"another run: model.n_kv_head was None, is 1\. "),
         (["checkpoint.allow=[sede]"], r"checkpoint.allow: no such key: sede$"),

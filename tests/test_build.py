@@ -16,18 +16,20 @@ import pytest
 from object_store import install
 from test_sources import TEXTS, write
 
-from mutransformer.config import ConfigError, DataConfig
-from mutransformer.data import build, job
-from mutransformer.data.cache import Store
-from mutransformer.data.corpus import prepare
+from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.data.cache import build
+from mutransformer.data.cache import tokenize_shard as job
+from mutransformer.data.cache.prepare import prepare
+from mutransformer.data.cache.store import Store
 
 ROOT = Path(__file__).parents[1]
 FILES = 12
 
 HOST = """
 import json, sys
-from mutransformer.data import build, corpus
-from mutransformer.settings import load
+from mutransformer.data.cache import build
+from mutransformer.data.cache import prepare as corpus
+from mutransformer.config.load import load
 if __name__ == "__main__":
     n, i, silence, *args = sys.argv[1:]
     build.SILENCE, make, made = float(silence), build.shard, []
@@ -148,7 +150,7 @@ def _bin(text: object, index: int) -> bytes:
 def kill_law(root: str, tmp_path: Path, kills: int, within: float) -> None:
     """Kills as many runs of prepare_data, each after up to `within` seconds; then compares with a run left alone."""
     text(tmp_path, copies=5000, kind="jsonl")  # some 60 MB: beyond what one process does alone
-    args = arguments(tmp_path, root, "data.processes=2")
+    args = arguments(tmp_path, root, "data.tokenize_workers=2")
     rng, killed, partly = random.Random(kills), 0, 0
     for _ in range(kills):
         process = prepare_data(args)
@@ -172,7 +174,7 @@ def kill_law(root: str, tmp_path: Path, kills: int, within: float) -> None:
     finish(prepare_data(args))
     found = objects(root, tmp_path)
     assert all(found[name] == data for name, data in kept.items())
-    finish(prepare_data(arguments(tmp_path, str(tmp_path / "alone"), "data.processes=2")))
+    finish(prepare_data(arguments(tmp_path, str(tmp_path / "alone"), "data.tokenize_workers=2")))
     alone = {f"{p.parent.name}/{p.name}": p.read_bytes() for p in (tmp_path / "alone").glob("*/*")}
     assert found == dict(sorted(alone.items())) and len(alone) == 2 * FILES + 1
     assert not [p for p in tmp_path.rglob(".*") if p.is_file()], "what killed runs left is not cleared away"
@@ -320,7 +322,7 @@ def test_hosts_mend_each_its_own_damaged_shards(
 @pytest.mark.slow
 def test_a_killed_process_of_the_pool_is_one_line(tmp_path: Path) -> None:
     text(tmp_path, copies=5000, kind="jsonl")
-    process = prepare_data(arguments(tmp_path, str(tmp_path / "cache"), "data.processes=2"))
+    process = prepare_data(arguments(tmp_path, str(tmp_path / "cache"), "data.tokenize_workers=2"))
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("cache/.tokens*")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -337,7 +339,7 @@ def test_a_failure_ends_the_other_processes_at_once(tmp_path: Path) -> None:
     text(tmp_path, copies=20_000, kind="jsonl")  # some 20 MB a file
     bad = tmp_path / "text/00.jsonl"
     bad.write_text("{\n" + bad.read_text(encoding="utf-8"), encoding="utf-8")
-    process = prepare_data(arguments(tmp_path, str(tmp_path / "cache"), "data.processes=2"))
+    process = prepare_data(arguments(tmp_path, str(tmp_path / "cache"), "data.tokenize_workers=2"))
     assert "00.jsonl:1: not JSON" in finish(process, code=2)
     assert not list(tmp_path.glob("cache/*/*.json")) and not list(tmp_path.glob("cache/.*"))
     deadline = time.monotonic() + 20

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from mutransformer.config import Config, ConfigError, flatten, to_dict
-from mutransformer.launch import MISTAKE, launch
-from mutransformer.settings import describe, load, to_yaml
+from mutransformer.config.load import describe, load, to_yaml
+from mutransformer.config.schema import Config, ConfigError, flatten, to_dict
+from mutransformer.sharding.processes import MISTAKE, launch
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -160,7 +160,7 @@ RANGES: list[tuple[str, str]] = [
     ("data.seq_len=1", r"data.seq_len = 1: must be at least 2"),
     ("data.prefetch=-1", r"data.prefetch = -1: must not be negative"),
     ("data.vocab_size=256", r"data.vocab_size = 256: must be at least 300"),
-    *((f"data.{key}={value}", rf"data.{key} = .*: must lie between 0 and 0.5") for key in ("validation_share", "test_share")
+    *((f"data.{key}={value}", rf"data.{key} = .*: must lie between 0 and 0.5") for key in ("validation_fraction", "test_fraction")
       for value in ("0", "0.5", "-0.1", "nan")),
     ("data.source=text", r"data.files is empty: data.source = text needs at least one"),
     ("data.files=[a.txt]", r"data.files is set: it needs data.source=text"),
@@ -178,9 +178,9 @@ RANGES: list[tuple[str, str]] = [
       for value in ("1", "-0.1")),
     *((f"optim.{key}=-1", rf"optim.{key} = -1.*: must not be negative")
       for key in ("weight_decay", "clip_norm", "warmup_steps")),
-    ("optim.schedule_floor=1.1", r"optim.schedule_floor = 1.1: must lie in \[0, 1\]"),
-    ("optim.accumulate=0", r"optim.accumulate = 0: must be at least 1"),
-    ("optim.accumulate=3", r"optim.accumulate = 3: must divide data.batch_size = 16"),
+    ("optim.min_lr_ratio=1.1", r"optim.min_lr_ratio = 1.1: must lie in \[0, 1\]"),
+    ("optim.grad_accumulation_steps=0", r"optim.grad_accumulation_steps = 0: must be at least 1"),
+    ("optim.grad_accumulation_steps=3", r"optim.grad_accumulation_steps = 3: must divide data.batch_size = 16"),
     ("optim.eps_scaling=true optim.rule=sp", r"optim.eps_scaling = true: the rule sp has an eps of its own"),
     ("optim.eps_scaling=true optim.rule=completed_p", r"optim.eps_scaling = true: the rule completed_p has"),
     ("model.n_layer_base=2", r"model.n_layer_base = 2: the rule mup does not scale with depth; use optim.rule=completep or"),
@@ -233,7 +233,16 @@ def test_out_of_range(overrides, message):
 
 def test_a_limit_itself_is_fine():
     load(["model.d_model=2", "model.d_head=2", "model.rotary_base=0", "model.n_vocab=2", "data.seq_len=2", "data.prefetch=0"])
-    load(["model.d_head=1", "model.rotary_base=0", "optim.beta1=0", "optim.schedule_floor=1", "optim.accumulate=16", "seed=0"])
+    load(
+        [
+            "model.d_head=1",
+            "model.rotary_base=0",
+            "optim.beta1=0",
+            "optim.min_lr_ratio=1",
+            "optim.grad_accumulation_steps=16",
+            "seed=0",
+        ]
+    )
     load(["seed=2147483647", "distributed.n_process=2", "distributed.process_id=1", "profile.start=4", "profile.stop=5"])
 
 

@@ -20,21 +20,23 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from runs import ROOT, finish, refuse_before_jax, settings, start
 
-from mutransformer import hardware
-from mutransformer.config import Config
-from mutransformer.data.corpus import prepare
-from mutransformer.data.pipeline import train_batches
-from mutransformer.launch import FAILED, FINISHED, MISTAKE
-from mutransformer.mesh import check_fits, make_mesh
-from mutransformer.model import Forward, Transformer, specs
-from mutransformer.ops import shift_right
-from mutransformer.settings import load
-from mutransformer.spec import Weight
-from mutransformer.state import init_state
-from mutransformer.study import coord_plots, coord_report, plots
-from mutransformer.study.coord import Axis, Coordinate, Kind, _mean_abs, measure
-from mutransformer.study.grid import Job
-from mutransformer.study.slopes import ACTIVATIONS, KINDS, Limits, Line, judge, judged, lines, table
+from mutransformer.config.load import load
+from mutransformer.config.schema import Config
+from mutransformer.data.batches.pipeline import train_batches
+from mutransformer.data.cache.prepare import prepare
+from mutransformer.model.ops import shift_right
+from mutransformer.model.transformer import Forward, Transformer, specs
+from mutransformer.sharding import devices as hardware
+from mutransformer.sharding.mesh import check_fits, make_mesh
+from mutransformer.sharding.processes import FAILED, FINISHED, MISTAKE
+from mutransformer.sharding.spec import Weight
+from mutransformer.study.coordinates import plots as coord_plots
+from mutransformer.study.coordinates import report as coord_report
+from mutransformer.study.coordinates.measure import Axis, Coordinate, Kind, _mean_abs, measure
+from mutransformer.study.coordinates.slopes import ACTIVATIONS, KINDS, Limits, Line, judge, judged, lines, table
+from mutransformer.study.sweep.grid import Job
+from mutransformer.study.transfer import plots
+from mutransformer.training.state import init_state
 
 SCRIPT = "scripts/coord_check.py"
 BOS = 1
@@ -222,7 +224,7 @@ TINY = [
 MODELS = {
     "relu": [],
     "all options": [
-        *("model.activation=swiglu", "model.n_kv_head=2", "model.qk_norm=true", "model.gains=vector", "model.biases=true"),
+        *("model.activation=swiglu", "model.n_kv_head=2", "model.qk_norm=true", "model.norm_scale=vector", "model.biases=true"),
         *("model.embed_norm=true", "model.remat=full"),
     ],
     "grouped heads, swiglu": ["model.n_kv_head=4", "model.activation=swiglu", "optim.rule=completep", "model.n_layer_base=1"],
@@ -301,8 +303,8 @@ def test_sizes_are_those_of_the_model_written_out() -> None:
         seen["attention_output"].append(o)
         seen["attention_branch"].append(branch)
         x = x + branch
-        hidden = norm(x) @ w.blocks.w_fi[i]
-        branch = np.maximum(hidden, 0) @ w.blocks.w_fo[i]
+        hidden = norm(x) @ w.blocks.w_up[i]
+        branch = np.maximum(hidden, 0) @ w.blocks.w_down[i]
         for name, z in (("hidden", hidden), ("activation", np.maximum(hidden, 0)), ("branch", branch)):
             seen[f"feed_forward_{name}"].append(z)
         x = x + branch

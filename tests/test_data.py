@@ -12,21 +12,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mutransformer.config import ConfigError, DataConfig
-from mutransformer.data import build, cache, corpus, hub, job
-from mutransformer.data.cache import Store
-from mutransformer.data.corpus import plan, prepare
-from mutransformer.data.files import cut
-from mutransformer.data.parts import SPLITS, Document, DocumentPart
-from mutransformer.data.sources import open_source
-from mutransformer.data.splits import assign, shares_of
-from mutransformer.data.tokenize import ByteTokenizer
+from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.data.cache import build
+from mutransformer.data.cache import prepare as corpus
+from mutransformer.data.cache import store as cache
+from mutransformer.data.cache import tokenize_shard as job
+from mutransformer.data.cache.prepare import plan, prepare
+from mutransformer.data.cache.store import Store
+from mutransformer.data.sources import hub
+from mutransformer.data.sources.files import cut
+from mutransformer.data.sources.readers import SPLITS, Document, DocumentPart
+from mutransformer.data.sources.registry import open_source
+from mutransformer.data.sources.splits import assign, shares_of
+from mutransformer.data.tokenizers.sentencepiece import ByteTokenizer
 
 PARAGRAPH = "Whan that Aprille with his shoures soote\r\n\tthe droghte of March hath perced — 😀\n\n"
 
 
 def text_config(folder: Path, files: list[str], **settings: Any) -> DataConfig:
-    settings = {"tokenizer": "bytes", "validation_share": 0.1, "test_share": 0.1} | settings
+    settings = {"tokenizer": "bytes", "validation_fraction": 0.1, "test_fraction": 0.1} | settings
     return DataConfig(source="text", files=files, cache_dir=str(folder / "cache"), **settings)
 
 
@@ -103,7 +107,7 @@ def test_identity_sees_contents_names_and_splits(config: DataConfig, tmp_path: P
         changed = text_config(tmp_path, config.files, **settings)
         return cache.digest(open_source(changed.mixture["data"], "data", shares_of(changed)).identity)
 
-    prints = [identity(), identity(validation_share=0.4)]
+    prints = [identity(), identity(validation_fraction=0.4)]
     file = tmp_path / "text/a/1.txt"
     file.write_bytes(file.read_bytes().replace(b"soote", b"soota"))
     prints.append(identity())

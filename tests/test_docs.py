@@ -21,9 +21,9 @@ from jax._src.clusters import ClusterEnv
 from runs import ROOT, free_port, metrics
 from runs import settings as tiny
 
-from mutransformer import settings
-from mutransformer.config import Config, ConfigError
-from mutransformer.launch import MISTAKE, STOPPED
+from mutransformer.config import load as settings
+from mutransformer.config.schema import Config, ConfigError
+from mutransformer.sharding.processes import MISTAKE, STOPPED
 
 LAUNCH = ROOT / "docs/launch.md"
 PAGES = [ROOT / "README.md", ROOT / "results/README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,20 +11,20 @@ from jax.sharding import Mesh
 from runs import finish, start
 from test_sharding import MODELS, TINY, params, worst
 
-from mutransformer.config import Config
-from mutransformer.data.pipeline import Batch
-from mutransformer.mesh import make_mesh, put
-from mutransformer.settings import load
-from mutransformer.state import init_state
-from mutransformer.step import make_eval_step, make_logits, make_loss_and_grads
-from mutransformer.study.fleet import Fleet
+from mutransformer.config.load import load
+from mutransformer.config.schema import Config
+from mutransformer.data.batches.pipeline import Batch
+from mutransformer.sharding.mesh import make_mesh, put
+from mutransformer.study.sweep.parallel_runs import Fleet
+from mutransformer.training.state import init_state
+from mutransformer.training.step import make_eval_step, make_logits, make_loss_and_grads
 
 BOS, EOS, T = 1, 2, 128  # T takes attention in two blocks
 LENGTHS = [[5, 1, 66, 56], [100, 28]]  # of the documents in each row
 CASES = {
     "relu": [],
     "all options": MODELS["all options"],
-    "norm_sqrelu, in parts": ["model.attention_activation=norm_sqrelu", "model.remat=full", "optim.accumulate=2"],
+    "norm_sqrelu, in parts": ["model.attention_activation=norm_sqrelu", "model.remat=full", "optim.grad_accumulation_steps=2"],
 }
 
 
@@ -36,7 +36,7 @@ def setting(case: str, x: int = 1, y: int = 1) -> Config:
 def rows(case: str) -> tuple[Batch, Batch]:
     """Documents, of which a few targets do not count: several in a row, twice over, and each in a row alone, filled with eos."""
     rng = np.random.default_rng(0)
-    times = setting(case).optim.accumulate
+    times = setting(case).optim.grad_accumulation_steps
     lengths = LENGTHS * times
     tokens = rng.integers(3, 250, (len(lengths), T), dtype=np.int32)
     mask = rng.random(tokens.shape) < 0.9
@@ -79,7 +79,7 @@ def far(ours: tuple[Any, Any, np.ndarray], case: str) -> dict[str, float]:
     """How far from documents alone: the loss, the gradient that is farthest, the logits that are farthest."""
     metrics, grads, logits = ours
     want, want_grads, want_logits = alone(case)
-    want_logits = in_rows(want_logits, LENGTHS * setting(case).optim.accumulate)
+    want_logits = in_rows(want_logits, LENGTHS * setting(case).optim.grad_accumulation_steps)
     return {
         "loss": abs(metrics["loss"] / want["loss"] - 1),
         "gradient": worst(grads, want_grads),
@@ -117,7 +117,7 @@ def test_joined_nothing_of_it_is_computed() -> None:
         traced = jax.make_jaxpr(make_loss_and_grads(settings, mesh, BOS))(params(config), batch)
         return len(traced.jaxpr.invars) - len(jax.tree.leaves(params(config))), str(traced)
 
-    plain, told = program(config, joined), load([*TINY, f"data.seq_len={T}", "mesh.x=1", "data.documents=apart"])
+    plain, told = program(config, joined), load([*TINY, f"data.seq_len={T}", "mesh.x=1", "data.intra_document_mask=true"])
     assert plain[0] == 2 and Batch(apart.tokens, apart.mask).segments is None
     assert program(told, joined) == plain, "the batch alone decides, not the setting"
     compared = f"bool[2,64,{T}]"  # a query and a key of each row; the causal mask knows no rows
@@ -128,7 +128,9 @@ def test_joined_nothing_of_it_is_computed() -> None:
 
 @pytest.mark.parametrize("one_by_one", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_runs_of_a_sweep_keep_them_apart_too(one_by_one: bool) -> None:
-    config = load([*TINY, f"data.seq_len={T}", "data.batch_size=2", "mesh.x=1", "data.documents=apart", "model.n_layer=1"])
+    config = load(
+        [*TINY, f"data.seq_len={T}", "data.batch_size=2", "mesh.x=1", "data.intra_document_mask=true", "model.n_layer=1"]
+    )
     batch, _ = rows("relu")
     fleet = Fleet(config, BOS, [(0.01, 0), (0.02, 0)], jax.devices()[:1], one_by_one)
     fleet.compile()
@@ -149,6 +151,6 @@ def test_inspect_data_shows_them(tmp_path: Path) -> None:
         (tmp_path / f"{k}.txt").write_text(f"{k} one two three")
     args = [f"data.files=[{tmp_path}/*.txt]", "data.source=text", "data.tokenizer=bytes", f"data.cache_dir={tmp_path}/cache"]
     small = ["data.seq_len=64", "data.batch_size=2"]
-    shown = finish(start("scripts/inspect_data.py", [*args, *small, "data.documents=apart"]))
+    shown = finish(start("scripts/inspect_data.py", [*args, *small, "data.intra_document_mask=true"]))
     assert "segment 0: " in shown and "segment 1: " in shown, shown
     assert "segment" not in finish(start("scripts/inspect_data.py", [*args, *small]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokens import mixture
 
-from mutransformer.evaluate import ngram_losses, results
+from mutransformer.training.evaluate import ngram_losses, results
 
 
 def test_unigram_and_bigram_against_loops() -> None:

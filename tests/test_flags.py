@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mutransformer.config import ConfigError
-from mutransformer.data.batch import Batch
-from mutransformer.flags import compiler_options, tuning
-from mutransformer.mesh import make_mesh
-from mutransformer.settings import load
-from mutransformer.state import plan
-from mutransformer.step import make_train_step
+from mutransformer.config.load import load
+from mutransformer.config.schema import ConfigError
+from mutransformer.data.batches.batch import Batch
+from mutransformer.model.flags import compiler_options, tuning
+from mutransformer.sharding.mesh import make_mesh
+from mutransformer.training.state import plan
+from mutransformer.training.step import make_train_step
 
 TINY = ["model.d_model=32", "model.d_head=16", "model.n_layer=1", "model.n_vocab=128", "data.seq_len=8", "data.batch_size=8"]
 

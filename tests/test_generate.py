@@ -18,13 +18,12 @@ from runs import ROOT, settings
 from test_ops import distance
 from test_sharding import params
 
-from mutransformer import hardware
-from mutransformer.checkpoint import Checkpoints
-from mutransformer.config import Config, ConfigError
-from mutransformer.data.hf_tokenizer import convert
-from mutransformer.data.tokenize import ByteTokenizer
-from mutransformer.data.vocabulary import kept_tokenizer
-from mutransformer.generate import (
+from mutransformer.config.load import load
+from mutransformer.config.schema import Config, ConfigError
+from mutransformer.data.tokenizers.hf import convert
+from mutransformer.data.tokenizers.registry import kept_tokenizer
+from mutransformer.data.tokenizers.sentencepiece import ByteTokenizer
+from mutransformer.generation import (
     Sampling,
     choose,
     continuation,
@@ -34,12 +33,13 @@ from mutransformer.generate import (
     make_sampler,
     prompt_tokens,
 )
-from mutransformer.launch import MISTAKE
-from mutransformer.mesh import check_fits, make_mesh, put
-from mutransformer.ops import shift_right
-from mutransformer.settings import load
-from mutransformer.step import make_logits
-from mutransformer.train import FINISHED, train
+from mutransformer.model.ops import shift_right
+from mutransformer.sharding import devices as hardware
+from mutransformer.sharding.mesh import check_fits, make_mesh, put
+from mutransformer.sharding.processes import MISTAKE
+from mutransformer.training.checkpoint import Checkpoints
+from mutransformer.training.loop import FINISHED, train
+from mutransformer.training.step import make_logits
 
 BOS, NONE = 3, -1  # NONE: no token, and so an eos that never comes
 B, T, V, PADDED = 4, 12, 90, 96
@@ -51,12 +51,12 @@ TINY = [
 MODELS = {
     "relu": [],
     "multi-query, all options": [
-        *("model.activation=swiglu", "model.n_kv_head=1", "model.gains=vector", "model.biases=true", "model.qk_norm=true"),
+        *("model.activation=swiglu", "model.n_kv_head=1", "model.norm_scale=vector", "model.biases=true", "model.qk_norm=true"),
         "model.embed_norm=true",
     ],
     # Three key/value heads, which y = 2 does not divide.
     "grouped, completep, scalar gains": [
-        *("model.d_model=48", "model.n_kv_head=3", "optim.rule=completep", "model.n_layer_base=1", "model.gains=scalar"),
+        *("model.d_model=48", "model.n_kv_head=3", "optim.rule=completep", "model.n_layer_base=1", "model.norm_scale=scalar"),
         *("model.qk_norm=true", "model.remat=full"),
     ],
     "no positions, mup_table8": ["model.rotary_base=0", "model.n_kv_head=2", "optim.rule=mup_table8", "model.activation=gelu"],
@@ -72,8 +72,8 @@ MESHES = {"1 x 1": (1, 1), "2 x 1": (2, 1), "1 x 2": (1, 2), "4 x 2": (4, 2), "2
 
 def make(model: str, on: str = "1 x 1", *more: str) -> tuple[Config, jax.sharding.Mesh]:
     x, y, *z = MESHES[on]
-    config = load([*TINY, *MODELS[model], f"mesh.x={x}", f"mesh.y={y}", *(f"mesh.slices={n}" for n in z), *more])
-    mesh = make_mesh(config.mesh, jax.devices()[: x * y * config.mesh.slices])
+    config = load([*TINY, *MODELS[model], f"mesh.x={x}", f"mesh.y={y}", *(f"mesh.replicas={n}" for n in z), *more])
+    mesh = make_mesh(config.mesh, jax.devices()[: x * y * config.mesh.replicas])
     check_fits(config, mesh)
     return config, mesh
 

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mutransformer import mup
-from mutransformer.config import Config, flatten
-from mutransformer.data.pipeline import Batch
-from mutransformer.mesh import check_fits, make_mesh
-from mutransformer.model import specs
-from mutransformer.settings import load
-from mutransformer.state import plan
-from mutransformer.step import make_eval_step, make_train_step
+from mutransformer.config.load import load
+from mutransformer.config.schema import Config, flatten
+from mutransformer.data.batches.pipeline import Batch
+from mutransformer.model.transformer import specs
+from mutransformer.mup import rules as mup
+from mutransformer.sharding.mesh import check_fits, make_mesh
+from mutransformer.training.state import plan
+from mutransformer.training.step import make_eval_step, make_train_step
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -84,7 +84,7 @@ def test_every_table_is_of_a_yaml():
 
 @pytest.mark.parametrize("change", ["model.d_model=192", "optim.lr=0.03", "model.residual_init=zero", "optim.decay_vectors=true"])
 def test_a_change_shows(change):
-    before, after = (table(config_of("small", "model.gains=vector", *args)) for args in ((), (change,)))
+    before, after = (table(config_of("small", "model.norm_scale=vector", *args)) for args in ((), (change,)))
     lines = [pair for pair in zip(before.splitlines(), after.splitlines(), strict=True) if pair[0] != pair[1]]
     assert lines
     assert "+embed " in difference("small", config_of("small", "model.d_model=192"))

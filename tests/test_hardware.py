@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mutransformer.config import ProfileConfig
-from mutransformer.hardware import Profile, memory_in_use, peak_flops
+from mutransformer.config.schema import ProfileConfig
+from mutransformer.sharding.devices import Profile, memory_in_use, peak_flops
 
 
 def device(stats: Any) -> Any:

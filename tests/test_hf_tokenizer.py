@@ -9,10 +9,10 @@ import pytest
 from hf import FAMILIES, t5
 from transformers import AutoTokenizer
 
-from mutransformer.config import ConfigError, DataConfig
-from mutransformer.data.corpus import prepare
-from mutransformer.data.hf_tokenizer import HFTokenizer, convert
-from mutransformer.data.tokenize import Tokenizer
+from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.data.cache.prepare import prepare
+from mutransformer.data.tokenizers.hf import HFTokenizer, convert
+from mutransformer.data.tokenizers.sentencepiece import Tokenizer
 
 TEXTS = ["the cat sat", "a naïve Ärger of 中文", "def f(x):\n\treturn x\n", " two  spaces ", ""]
 

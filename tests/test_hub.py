@@ -17,10 +17,10 @@ from fake_hub import COMMIT, Hub
 from hf import t5
 from test_sources import TEXTS, texts_of, write
 
-from mutransformer.config import ConfigError, DataConfig
-from mutransformer.data.corpus import prepare
-from mutransformer.data.parts import SPLITS
-from mutransformer.data.splits import Shares, split_of
+from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.data.cache.prepare import prepare
+from mutransformer.data.sources.readers import SPLITS
+from mutransformer.data.sources.splits import Shares, split_of
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_thisIsASecretOfTheUser"
@@ -51,7 +51,7 @@ def run(hub: Hub, folder: Path, *args: str, script: str = "prepare_data.py", **e
     """A script on configs/paper/width128.yaml, with that Hub for all it knows."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_TOKEN": TOKEN, "JAX_PLATFORMS": "cpu"} | env
-    given = [str(ROOT / "configs/paper/width128.yaml"), "data.validation_share=0.2", f"data.cache_dir={folder}/cache", *args]
+    given = [str(ROOT / "configs/paper/width128.yaml"), "data.validation_fraction=0.2", f"data.cache_dir={folder}/cache", *args]
     command = [sys.executable, str(ROOT / "scripts" / script), *given]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
     assert TOKEN not in done.stdout + done.stderr
@@ -73,7 +73,7 @@ def test_a_folder_in_the_hubs_layout_and_its_own_splits(tmp_path: Path) -> None:
         "subset": "en",
         "tokenizer": "bytes",
         "cache_dir": str(tmp_path / "cache"),
-        "processes": 1,
+        "tokenize_workers": 1,
     }
     assert texts_of(DataConfig(path=str(folder), **given)) == {split: sum(files, []) for split, files in own.items()}
     two = c4(tmp_path / "two", {key: own[key] for key in ("train", "validation")})
@@ -99,7 +99,7 @@ def test_only_the_column_of_text_is_decoded(tmp_path: Path) -> None:
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     (tmp_path / "own").mkdir()
     pq.write_table(table, tmp_path / "own/train.parquet")
-    given: dict[str, Any] = {"source": "hub", "path": f"{tmp_path}/own", "tokenizer": "bytes", "processes": 1}
+    given: dict[str, Any] = {"source": "hub", "path": f"{tmp_path}/own", "tokenizer": "bytes", "tokenize_workers": 1}
     found = texts_of(DataConfig(**given, cache_dir=f"{tmp_path}/cache"))
     assert sorted(sum(found.values(), [])) == sorted(TEXTS)
     with pytest.raises(ConfigError, match=r"data\.column = content: no such column; .*own has text, image$"):

@@ -17,15 +17,15 @@ from test_attention import HEADS, value_and_grads, whole_attention
 from test_ops import EPS, close, distance, f32, normal
 from test_sharding import TINY, params, worst
 
-from mutransformer import attention as module
-from mutransformer import kernels
-from mutransformer.attention import attention
-from mutransformer.config import ConfigError
-from mutransformer.data.pipeline import Batch
-from mutransformer.kernel_rules import device_kernel
-from mutransformer.mesh import check_fits, make_mesh, put
-from mutransformer.settings import load
-from mutransformer.step import make_loss_and_grads
+from mutransformer.config.kernels import device_kernel
+from mutransformer.config.load import load
+from mutransformer.config.schema import ConfigError
+from mutransformer.data.batches.pipeline import Batch
+from mutransformer.model import attention as module
+from mutransformer.model import kernels
+from mutransformer.model.attention import attention
+from mutransformer.sharding.mesh import check_fits, make_mesh, put
+from mutransformer.training.step import make_loss_and_grads
 
 T, D, SCALE = 256, 64, 0.03
 BORDERS = np.zeros((2, T), np.int32)

@@ -13,18 +13,18 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from test_sharding import loss_and_grads, unsharded, worst
 
-from mutransformer import linear
-from mutransformer.collectives import gather_x, scatter_y, sum_rows, sum_y
-from mutransformer.config import MeshConfig
-from mutransformer.data.pipeline import Batch
-from mutransformer.linear import Head, Precision, _dot_rows_cpu, dot, dot_rows, head_loss, look_up, project, whole
-from mutransformer.mesh import check_fits, make_mesh, put
-from mutransformer.model import specs
-from mutransformer.mup import init_std
-from mutransformer.settings import load
-from mutransformer.spec import weight
-from mutransformer.state import TrainState, plan
-from mutransformer.step import make_train_step
+from mutransformer.config.load import load
+from mutransformer.config.schema import MeshConfig
+from mutransformer.data.batches.pipeline import Batch
+from mutransformer.model import matmul as linear
+from mutransformer.model.matmul import Head, Precision, _dot_rows_cpu, dot, dot_rows, head_loss, look_up, project, whole
+from mutransformer.model.transformer import specs
+from mutransformer.mup.rules import init_std
+from mutransformer.sharding.collectives import gather_x, scatter_y, sum_rows, sum_y
+from mutransformer.sharding.mesh import check_fits, make_mesh, put
+from mutransformer.sharding.spec import weight
+from mutransformer.training.state import TrainState, plan
+from mutransformer.training.step import make_train_step
 
 GRIDS = [(1, 1), (2, 2), (1, 4)]
 SIZES = {"M": 12, "H": 4, "D": 5, "V": 44}
@@ -108,7 +108,7 @@ def sharded_loss(grid: tuple[int, int], precision: Precision, chunk: int, n_voca
 
     def loss(h: jax.Array, w: jax.Array, bias: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         h = jax.lax.pcast(h, "y", to="varying")
-        own = gather_x(bias, bias_spec, precision.compute, precision.reduce) if biased else None
+        own = gather_x(bias, bias_spec, precision.compute, precision.grad_reduce_dtype) if biased else None
         return sum_rows(head_loss(h, w, own, targets, mask, head)[0])
 
     in_specs = P("x"), spec.pspec, bias_spec.pspec, P("x"), P("x")
@@ -193,7 +193,14 @@ def test_products_of_small_sizes_run_in_bfloat16():
     ("width", "head", "row", "rows", "grid", "settings"),
     [
         (48, 24, 7, 3, (1, 1), ("model.n_kv_head=1", "model.activation=swiglu", "model.attention_activation=norm_elu")),
-        (64, 16, 130, 4, (2, 2), ("model.n_kv_head=2", "optim.accumulate=2", "model.remat=full", "model.biases=true")),
+        (
+            64,
+            16,
+            130,
+            4,
+            (2, 2),
+            ("model.n_kv_head=2", "optim.grad_accumulation_steps=2", "model.remat=full", "model.biases=true"),
+        ),
     ],
 )
 def test_a_train_step_runs_in_bfloat16(width, head, row, rows, grid, settings):

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from mutransformer.config import Config
-from mutransformer.data.pipeline import Batch
-from mutransformer.mesh import make_mesh, rows
-from mutransformer.model import specs
-from mutransformer.settings import load
-from mutransformer.state import plan
-from mutransformer.step import make_train_step
+from mutransformer.config.load import load
+from mutransformer.config.schema import Config
+from mutransformer.data.batches.pipeline import Batch
+from mutransformer.model.transformer import specs
+from mutransformer.sharding.mesh import make_mesh, rows
+from mutransformer.training.state import plan
+from mutransformer.training.step import make_train_step
 
 # 2560 tokens a device where x is 8: five times as many as have logits at a time, and not the size of anything else.
 LARGE = ["configs/large.yaml", "model.n_vocab=3584", "data.batch_size=80"]
@@ -65,7 +65,7 @@ def test_no_logits_and_no_weights_or_gradients_of_all_layers_are_ever_whole(x: i
 def test_the_same_is_seen_where_it_is_so() -> None:
     """The controls: logits of all tokens at a time; gradients that are kept in full until the end of the step."""
     assert has_logits(*step("mesh.x=8", "model.head_chunk=2560"))
-    assert whole_stacks(*step("mesh.x=8", "optim.accumulate=2", "optim.reduce=step", "data.batch_size=160"))
+    assert whole_stacks(*step("mesh.x=8", "optim.grad_accumulation_steps=2", "optim.grad_sync=step", "data.batch_size=160"))
 
 
 def test_a_devices_share_of_the_state_falls_with_the_number_of_devices() -> None:

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from runs import ROOT
 from tokens import mixture
 
-from mutransformer.config import ConfigError, DataConfig, MeshConfig
-from mutransformer.data.pipeline import Batch, eval_batches, train_batches
-from mutransformer.mesh import data_share, lay, make_mesh, put
+from mutransformer.config.schema import ConfigError, DataConfig, MeshConfig
+from mutransformer.data.batches.pipeline import Batch, eval_batches, train_batches
+from mutransformer.sharding.mesh import data_share, lay, make_mesh, put
 
 T, N_VOCAB = 4, 10_000
 TEXT = mixture([list(range(8000))])
@@ -144,7 +144,7 @@ def test_a_torus_is_split_where_it_must(y: int) -> None:
 @pytest.mark.parametrize(
     ("devices", "message"),
     [
-        (tpus(4, 4) + tpus(4, 4, slice_index=1), "^mesh of x = 16, y = 2: the devices are of 2 TPU slices; set mesh.slices=2$"),
+        (tpus(4, 4) + tpus(4, 4, slice_index=1), "^mesh of x = 16, y = 2: the devices are of 2 TPU slices; set mesh.replicas=2$"),
         (tpus(4, 4)[:5] + tpus(4, 4)[6:7], "^mesh of x = 3, y = 2: JAX cannot lay it on these devices: [^\n]+$"),
     ],
 )
@@ -165,8 +165,8 @@ TOPOLOGIES = ["v5e:4x4", "v6e:4x4", "v5p:2x2x2", "v5p:4x4x4"]
 PROGRAM = """
 import json, sys
 from jax.experimental import topologies
-from mutransformer.config import MeshConfig
-from mutransformer.mesh import data_share, make_mesh
+from mutransformer.config.schema import MeshConfig
+from mutransformer.sharding.mesh import data_share, make_mesh
 found = {}
 for name in sys.argv[2:]:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices

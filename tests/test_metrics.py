@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from mutransformer import metrics as module
-from mutransformer.config import Config, ConfigError, DataConfig, LogConfig
-from mutransformer.metrics import Metrics, NonFiniteLoss, setup_logging
+from mutransformer.config.schema import Config, ConfigError, DataConfig, LogConfig
+from mutransformer.training import metrics as module
+from mutransformer.training.metrics import Metrics, NonFiniteLoss, setup_logging
 
 FLOPS = 1e6  # a token
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mutransformer import mup
-from mutransformer.config import Config
-from mutransformer.data.pipeline import Batch
-from mutransformer.mesh import make_mesh
-from mutransformer.model import flops_per_token, specs
-from mutransformer.settings import load
-from mutransformer.step import make_eval_step, make_logits, make_loss_and_grads
+from mutransformer.config.load import load
+from mutransformer.config.schema import Config
+from mutransformer.data.batches.pipeline import Batch
+from mutransformer.model.transformer import flops_per_token, specs
+from mutransformer.mup import rules as mup
+from mutransformer.sharding.mesh import make_mesh
+from mutransformer.training.step import make_eval_step, make_logits, make_loss_and_grads
 
 BOS, B, T, V = 0, 2, 128, 257  # as many ids as a batch has positions; T takes attention in more than one block
 
@@ -91,7 +91,7 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(batch, base):
 
 
 @pytest.mark.parametrize(
-    "settings", [("model.remat=full", "model.head_chunk=37"), ("optim.accumulate=2", "model.head_chunk=1000")]
+    "settings", [("model.remat=full", "model.head_chunk=37"), ("optim.grad_accumulation_steps=2", "model.head_chunk=1000")]
 )
 def test_how_the_work_is_cut_up_changes_nothing(settings, batch, base):
     config = make(*settings)
@@ -133,8 +133,8 @@ def test_number_of_parameters_of_variants():
     plain, M, L, D = count(), 128, 6, 64
     assert count("model.n_kv_head=1") == plain - L * 2 * M * D
     assert count("model.activation=swiglu") == plain + L * 4 * M * M
-    assert count("model.gains=vector") == plain + (2 * L + 1) * M
-    assert count("model.gains=scalar", "model.embed_norm=true", "model.qk_norm=true") == plain + 4 * L + 2
+    assert count("model.norm_scale=vector") == plain + (2 * L + 1) * M
+    assert count("model.norm_scale=scalar", "model.embed_norm=true", "model.qk_norm=true") == plain + 4 * L + 2
     assert count("model.biases=true") == plain + L * (3 * M + M + 4 * M + M) + 4096
 
 

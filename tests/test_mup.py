@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from mutransformer.config import Config, Rule
-from mutransformer.model import Transformer, block_specs, specs
-from mutransformer.mup import RULES, decay_multiplier, eps_multiplier, init, init_std, lr_multiplier
-from mutransformer.settings import load
-from mutransformer.spec import Role, Weight
+from mutransformer.config.load import load
+from mutransformer.config.schema import Config, Rule
+from mutransformer.model.transformer import Transformer, block_specs, specs
+from mutransformer.mup.rules import RULES, decay_multiplier, eps_multiplier, init, init_std, lr_multiplier
+from mutransformer.sharding.spec import Role, Weight
 
 M, P, F, HD = 96, 64, 144, 96  # width, base width, feed-forward width, heads x their width
 
@@ -20,7 +20,7 @@ def make(*args: str, rule: str = "mup") -> Config:
     return load(
         [
             *(f"model.d_model={M}", f"model.d_base={P}", "model.d_head=8", "model.ff_multiple=1.5", "model.n_layer=2"),
-            *("model.n_kv_head=2", "model.n_vocab=512", "model.biases=true", "model.gains=vector", f"optim.rule={rule}"),
+            *("model.n_kv_head=2", "model.n_vocab=512", "model.biases=true", "model.norm_scale=vector", f"optim.rule={rule}"),
             *args,
         ]
     )
@@ -40,13 +40,13 @@ TABLE = {
     "blocks.w_k": (1 / math.sqrt(M), 1.0, P / M, 1 / M),
     "blocks.w_v": (1 / math.sqrt(M), 1.0, P / M, 1 / M),
     "blocks.w_o": (1 / math.sqrt(HD), 1.0, P / M, 1 / HD),
-    "blocks.w_fi": (1 / math.sqrt(M), 1.0, P / M, 1 / M),
-    "blocks.w_fo": (1 / math.sqrt(F), 1.0, P / M, 1 / F),
+    "blocks.w_up": (1 / math.sqrt(M), 1.0, P / M, 1 / M),
+    "blocks.w_down": (1 / math.sqrt(F), 1.0, P / M, 1 / F),
     "unembed": (1 / M, 1.0, P / M, 1 / M),
-    "blocks.g_a": (0.0, 1.0, 1.0, 1.0),
+    "blocks.attn_norm": (0.0, 1.0, 1.0, 1.0),
     "blocks.b_q": (0.0, 1.0, 1.0, 1.0),
-    "b_u": (0.0, 1.0, 1.0, 1.0),
-    "g_u": (0.0, 1.0, 1.0, 1.0),
+    "b_unembed": (0.0, 1.0, 1.0, 1.0),
+    "final_norm": (0.0, 1.0, 1.0, 1.0),
 }
 
 
@@ -75,14 +75,14 @@ def test_eps_scales_like_the_rate_if_asked(rule, hidden):
     config = make("optim.eps_scaling=true", rule=rule)
     weights = named(config)
     assert eps_multiplier(weights["blocks.w_q"], config) == pytest.approx(hidden, rel=1e-14)
-    assert eps_multiplier(weights["embed"], config) == eps_multiplier(weights["blocks.g_a"], config) == 1.0
+    assert eps_multiplier(weights["embed"], config) == eps_multiplier(weights["blocks.attn_norm"], config) == 1.0
 
 
 @pytest.mark.parametrize("width", [64, 80, 200, 1000])
 def test_a_ratio_of_widths_is_exact(width):
     config = make(f"model.d_model={width}", "model.d_head=8", "model.n_kv_head=null", "model.ff_multiple=2.7")
     weights = named(config)
-    assert {lr_multiplier(weights[n], config) for n in ("blocks.w_q", "blocks.w_o", "blocks.w_fo", "unembed")} == {
+    assert {lr_multiplier(weights[n], config) for n in ("blocks.w_q", "blocks.w_o", "blocks.w_down", "unembed")} == {
         (width / P) ** -1
     }
 
@@ -167,12 +167,12 @@ def test_no_two_weights_or_layers_are_alike(drawn):
 def test_zero_where_told():
     zero = draw(make("model.q_init=zero", "model.residual_init=zero", "model.unembed_init=zero"))
     assert {name for name, a in zero.items() if a.ndim > 1 and not a.any() and not name.startswith("blocks.b_")} == {
-        *("blocks.w_q", "blocks.w_o", "blocks.w_fo", "unembed")
+        *("blocks.w_q", "blocks.w_o", "blocks.w_down", "unembed")
     }
 
 
 def test_another_weights_existence_moves_no_draw(drawn):
-    plain = draw(make("model.biases=false", "model.gains=none"))
+    plain = draw(make("model.biases=false", "model.norm_scale=none"))
     more = draw(make("model.activation=swiglu", "model.qk_norm=true", "model.embed_norm=true"))
     assert set(plain) < set(drawn) < set(more)
     for name, a in plain.items():
@@ -188,12 +188,12 @@ def test_a_tree_of_one_kind_gives_a_tree_of_another():
     config = make()
     tree: Transformer[Any] = jax.tree.map(lambda w: lr_multiplier(w, config), specs(config))
     assert tree.embed == 1.0 and tree.blocks.w_q == pytest.approx(P / M)
-    assert block_specs(config).w_fg is None and tree.blocks.w_fg is None
+    assert block_specs(config).w_gate is None and tree.blocks.w_gate is None
 
 
 def test_absolute_rates_know_no_rounding_of_the_feed_forward_width() -> None:
     config = load(["model.d_model=64", "model.d_head=16", "model.ff_multiple=2.67", "model.n_vocab=64", "optim.rule=abs_mup"])
     blocks = specs(config).blocks
-    assert blocks.w_fo.fan_in == 170
-    assert 1 / lr_multiplier(blocks.w_fo, config) == pytest.approx(2.67 * 64)
-    assert 1 / lr_multiplier(blocks.w_fi, config) == pytest.approx(64)
+    assert blocks.w_down.fan_in == 170
+    assert 1 / lr_multiplier(blocks.w_down, config) == pytest.approx(2.67 * 64)
+    assert 1 / lr_multiplier(blocks.w_up, config) == pytest.approx(64)

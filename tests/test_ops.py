@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mutransformer import ops
-from mutransformer.config import MeshConfig
-from mutransformer.mesh import make_mesh
+from mutransformer.config.schema import MeshConfig
+from mutransformer.model import ops
+from mutransformer.sharding.mesh import make_mesh
 
 EPS = 1e-5
 

@@ -8,18 +8,18 @@ import numpy as np
 import optax
 import pytest
 
-from mutransformer import mup
-from mutransformer.config import Config
-from mutransformer.model import specs
-from mutransformer.optim import make_optimizer, make_schedule
-from mutransformer.settings import load
+from mutransformer.config.load import load
+from mutransformer.config.schema import Config
+from mutransformer.model.transformer import specs
+from mutransformer.mup import rules as mup
+from mutransformer.training.optim import make_optimizer, make_schedule
 
 
 def make(*args: str) -> Config:
     return load(
         [
             *("model.d_model=16", "model.d_base=10", "model.d_head=8", "model.n_layer=2", "model.ff_multiple=1.5"),
-            *("model.n_vocab=20", "model.vocab_multiple=4", "model.gains=vector", "model.biases=true"),
+            *("model.n_vocab=20", "model.vocab_multiple=4", "model.norm_scale=vector", "model.biases=true"),
             *("steps=10", "optim.warmup_steps=4", "optim.lr=0.05"),
             *args,
         ]
@@ -60,13 +60,13 @@ def test_without_warm_up_the_first_step_has_the_peak_rate(kind):
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
 def test_a_run_shorter_than_the_warm_up_ends_within_it(kind):
-    got = shares(f"optim.schedule={kind}", "optim.warmup_steps=20", "optim.schedule_floor=0.5", at=range(10))
+    got = shares(f"optim.schedule={kind}", "optim.warmup_steps=20", "optim.min_lr_ratio=0.5", at=range(10))
     assert got == pytest.approx([0.5 + 0.5 * i / 20 for i in range(10)], rel=1e-6)
 
 
 def test_the_floor_is_a_share_of_the_peak():
-    assert shares("optim.schedule_floor=0", at=[0, 4, 10]) == pytest.approx([0, 1, 0], abs=1e-7)
-    assert shares("optim.schedule_floor=1", at=range(11)) == pytest.approx([1] * 11)
+    assert shares("optim.min_lr_ratio=0", at=[0, 4, 10]) == pytest.approx([0, 1, 0], abs=1e-7)
+    assert shares("optim.min_lr_ratio=1", at=range(11)) == pytest.approx([1] * 11)
 
 
 def flat(tree: Any) -> dict[str, np.ndarray]:
@@ -81,7 +81,7 @@ def by_hand(config: Config, params: dict[str, np.ndarray], grads: list[dict[str,
     c, weights = config.optim, {jax.tree_util.keystr(p, simple=True, separator="."): w for p, w in _leaves(config)}
     params, m, v = dict(params), *({n: np.zeros_like(p) for n, p in params.items()} for _ in range(2))
     for i, step in enumerate(grads):
-        share = c.schedule_floor + (1 - c.schedule_floor) * i / c.warmup_steps
+        share = c.min_lr_ratio + (1 - c.min_lr_ratio) * i / c.warmup_steps
         norm = np.sqrt(sum(np.sum(g**2) for g in step.values()))
         clip = min(1, c.clip_norm / norm) if c.clip_norm else 1
         for name, raw in step.items():
@@ -144,7 +144,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=[",".join(s) or "default" for s in SETTINGS])
 def test_two_updates(settings):
-    ours, theirs = run(make("optim.schedule_floor=0.25", *settings))
+    ours, theirs = run(make("optim.min_lr_ratio=0.25", *settings))
     wrong = {n: d for n in ours if (d := np.linalg.norm(ours[n] - theirs[n]) / np.linalg.norm(theirs[n])) > 1e-5}
     assert not wrong
 
@@ -153,12 +153,12 @@ def test_two_updates(settings):
     "change",
     [
         *("optim.decay=independent", "optim.decay_vectors=true", "optim.clip_norm=0", "optim.eps_scaling=false"),
-        *("optim.weight_decay=0", "optim.rule=mup", "optim.beta1=0.5", "optim.schedule_floor=0.3"),
+        *("optim.weight_decay=0", "optim.rule=mup", "optim.beta1=0.5", "optim.min_lr_ratio=0.3"),
     ],
 )
 def test_every_setting_is_felt(change):
-    config = make("optim.schedule_floor=0.25", *SETTINGS[1])
-    other = make("optim.schedule_floor=0.25", *SETTINGS[1], change)
+    config = make("optim.min_lr_ratio=0.25", *SETTINGS[1])
+    other = make("optim.min_lr_ratio=0.25", *SETTINGS[1], change)
     one, two = run(config)[0], run(other)[0]
     assert any(np.linalg.norm(one[n] - two[n]) > 1e-4 * np.linalg.norm(one[n]) for n in one)
 
@@ -179,7 +179,7 @@ def test_every_weight_has_its_own_rate():
 
 @pytest.mark.parametrize("name", ["adamw", "lion"])
 def test_the_first_moment_has_the_dtype_it_is_told(name):
-    config = make(f"optim.name={name}", "precision.moment1=bfloat16", "optim.rule=abs_mup", *SETTINGS[1][3:])
+    config = make(f"optim.name={name}", "precision.mu_dtype=bfloat16", "optim.rule=abs_mup", *SETTINGS[1][3:])
     state = jax.eval_shape(lambda: make_optimizer(config, specs(config)).init(start(config)[0]))
     kinds = [a.dtype for a in jax.tree.leaves(state) if a.shape == (20, 16)]
     assert kinds == ([jnp.bfloat16, jnp.float32] if name == "adamw" else [jnp.bfloat16])

@@ -18,10 +18,10 @@ import psutil
 import pytest
 from tokens import source, whole_row
 
-from mutransformer.config import ConfigError, DataConfig
-from mutransformer.data.corpus import Mixture
-from mutransformer.data.pipeline import fingerprint, train_batches
-from mutransformer.data.rows import rows_of
+from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.data.batches.pipeline import fingerprint, train_batches
+from mutransformer.data.batches.rows import rows_of
+from mutransformer.data.cache.prepare import Mixture
 
 T, B, STEPS, N_VOCAB = 8, 8, 200, 10_000
 WEIGHTS = {"code": 0.5, "books": 0.3, "web": 0.2}
@@ -43,7 +43,7 @@ def mixture(weights: dict[str, float] | None = None, drop: int = 0) -> Mixture:
 
 def config(rows: str = "concat", **settings: Any) -> DataConfig:
     """rows: concat, pad, or apart for documents kept apart in rows of concat."""
-    settings = ({"documents": "apart"} if rows == "apart" else {"rows": rows}) | settings
+    settings = ({"intra_document_mask": True} if rows == "apart" else {"packing": rows}) | settings
     return dataclasses.replace(DataConfig(seq_len=T, batch_size=B, prefetch=0), **settings)
 
 

@@ -8,15 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from mutransformer import mup
-from mutransformer.config import Config
-from mutransformer.data.pipeline import Batch
-from mutransformer.mesh import make_mesh, put
-from mutransformer.model import specs
-from mutransformer.settings import load
-from mutransformer.spec import Weight
-from mutransformer.state import init_state
-from mutransformer.step import make_train_step
+from mutransformer.config.load import load
+from mutransformer.config.schema import Config
+from mutransformer.data.batches.pipeline import Batch
+from mutransformer.model.transformer import specs
+from mutransformer.mup import rules as mup
+from mutransformer.sharding.mesh import make_mesh, put
+from mutransformer.sharding.spec import Weight
+from mutransformer.training.state import init_state
+from mutransformer.training.step import make_train_step
 
 TINY = [
     *("model.d_model=32", "model.d_head=8", "model.n_layer=3", "model.n_vocab=60", "model.vocab_multiple=4"),
@@ -77,7 +77,7 @@ def test_at_the_base_width_it_is_the_standard_parametrization(rule, optimizer):
 @pytest.mark.parametrize("base", [24, *(pytest.param(base, marks=pytest.mark.slow) for base in (8, 100))])
 def test_table_8_is_table_3(base):
     # Adam does not feel the scale of a gradient, but clipping by the global norm does; so does eps.
-    settings = [f"model.d_base={base}", "optim.lr=0.01", "optim.clip_norm=0", "model.gains=vector"]
+    settings = [f"model.d_base={base}", "optim.lr=0.01", "optim.clip_norm=0", "model.norm_scale=vector"]
     losses, weights = train(*settings, "optim.rule=mup")
     losses8, weights8 = train(*settings, "optim.rule=mup_table8")
     scaled = weights8 | {"unembed": weights8["unembed"] * np.float32(base / 32)}  # its multiplier
@@ -91,7 +91,7 @@ def test_table_8_is_table_3(base):
 @pytest.mark.slow
 def test_completed_p_at_unchanged_depth_batch_and_tokens_is_its_rule_for_width():
     now = 8 * 16
-    settings = ["optim.rule=completed_p", "model.d_base=16", "model.qk_norm=true", "model.gains=vector", "model.biases=true"]
+    settings = ["optim.rule=completed_p", "model.d_base=16", "model.qk_norm=true", "model.norm_scale=vector", "model.biases=true"]
     width_only = train(*settings)
     unchanged = ["model.n_layer_base=3", f"optim.batch_base={now}", f"optim.tokens_base={now * 20}", "optim.depth_alpha=0.5"]
     assert same(train(*settings, *unchanged), width_only)
@@ -104,7 +104,7 @@ def test_completed_p_at_unchanged_depth_batch_and_tokens_is_its_rule_for_width()
 
 @pytest.mark.slow
 def test_completep_is_table_8_at_its_depth():
-    settings = ["model.d_base=16", "model.qk_norm=true", "model.gains=vector", "model.biases=true"]
+    settings = ["model.d_base=16", "model.qk_norm=true", "model.norm_scale=vector", "model.biases=true"]
     assert same(train(*settings, "optim.rule=completep"), train(*settings, "optim.rule=mup_table8"))
     assert not same(train(*settings, "optim.rule=completep", "model.n_layer_base=1"), train(*settings, "optim.rule=mup_table8"))
 
@@ -116,25 +116,25 @@ COMPLETEP = {  # arXiv 2505.01618, Table 1
     "embed": (1, 1, 1, 1),
     "blocks.w_q": (1, L ** (A - 1) / N, L**-A / N, N),
     "blocks.w_o": (L**-A, L ** (A - 1) / N, L**-A / N, N),
-    "blocks.w_fi": (1, L ** (A - 1) / N, L**-A / N, N),
-    "blocks.w_fo": (L**-A, L ** (A - 1) / N, L**-A / N, N),
-    "blocks.g_a": (1, L ** (A - 1), L**-A / N, 1),
+    "blocks.w_up": (1, L ** (A - 1) / N, L**-A / N, N),
+    "blocks.w_down": (L**-A, L ** (A - 1) / N, L**-A / N, N),
+    "blocks.attn_norm": (1, L ** (A - 1), L**-A / N, 1),
     "blocks.b_q": (1, L ** (A - 1), L**-A / N, 1),
-    "blocks.g_q": (1, L ** (A - 1), L**-A / N, 1),
-    "g_u": (1, 1, 1, 1),
+    "blocks.q_norm": (1, L ** (A - 1), L**-A / N, 1),
+    "final_norm": (1, 1, 1, 1),
     "unembed": (1 / N, 1, 1, 1),
 }
 COMPLETED_P = {  # arXiv 2512.22382, Table 1
     "embed": (1, R, 1 / N / R, R),
     "blocks.w_q": (1, L ** (A - 1) / N * R, L**-A / N / R, N * R),
     "blocks.w_o": (L**-A, L ** (A - 1) / N * R, L**-A / N / R, N * R),
-    "blocks.w_fi": (1, L ** (A - 1) / N * R, L**-A / N / R, N * R),
-    "blocks.w_fo": (L**-A, L ** (A - 1) / N * R, L**-A / N / R, N * R),
-    "blocks.g_a": (1, L ** (A - 1) * R, L**-A / N / R, R),
+    "blocks.w_up": (1, L ** (A - 1) / N * R, L**-A / N / R, N * R),
+    "blocks.w_down": (L**-A, L ** (A - 1) / N * R, L**-A / N / R, N * R),
+    "blocks.attn_norm": (1, L ** (A - 1) * R, L**-A / N / R, R),
     "blocks.b_q": (1, L ** (A - 1) * R, L**-A / N / R, R),
-    "blocks.g_q": (1, L ** (A - 1) * R, L**-A / R, R),
-    "g_u": (1, R, 1 / R, R),
-    "b_u": (1, R, 1 / R, R),
+    "blocks.q_norm": (1, L ** (A - 1) * R, L**-A / R, R),
+    "final_norm": (1, R, 1 / R, R),
+    "b_unembed": (1, R, 1 / R, R),
     "unembed": (1, R / N, 1 / R, N * R),
 }
 TABLE_8 = {"embed": (1, 1, 1, 1), "blocks.w_q": (1, 1 / N, 1, 1), "blocks.w_o": (1, 1 / N, 1, 1), "unembed": (1 / N, 1, 1, 1)}
@@ -144,7 +144,7 @@ STD = {"mup_table8": 1 / 16, "completep": 1 / 16, "completed_p": 1 / 32}  # of t
 def full(rule: str, *args: str) -> Config:
     depth = [f"model.n_layer_base={1}", f"optim.depth_alpha={A}"] if rule in ("completep", "completed_p") else []
     horizon = ["optim.batch_base=64", "optim.tokens_base=320"] if rule == "completed_p" else []
-    everything = ["model.gains=vector", "model.biases=true", "model.qk_norm=true", "model.embed_norm=true"]
+    everything = ["model.norm_scale=vector", "model.biases=true", "model.qk_norm=true", "model.embed_norm=true"]
     decay = ["optim.decay=coupled", "optim.decay_vectors=true"]
     return load([*TINY, "model.d_base=16", *everything, *decay, f"optim.rule={rule}", *depth, *horizon, *args])
 
@@ -213,7 +213,7 @@ def test_muon_moves_a_layers_matrices_by_the_spectral_norm_that_lets_width_be():
     tokens = np.random.default_rng(0).integers(0, 60, (8, 16), dtype=np.int32)
     after, _ = make_train_step(config, grid, bos_id=1)(before, put(Batch(tokens, np.ones((8, 16), np.bool_)), grid))
     end, weights = named(jax.device_get(after.params)), named(specs(config))
-    for name in ("blocks.w_q", "blocks.w_o", "blocks.w_fi", "blocks.w_fo"):
+    for name in ("blocks.w_q", "blocks.w_o", "blocks.w_up", "blocks.w_down"):
         w: Weight = weights[name]
         for layer in end[name] - start[name]:
             values = np.linalg.svd(layer.reshape(w.fan_in, w.fan_out), compute_uv=False)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tokens import EOS, mixture, whole_row
 
-from mutransformer.config import ConfigError, DataConfig
-from mutransformer.data.corpus import Mixture
-from mutransformer.data.pipeline import Batch, Batches, eval_batches, fingerprint, train_batches
-from mutransformer.data.rows import ConcatRows, loss_mask
+from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.data.batches.pipeline import Batch, Batches, eval_batches, fingerprint, train_batches
+from mutransformer.data.batches.rows import ConcatRows, loss_mask
+from mutransformer.data.cache.prepare import Mixture
 
 T, B = 5, 4
 N_ROWS = 37
@@ -135,14 +135,14 @@ def test_evaluation_spreads_its_rows_or_takes_what_there_is() -> None:
 
 def test_batches_tell_documents_apart_if_asked() -> None:
     text = mixture([[1, 2, EOS], [3, EOS], [4, 5, 6, 7, EOS]] * 7)
-    for documents in ("join", "apart"):
-        c = config(documents=documents)
+    for masked in (False, True):
+        c = config(intra_document_mask=masked)
         train, held_out = (
             take(train_batches(text, c, 0, 2, (1,), N_VOCAB), 1),
             list(eval_batches(text, c, None, 1, (0,), N_VOCAB)),
         )
         for batch in (*train, *held_out):
-            if documents == "join":
+            if not masked:
                 assert batch.segments is None
                 continue
             assert batch.segments.dtype == np.int32 and batch.segments.shape == batch.tokens.shape
@@ -183,9 +183,18 @@ def test_loss_mask_ends_with_the_document(eos: int, pad: int, expected: list[lis
 
 def test_fingerprint_changes_with_what_decides_the_batches() -> None:
     base = fingerprint(token_file(), config(), 0)
-    assert base.keys() == {"tokens", "tokenizer", "rows", "documents", "truncated_eos", "seq_len", "batch_size", "seed"}
-    padded = config(rows="pad"), config(rows="pad", truncated_eos=True)
-    for other in (config(seq_len=6), config(batch_size=8), config(documents="apart"), *padded):
+    assert base.keys() == {
+        "tokens",
+        "tokenizer",
+        "packing",
+        "intra_document_mask",
+        "truncated_eos",
+        "seq_len",
+        "batch_size",
+        "seed",
+    }
+    padded = config(packing="pad"), config(packing="pad", truncated_eos=True)
+    for other in (config(seq_len=6), config(batch_size=8), config(intra_document_mask=True), *padded):
         assert fingerprint(token_file(), other, 0) != base
     assert fingerprint(token_file(), config(), 1) != base and fingerprint(token_file(90), config(), 0) != base
     assert fingerprint(token_file(), config(prefetch=7, threads=1), 0) == base

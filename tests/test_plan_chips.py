@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mutransformer.errors import ConfigError
-from mutransformer.plan.chips import CHIPS, parse
+from mutransformer.planning.chips import CHIPS, parse
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ import math
 
 import pytest
 
+from mutransformer.config.load import load
 from mutransformer.errors import ConfigError
-from mutransformer.model import flops_per_token
-from mutransformer.plan import case, chips, search
-from mutransformer.plan.estimate import estimate, torus_axes
-from mutransformer.plan.kernels import Kernels
-from mutransformer.settings import load
+from mutransformer.model.transformer import flops_per_token
+from mutransformer.planning import case, chips, search
+from mutransformer.planning.estimate import estimate, torus_axes
+from mutransformer.planning.kernels import Kernels
 
 L, M, T, B, V = 3, 256, 64, 32, 1024
 MODEL = ["model.d_model=256", "model.d_head=64", f"model.n_layer={L}", f"model.n_vocab={V}", f"data.seq_len={T}"]
@@ -62,7 +62,7 @@ def test_an_axis_of_one_moves_nothing():
 
 
 def test_microbatches_gather_weights_again_and_hold_less():
-    one, four = planned("model.remat=full"), planned("optim.accumulate=4", "model.remat=full")
+    one, four = planned("model.remat=full"), planned("optim.grad_accumulation_steps=4", "model.remat=full")
     assert moved(four)["all-gather", "x"][1] == 4 * moved(one)["all-gather", "x"][1]
     assert moved(four)["all-gather", "y"][1] == moved(one)["all-gather", "y"][1]
     assert four.flops == one.flops
@@ -71,7 +71,7 @@ def test_microbatches_gather_weights_again_and_hold_less():
 
 @pytest.mark.parametrize(("moment", "bytes_"), [("float32", 8), ("bfloat16", 6)])
 def test_state_is_spread_over_all_chips(moment, bytes_):
-    found = planned(f"precision.moment1={moment}")
+    found = planned(f"precision.mu_dtype={moment}")
     n = (L * LAYER + ENDS) / 8
     assert found.memory["parameters"] == 4 * n
     assert bytes_ * n <= found.memory["optimizer"] <= bytes_ * n + 64  # and counters
@@ -148,10 +148,10 @@ def small(gigabytes: float) -> chips.Topology:
 def test_a_search_takes_as_many_microbatches_as_memory_asks_for():
     config = load([*MODEL, "data.batch_size=64"])
     whole = search.search(config, small(16), Kernels())
-    assert all(each.case.config.optim.accumulate == 1 for each in whole)
+    assert all(each.case.config.optim.grad_accumulation_steps == 1 for each in whole)
     least = min(each.peak for each in whole)
     tight = search.search(config, small(0.8 * least / 1e9), Kernels())
-    assert tight and all(each.peak <= 0.8 * least and each.case.config.optim.accumulate > 1 for each in tight)
+    assert tight and all(each.peak <= 0.8 * least and each.case.config.optim.grad_accumulation_steps > 1 for each in tight)
     one_row = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=1))
     with pytest.raises(ConfigError, match="nothing fits on v5e:1x1: the least is"):
         search.search(one_row, small(0.001), Kernels())

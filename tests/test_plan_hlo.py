@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from mutransformer.plan import comm, hlo
-from mutransformer.plan.chips import CHIPS
-from mutransformer.plan.kernels import Kernels, causal_share
-from mutransformer.plan.loops import trip_count
-from mutransformer.plan.timing import HBM_EFFICIENCY, Costing, Timer
-from mutransformer.plan.walk import Key, Walk, totals
+from mutransformer.planning import comm, hlo
+from mutransformer.planning.chips import CHIPS
+from mutransformer.planning.kernels import Kernels, causal_share
+from mutransformer.planning.loops import trip_count
+from mutransformer.planning.timing import HBM_EFFICIENCY, Costing, Timer
+from mutransformer.planning.walk import Key, Walk, totals
 
 DATA = Path(__file__).parent / "data" / "hlo"
 V5P = CHIPS["v5p"]

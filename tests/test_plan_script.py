@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from mutransformer.config import MeshConfig
-from mutransformer.mesh import make_mesh
-from mutransformer.plan import case, chips, lower, simulate, timeline
-from mutransformer.plan.estimate import estimate
-from mutransformer.plan.kernels import Kernels
-from mutransformer.plan.walk import Schedule, Span
-from mutransformer.settings import load
+from mutransformer.config.load import load
+from mutransformer.config.schema import MeshConfig
+from mutransformer.planning import case, chips, lower, simulate, timeline
+from mutransformer.planning.estimate import estimate
+from mutransformer.planning.kernels import Kernels
+from mutransformer.planning.walk import Schedule, Span
+from mutransformer.sharding.mesh import make_mesh
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["model.d_model=128", "model.d_head=64", "model.n_layer=3", "model.n_vocab=512", "data.seq_len=64", "data.batch_size=8"]
@@ -89,7 +89,7 @@ def simulated():
 
 
 def test_what_is_told_of_a_compiled_step(simulated):
-    from mutransformer.plan import asdict, show
+    from mutransformer.planning import asdict, show
 
     found, real = simulated
     data = asdict.of_simulated(real, found)

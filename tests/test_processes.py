@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from runs import finish, free_port, metrics, settings, start, wait_for_step
 
-from mutransformer.data.corpus import prepare
-from mutransformer.settings import load
+from mutransformer.config.load import load
+from mutransformer.data.cache.prepare import prepare
 
 LENGTH = ["steps=6", "eval.every=3", "precision.compute=float32"]
 MESHES = {"4x2": ["mesh.x=4", "mesh.y=2"], "1x8": ["mesh.x=1", "mesh.y=8", "model.d_head=8"]}
@@ -25,7 +25,14 @@ def run(script: str, args: list[str], n_process: int) -> None:
 def test_four_processes_with_what_makes_a_step_fast_are_one_of_eight_devices(tmp_path: Path) -> None:
     """Four of two devices each, with streams, exchanges, kept activations and two slices; and one that has none of that."""
     args = [*settings(tmp_path, *LENGTH), "data.batch_size=16"]
-    fast = ["mesh.slices=2", "mesh.x=2", "mesh.y=2", "mesh.streams=2", "mesh.exchange=true", "model.remat=dots"]
+    fast = [
+        "mesh.replicas=2",
+        "mesh.x=2",
+        "mesh.y=2",
+        "mesh.overlap_groups=2",
+        "mesh.reduce_scatter_via_all_to_all=true",
+        "model.remat=dots",
+    ]
     run("scripts/train.py", [*args, "mesh.x=8", "mesh.y=1", "name=plain"], 1)
     run("scripts/train.py", [*args, *fast, "name=fast"], 4)
     plain, fast_ones = (metrics(tmp_path / "runs" / name) for name in ("plain", "fast"))
@@ -84,7 +91,7 @@ def test_four_processes_draw_the_batches_of_one_from_three_sources_with_document
         (file := tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {i}: {i * i % 97}" for i in range(600)))
         sources.append(f"{name}: {{source: text, files: [{file}], weight: {weight}}}")
     args = [arg for arg in settings(tmp_path) if not arg.startswith(("data.source=", "data.files="))]
-    args += [f"data.sources={{{', '.join(sources)}}}", "data.documents=apart", "mesh.x=8", "mesh.y=1"]
+    args += [f"data.sources={{{', '.join(sources)}}}", "data.intra_document_mask=true", "mesh.x=8", "mesh.y=1"]
     (one,) = global_batches(tmp_path, "01234567", args, 1)
     assert len(set(one.splitlines())) == 50 and one.count("(8, 32)") == 150, "batches repeat, or have no segments"
     assert global_batches(tmp_path, "01234567", args, 4) == [one] * 4

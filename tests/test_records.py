@@ -8,8 +8,8 @@ import re
 import pytest
 from sweeps import make_run, sweep
 
-from mutransformer.config import ConfigError
-from mutransformer.study.records import FILE, append, join, mend, read
+from mutransformer.config.schema import ConfigError
+from mutransformer.study.sweep.records import FILE, append, join, mend, read
 
 
 def test_what_is_appended_is_read(tmp_path):

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from reference import KEYS, Case, read, settings
 
-from mutransformer.data.pipeline import Batch
-from mutransformer.data.rows import loss_mask
-from mutransformer.mesh import make_mesh, put
-from mutransformer.model import specs
-from mutransformer.optim import make_optimizer
-from mutransformer.settings import load
-from mutransformer.state import TrainState, plan
-from mutransformer.step import make_logits, make_loss_and_grads, make_train_step
+from mutransformer.config.load import load
+from mutransformer.data.batches.pipeline import Batch
+from mutransformer.data.batches.rows import loss_mask
+from mutransformer.model.transformer import specs
+from mutransformer.sharding.mesh import make_mesh, put
+from mutransformer.training.optim import make_optimizer
+from mutransformer.training.state import TrainState, plan
+from mutransformer.training.step import make_logits, make_loss_and_grads, make_train_step
 
 HERE = Path(__file__).parent / "data"
 
@@ -47,7 +47,7 @@ def distances(ours: object, theirs: object) -> dict[str, float]:
 
 def batches(case: Case) -> list[Batch]:
     """One batch an update: of as many of the case's batches as an update accumulates."""
-    k = case.config.optim.accumulate
+    k = case.config.optim.grad_accumulation_steps
     o = case.options
     merged = case.tokens.reshape(-1, k * case.tokens.shape[1], case.tokens.shape[2])
     return [Batch(t, np.asarray(loss_mask(t, o["eos_token_id"], o["pad_token_id"]))) for t in merged]
@@ -69,7 +69,7 @@ def test_forward_loss_and_gradients(case: Case) -> None:
     assert not wrong
 
 
-LEVERS = ["mesh.streams=2", "model.remat=dots", "model.head_chunk=5"]
+LEVERS = ["mesh.overlap_groups=2", "model.remat=dots", "model.head_chunk=5"]
 
 
 def test_gradients_with_what_makes_a_step_fast(case: Case) -> None:
@@ -85,7 +85,7 @@ def test_gradients_with_what_makes_a_step_fast(case: Case) -> None:
 
 def test_updates(case: Case) -> None:
     mesh = make_mesh(case.config.mesh, jax.devices()[:1])
-    k = case.config.optim.accumulate
+    k = case.config.optim.grad_accumulation_steps
     tx = make_optimizer(case.config, specs(case.config))
     params = jax.tree.map(jnp.asarray, case.init)
     state = jax.device_put(TrainState(jnp.zeros((), jnp.int32), params, tx.init(params)), plan(case.config, mesh).shardings)

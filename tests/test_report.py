@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from sweeps import LOGGED, RATES, WIDTHS, make_run, sweep
 
-from mutransformer.config import ConfigError
-from mutransformer.study import plots
-from mutransformer.study.fit import Variant, analyse, locate, vertex
-from mutransformer.study.order import Pair, training_losses
-from mutransformer.study.records import FILE, Run, append
-from mutransformer.study.report import page, write
+from mutransformer.config.schema import ConfigError
+from mutransformer.study.sweep.records import FILE, Run, append
+from mutransformer.study.transfer import plots
+from mutransformer.study.transfer.fit import Variant, analyse, locate, vertex
+from mutransformer.study.transfer.report import page, write
+from mutransformer.study.transfer.width_ordering import Pair, training_losses
 from mutransformer.study.verdicts import judge, transfers
 
 ROOT = Path(__file__).parents[1]
@@ -172,9 +172,9 @@ def test_controls_decide_nothing_but_must_fail():
     lines = said(sweep() + drifting)
     assert "CONTROL sp does not transfer, as it should not: the optimum drifts 3.00" in lines
     assert "FAIL" not in lines and "WARNING" not in lines
-    lines = said(sweep() + sweep("sp model.gains=vector"))
-    assert "CONTROL sp model.gains=vector transfers, and should not" in lines
-    assert "WARNING the control sp model.gains=vector transfers as well: this sweep cannot tell" in lines
+    lines = said(sweep() + sweep("sp model.norm_scale=vector"))
+    assert "CONTROL sp model.norm_scale=vector transfers, and should not" in lines
+    assert "WARNING the control sp model.norm_scale=vector transfers as well: this sweep cannot tell" in lines
     lines = said(sweep() + sweep("other", lambda width: -5.5 - math.log2(width / 64)), controls=["other"])
     assert "CONTROL other does not transfer" in lines and "FAIL" not in lines
     assert "WARNING no control" in said(sweep())

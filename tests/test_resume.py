@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from runs import finish, metrics, settings, start, wait_for_step
 
-from mutransformer.checkpoint import SEAL, Checkpoints
-from mutransformer.mesh import make_mesh
-from mutransformer.settings import load
-from mutransformer.state import TrainState, plan
+from mutransformer.config.load import load
+from mutransformer.sharding.mesh import make_mesh
+from mutransformer.training.checkpoint import SEAL, Checkpoints
+from mutransformer.training.state import TrainState, plan
 
 # An epoch is some 40 batches: the run goes through more than one, and is killed within one.
 LENGTH = ["steps=60", "checkpoint.every=7", "eval.every=20"]

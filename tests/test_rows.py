@@ -9,10 +9,10 @@ from hf import FAMILIES
 from tokens import EOS, source, whole_row
 from transformers import AutoTokenizer
 
-from mutransformer.config import ConfigError, DataConfig
-from mutransformer.data.hf_tokenizer import HFTokenizer, convert
-from mutransformer.data.rows import ConcatRows, PadRows, Table, loss_mask
-from mutransformer.data.shards import Tokens, Writer, sections
+from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.data.batches.rows import ConcatRows, PadRows, Table, loss_mask
+from mutransformer.data.cache.shards import Tokens, Writer, sections
+from mutransformer.data.tokenizers.hf import HFTokenizer, convert
 
 T = 8
 
@@ -91,7 +91,7 @@ def test_pad_rows_and_mask_are_the_references(family: str, truncated_eos: bool, 
     found = sections(tmp_path / "shard", "<u2", writer.finish())["train"]
     tokens = Tokens("data", "train", (found,), 0, "", "", ours.eos_id)
     rows = PadRows(tokens, seq_len, truncated_eos)
-    found = Table([rows], [len(rows)], DataConfig(seq_len=seq_len, rows="pad"), ours.n_vocab).read(range(len(rows)))
+    found = Table([rows], [len(rows)], DataConfig(seq_len=seq_len, packing="pad"), ours.n_vocab).read(range(len(rows)))
     np.testing.assert_array_equal(found.tokens, expected)
     np.testing.assert_array_equal(found.mask, counts == 1)
     np.testing.assert_array_equal(loss_mask(expected, ours.eos_id, ours.eos_id), counts == 1)
@@ -110,13 +110,13 @@ def test_an_id_outside_the_vocabulary_is_found_in_either_kind() -> None:
 
 
 def test_truncated_eos_needs_pad_rows() -> None:
-    with pytest.raises(ConfigError, match=r"data\.truncated_eos = true: it needs data\.rows=pad"):
+    with pytest.raises(ConfigError, match=r"data\.truncated_eos = true: it needs data\.packing=pad"):
         DataConfig(truncated_eos=True)
 
 
 def test_documents_apart_need_concat_rows() -> None:
     with pytest.raises(
-        ConfigError, match=r"^data\.documents = apart: it needs data\.rows=concat; a row of pad holds one document$"
+        ConfigError, match=r"^data\.intra_document_mask = true: it needs data\.packing=concat; a row of pad holds one document$"
     ):
-        DataConfig(documents="apart", rows="pad")
-    assert DataConfig().documents == "join"
+        DataConfig(intra_document_mask=True, packing="pad")
+    assert not DataConfig().intra_document_mask

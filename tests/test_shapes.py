@@ -12,12 +12,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from jaxtyping import TypeCheckError, install_import_hook
 
-from mutransformer import ops
-from mutransformer.attention import attention
-from mutransformer.config import MeshConfig
-from mutransformer.linear import dot_rows
-from mutransformer.mesh import make_mesh
-from mutransformer.model import Forward
+from mutransformer.config.schema import MeshConfig
+from mutransformer.model import ops
+from mutransformer.model.attention import attention
+from mutransformer.model.matmul import dot_rows
+from mutransformer.model.transformer import Forward
+from mutransformer.sharding.mesh import make_mesh
 
 MODULE = """
 from jax import Array

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mutransformer import collectives
-from mutransformer.config import Config
-from mutransformer.data.pipeline import Batch
-from mutransformer.mesh import check_fits, make_mesh, put
-from mutransformer.model import Transformer, specs
-from mutransformer.settings import load
-from mutransformer.spec import Weight
-from mutransformer.state import init_state
-from mutransformer.step import make_loss_and_grads, make_train_step
+from mutransformer.config.load import load
+from mutransformer.config.schema import Config
+from mutransformer.data.batches.pipeline import Batch
+from mutransformer.model.transformer import Transformer, specs
+from mutransformer.sharding import collectives
+from mutransformer.sharding.mesh import check_fits, make_mesh, put
+from mutransformer.sharding.spec import Weight
+from mutransformer.training.state import init_state
+from mutransformer.training.step import make_loss_and_grads, make_train_step
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (2, 4), (8, 1), (1, 8)]
 TINY = [
@@ -34,7 +34,7 @@ MODELS = {
     "all options": [
         "model.activation=swiglu",
         "model.n_kv_head=1",
-        "model.gains=vector",
+        "model.norm_scale=vector",
         "model.biases=true",
         "model.qk_norm=true",
         "model.embed_norm=true",
@@ -43,9 +43,9 @@ MODELS = {
         "optim.rule=completep",
         "model.n_layer_base=1",
         "model.n_kv_head=2",
-        "model.gains=scalar",
+        "model.norm_scale=scalar",
         "model.remat=full",
-        "optim.accumulate=2",
+        "optim.grad_accumulation_steps=2",
         "data.batch_size=16",
     ],
 }
@@ -53,21 +53,32 @@ MODELS = {
 
 # What makes a step fast or small, each against the step of one device without it.
 LEVERS = {
-    "streams": ("relu", ["mesh.streams=2"]),
-    "exchange": ("relu", ["mesh.streams=1", "mesh.exchange=true"]),
-    "streams and exchange": ("all options", ["mesh.streams=2", "mesh.exchange=true", "model.remat=dots"]),
+    "streams": ("relu", ["mesh.overlap_groups=2"]),
+    "exchange": ("relu", ["mesh.overlap_groups=1", "mesh.reduce_scatter_via_all_to_all=true"]),
+    "streams and exchange": (
+        "all options",
+        ["mesh.overlap_groups=2", "mesh.reduce_scatter_via_all_to_all=true", "model.remat=dots"],
+    ),
     "remat=outputs": ("relu", ["model.remat=outputs"]),
-    "remat=attention": ("all options", ["model.remat=attention", "mesh.exchange=true"]),
+    "remat=attention": ("all options", ["model.remat=attention", "mesh.reduce_scatter_via_all_to_all=true"]),
     "remat=dots": ("relu", ["model.remat=dots"]),
     "remat=full": ("all options", ["model.remat=full"]),
-    "slices": ("all options", ["mesh.slices=2"]),
+    "slices": ("all options", ["mesh.replicas=2"]),
     "slices, in parts, overlapping": (
         "relu",
-        ["mesh.slices=2", "optim.accumulate=2", "mesh.exchange=true", "model.remat=dots"],
+        ["mesh.replicas=2", "optim.grad_accumulation_steps=2", "mesh.reduce_scatter_via_all_to_all=true", "model.remat=dots"],
     ),
-    "slices, reduced once a step": ("relu", ["mesh.slices=2", "optim.accumulate=2", "optim.reduce=step"]),
-    "reduced once a step": ("all options", ["optim.accumulate=2", "optim.reduce=step"]),
-    "reduced once a step, remat": ("relu", ["optim.accumulate=2", "optim.reduce=step", "model.remat=dots", "mesh.exchange=true"]),
+    "slices, reduced once a step": ("relu", ["mesh.replicas=2", "optim.grad_accumulation_steps=2", "optim.grad_sync=step"]),
+    "reduced once a step": ("all options", ["optim.grad_accumulation_steps=2", "optim.grad_sync=step"]),
+    "reduced once a step, remat": (
+        "relu",
+        [
+            "optim.grad_accumulation_steps=2",
+            "optim.grad_sync=step",
+            "model.remat=dots",
+            "mesh.reduce_scatter_via_all_to_all=true",
+        ],
+    ),
 }
 
 
@@ -89,7 +100,7 @@ def params(config: Config) -> Transformer:
 
 def loss_and_grads(model: str, x: int, y: int, *more: str) -> tuple[dict, Transformer]:
     config = load([*TINY, *MODELS[model], *more]) if more else setting(model, x, y)
-    mesh = make_mesh(config.mesh, jax.devices()[: x * y * config.mesh.slices])
+    mesh = make_mesh(config.mesh, jax.devices()[: x * y * config.mesh.replicas])
     check_fits(config, mesh)
     rng = np.random.default_rng(0)
     shape = config.data.batch_size, config.data.seq_len
@@ -128,7 +139,7 @@ def test_loss_and_every_gradient_are_those_of_one_device(model: str, x: int, y: 
 
 def meshes_of(lever: str) -> list[tuple[int, int]]:
     """Those that eight devices suffice for."""
-    return [(x, y) for x, y in MESHES if x * y * setting(lever, x, y).mesh.slices <= 8]
+    return [(x, y) for x, y in MESHES if x * y * setting(lever, x, y).mesh.replicas <= 8]
 
 
 EVERY = [(lever, *mesh) for lever in LEVERS for mesh in meshes_of(lever)]

@@ -27,14 +27,18 @@ from fsspec.registry import _registry
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from hf import gpt2
 
-from mutransformer.config import ConfigError, DataConfig, MixedSourceConfig, SourceConfig
-from mutransformer.data import files, job, parts, shards, sources
-from mutransformer.data.cache import seal
-from mutransformer.data.corpus import prepare
-from mutransformer.data.files import find
-from mutransformer.data.parts import SPLITS, LinePart, TablePart
-from mutransformer.data.splits import Shares, split_of
-from mutransformer.data.tokenize import ByteTokenizer
+from mutransformer.config.schema import ConfigError, DataConfig, MixedSourceConfig, SourceConfig
+from mutransformer.data.cache import shards
+from mutransformer.data.cache import tokenize_shard as job
+from mutransformer.data.cache.prepare import prepare
+from mutransformer.data.cache.store import seal
+from mutransformer.data.sources import files
+from mutransformer.data.sources import readers as parts
+from mutransformer.data.sources import registry as sources
+from mutransformer.data.sources.files import find
+from mutransformer.data.sources.readers import SPLITS, LinePart, TablePart
+from mutransformer.data.sources.splits import Shares, split_of
+from mutransformer.data.tokenizers.sentencepiece import ByteTokenizer
 
 TEXTS = [f"document {i}: " + "the quick brown fox — 😀\n" * (i % 5 + 1) for i in range(120)]
 KINDS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "arrows"]
@@ -65,7 +69,7 @@ def write(path: Path, texts: list[Any], column: str = "text") -> None:
 
 def config(folder: Path, kind: str, pattern: str, **settings: Any) -> DataConfig:
     given: dict[str, Any] = {"source": "arrow" if kind == "arrows" else kind.partition(".")[0], "files": [str(folder / pattern)]}
-    given |= {"tokenizer": "bytes", "cache_dir": str(folder / "cache"), "validation_share": 0.1, "test_share": 0.1}
+    given |= {"tokenizer": "bytes", "cache_dir": str(folder / "cache"), "validation_fraction": 0.1, "test_fraction": 0.1}
     return DataConfig(**given | settings)
 
 
@@ -371,7 +375,7 @@ def test_a_long_document_is_cut_as_it_is_tokenised(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(ByteTokenizer, "encode", encode)
     for name, value in {"_SEGMENT": 100, "_CHUNK": 400, "cut": cut}.items():
         monkeypatch.setattr(job, name, value)
-    assert texts_of(config(tmp_path, "jsonl", "a.jsonl", cache_dir=str(tmp_path / "other"), processes=1)) == whole
+    assert texts_of(config(tmp_path, "jsonl", "a.jsonl", cache_dir=str(tmp_path / "other"), tokenize_workers=1)) == whole
     assert 0 < most < 20
 
 
@@ -505,7 +509,7 @@ def test_rows_that_cannot_be_shown(
     write(tmp_path / "a.jsonl", TEXTS)
     settings = ["data.source=jsonl", f"data.files=[{tmp_path}/a.jsonl]", f"data.cache_dir={tmp_path}", "data.tokenizer=bytes"]
     script = str(Path(__file__).parents[1] / "scripts/inspect_data.py")
-    monkeypatch.setattr(sys, "argv", [script, *settings, "data.processes=1", *given])
+    monkeypatch.setattr(sys, "argv", [script, *settings, "data.tokenize_workers=1", *given])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(script, run_name="__main__")
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mutransformer.model import block_specs, specs
-from mutransformer.settings import load
-from mutransformer.spec import WIDTH_DIMS, Weight, weight
+from mutransformer.config.load import load
+from mutransformer.model.transformer import block_specs, specs
+from mutransformer.sharding.spec import WIDTH_DIMS, Weight, weight
 
 SIZES = {"M": 48, "H": 6, "K": 2, "D": 8, "F": 72, "V": 100}
 
@@ -88,7 +88,7 @@ def test_every_weight_of_a_model_with_all_of_them():
     config = load(
         [
             *("model.d_model=48", "model.d_head=8", "model.n_kv_head=2", "model.n_layer=3", "model.ff_multiple=1.5"),
-            *("model.activation=swiglu", "model.biases=true", "model.gains=vector", "model.qk_norm=true"),
+            *("model.activation=swiglu", "model.biases=true", "model.norm_scale=vector", "model.qk_norm=true"),
             *("model.embed_norm=true", "model.n_vocab=100", "model.vocab_multiple=64", "mesh.y=2"),
         ]
     )
@@ -100,34 +100,34 @@ def test_every_weight_of_a_model_with_all_of_them():
         "w_k": (kv, P(None, "x", "y", None), 2, 48, "hidden"),
         "w_v": (kv, P(None, "x", "y", None), 2, 48, "hidden"),
         "w_o": ((3, 6, 8, 48), P(None, "y", None, "x"), 1, 48, "residual"),
-        "w_fi": (wide, P(None, "x", "y"), 1, 48, "hidden"),
-        "w_fg": (wide, P(None, "x", "y"), 1, 48, "hidden"),
-        "w_fo": ((3, 72, 48), P(None, "y", "x"), 1, 72, "residual"),
-        "g_a": ((3, 48), row, 1, 1, "gain"),
-        "g_f": ((3, 48), row, 1, 1, "gain"),
-        "g_q": ((3, 8), P(None, None), 1, 1, "qk_gain"),
-        "g_k": ((3, 8), P(None, None), 1, 1, "qk_gain"),
+        "w_up": (wide, P(None, "x", "y"), 1, 48, "hidden"),
+        "w_gate": (wide, P(None, "x", "y"), 1, 48, "hidden"),
+        "w_down": ((3, 72, 48), P(None, "y", "x"), 1, 72, "residual"),
+        "attn_norm": ((3, 48), row, 1, 1, "gain"),
+        "mlp_norm": ((3, 48), row, 1, 1, "gain"),
+        "q_norm": ((3, 8), P(None, None), 1, 1, "qk_gain"),
+        "k_norm": ((3, 8), P(None, None), 1, 1, "qk_gain"),
         "b_q": ((3, 6, 8), P(None, "y", None), 2, 1, "bias"),
         "b_k": ((3, 2, 8), P(None, "y", None), 2, 1, "bias"),
         "b_v": ((3, 2, 8), P(None, "y", None), 2, 1, "bias"),
         "b_o": ((3, 48), row, 1, 1, "bias"),
-        "b_fi": ((3, 72), row, 1, 1, "bias"),
-        "b_fg": ((3, 72), row, 1, 1, "bias"),
-        "b_fo": ((3, 48), row, 1, 1, "bias"),
+        "b_up": ((3, 72), row, 1, 1, "bias"),
+        "b_gate": ((3, 72), row, 1, 1, "bias"),
+        "b_down": ((3, 48), row, 1, 1, "bias"),
     }
     rest = {name: facts(w) for name, w in vars(tree).items() if name != "blocks"}
     assert rest == {
         "embed": ((128, 48), P("x", "y"), 1, 1, "input"),
         "unembed": ((48, 128), P("x", "y"), 1, 48, "output"),
-        "g_e": ((48,), P("y"), 1, 1, "outer_gain"),
-        "g_u": ((48,), P("y"), 1, 1, "outer_gain"),
-        "b_u": ((128,), P("y"), 1, 1, "outer_bias"),
+        "embed_norm": ((48,), P("y"), 1, 1, "outer_gain"),
+        "final_norm": ((48,), P("y"), 1, 1, "outer_gain"),
+        "b_unembed": ((128,), P("y"), 1, 1, "outer_bias"),
     }
 
 
 def test_width_dims_are_those_that_grow_with_d_model():
     def sizes(d_model: int) -> dict[str, int]:
-        config = load([f"model.d_model={d_model}", "model.d_head=8", "model.n_vocab=100", "model.gains=vector"])
+        config = load([f"model.d_model={d_model}", "model.d_head=8", "model.n_vocab=100", "model.norm_scale=vector"])
         return {d.name: d.size for w in vars(specs(config)).values() if isinstance(w, Weight) for d in w.dims} | {
             d.name: d.size for w in vars(block_specs(config)).values() if w is not None for d in w.dims
         }

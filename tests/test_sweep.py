@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 from runs import ROOT, finish, refuse_before_jax, settings, start
 
-from mutransformer import hardware
-from mutransformer.config import Config, ConfigError
-from mutransformer.data.corpus import prepare
-from mutransformer.launch import FINISHED, MISTAKE, STOPPED
-from mutransformer.settings import load
-from mutransformer.study import grid, records
-from mutransformer.study.fleet import Fleet, Sharded
-from mutransformer.study.sweep import _groups
-from mutransformer.train import train
+from mutransformer.config.load import load
+from mutransformer.config.schema import Config, ConfigError
+from mutransformer.data.cache.prepare import prepare
+from mutransformer.sharding import devices as hardware
+from mutransformer.sharding.processes import FINISHED, MISTAKE, STOPPED
+from mutransformer.study.sweep import grid, records
+from mutransformer.study.sweep.parallel_runs import Fleet, Sharded
+from mutransformer.study.sweep.run import _groups
+from mutransformer.training.loop import train
 
 SCRIPT = "scripts/sweep.py"
 STEPS = 80

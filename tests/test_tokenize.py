@@ -8,14 +8,14 @@ import pytest
 import sentencepiece
 from hf import gpt2
 
-from mutransformer.config import ConfigError, DataConfig
-from mutransformer.data.build import Host
-from mutransformer.data.cache import Store
-from mutransformer.data.corpus import prepare
-from mutransformer.data.sources import open_source
-from mutransformer.data.splits import shares_of
-from mutransformer.data.tokenize import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
-from mutransformer.data.vocabulary import open_tokenizer, training_texts
+from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.data.cache.build import Host
+from mutransformer.data.cache.prepare import prepare
+from mutransformer.data.cache.store import Store
+from mutransformer.data.sources.registry import open_source
+from mutransformer.data.sources.splits import shares_of
+from mutransformer.data.tokenizers.registry import open_tokenizer, training_texts
+from mutransformer.data.tokenizers.sentencepiece import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
 
 SOURCE = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text(encoding="utf-8")
 TEXTS = [

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from runs import metrics, settings
 
-from mutransformer import train as training
-from mutransformer.checkpoint import Checkpoints
-from mutransformer.evaluate import Scored, score
-from mutransformer.launch import FAILED, launch
-from mutransformer.settings import load
-from mutransformer.train import FINISHED, STOPPED, train
+from mutransformer.config.load import load
+from mutransformer.sharding.processes import FAILED, launch
+from mutransformer.training import loop as training
+from mutransformer.training.checkpoint import Checkpoints
+from mutransformer.training.evaluate import Scored, score
+from mutransformer.training.loop import FINISHED, STOPPED, train
 
 SHORT = ["steps=6", "eval.every=2", "checkpoint.every=4", "mesh.x=4", "mesh.y=2", "checkpoint.keep=1"]
 
@@ -79,7 +79,7 @@ def test_the_best_checkpoint_outlives_a_restart_and_can_be_scored(tmp_path: Path
 
 
 def test_what_pad_cuts_off_is_not_called_scored(tmp_path: Path) -> None:
-    args = settings(tmp_path, "steps=1", "data.rows=pad", "data.seq_len=8", "name=pad")
+    args = settings(tmp_path, "steps=1", "data.packing=pad", "data.seq_len=8", "name=pad")
     assert train(load(args)) == FINISHED
     found = score(load(args))
     assert 0 < found["scored"] < found["tokens"] and "bigram" not in found

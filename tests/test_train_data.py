@@ -7,8 +7,8 @@ import pytest
 from hf import gpt2
 from test_sources import TEXTS, write
 
-from mutransformer.settings import load
-from mutransformer.train import train
+from mutransformer.config.load import load
+from mutransformer.training.loop import train
 
 TEXT = [f"{k}: {text}" for k in range(6) for text in TEXTS]
 
@@ -28,7 +28,7 @@ def settings(kind: str, folder: Path) -> list[str]:
             write(folder / "b.jsonl.zst", TEXT[::-1])
             one = ["data.sources.one.source=parquet", f"data.sources.one.files=[{folder}/a.parquet]"]
             two = ["data.sources.two.source=jsonl", f"data.sources.two.files=[{folder}/b.jsonl.zst]", "data.sources.two.weight=3"]
-            return [*one, *two, "data.tokenizer=bytes", "data.rows=pad"]
+            return [*one, *two, "data.tokenizer=bytes", "data.packing=pad"]
     raise AssertionError(kind)
 
 

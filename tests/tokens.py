@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from mutransformer.config import DataConfig
-from mutransformer.data.batch import Batch
-from mutransformer.data.corpus import Mixture
-from mutransformer.data.rows import Rows, Table
-from mutransformer.data.shards import Tokens, Writer, join, sections
+from mutransformer.config.schema import DataConfig
+from mutransformer.data.batches.batch import Batch
+from mutransformer.data.batches.rows import Rows, Table
+from mutransformer.data.cache.prepare import Mixture
+from mutransformer.data.cache.shards import Tokens, Writer, join, sections
 
 EOS = 999
 _FOLDER = tempfile.TemporaryDirectory()
@@ -38,6 +38,6 @@ def mixture(documents: list[list[int]], n_bytes: int = 0) -> Mixture:
 
 def whole_row(rows: Rows, index: int, seq_len: int, apart: bool = False) -> Batch:
     """One row, without the axis of rows."""
-    config = DataConfig(seq_len=seq_len, documents="apart" if apart else "join")
+    config = DataConfig(seq_len=seq_len, intra_document_mask=apart)
     batch = Table([rows], [rows.n_all], config, n_vocab=1 << 30).read([index])
     return Batch(*(None if array is None else array[0] for array in batch))

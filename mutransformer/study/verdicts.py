@@ -7,9 +7,9 @@ from typing import Literal, Optional
 
 import numpy as np
 
-from mutransformer.study.fit import Variant
-from mutransformer.study.order import Order
-from mutransformer.study.records import Run
+from mutransformer.study.sweep.records import Run
+from mutransformer.study.transfer.fit import Variant
+from mutransformer.study.transfer.width_ordering import Order
 
 VARIED = {"model.d_model", "optim.lr", "seed", "name", "workdir"}  # settings that a sweep varies, or that say where it lies
 

@@ -1,0 +1,1 @@
+"""Tokenized text in shards, on disk or in an object store."""

@@ -1,0 +1,1 @@
+"""Where text comes from, and which documents are held out."""

@@ -1,0 +1,92 @@
+"""Causal softmax attention by the kernels that come with JAX: splash attention on a TPU, cuDNN's on an NVIDIA GPU.
+
+What each can compute is said in `kernel_rules`. Per device, pure; the gradient is the kernel's own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+from jaxtyping import Float, Int
+
+from mutransformer.config.kernels import SPLASH_MULTIPLE
+from mutransformer.model.matmul import differentiated
+from mutransformer.sharding.collectives import unchecked, varying_as
+
+# Rows and columns of the squares in which splash attention works off the logits. A square on the diagonal is computed whole, so
+# that a larger one computes more of the masked half; a smaller one reads keys and values more often.
+BLOCK = 512
+
+
+def cudnn(
+    q: Float[Array, "b T h D"],
+    k: Float[Array, "b T k D"],
+    v: Float[Array, "b T k D"],
+    scale: float,
+    segments: Int[Array, "b T"] | None,
+) -> Float[Array, "b T h D"]:
+    """cuDNN's fused attention. Segments reach it as a mask of T x T, which it adds to the logits."""
+    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn")
+
+
+def _splash_forward(q: Array, k: Array, v: Array, segments: Array | None, interpret: bool) -> tuple[Array, Callable[..., Any]]:
+    def forward(q: Array, k: Array, v: Array, segments: Array | None) -> Any:
+        return jax.vjp(lambda q, k, v: _splash(q, k, v, segments, interpret), q, k, v)
+
+    return varying_as(unchecked(forward)(q, k, v, segments), q)
+
+
+def _splash_backward(interpret: bool, pull: Callable[..., Any], grad: Array) -> tuple[Array, Array, Array, None]:
+    def backward(pull: Any, grad: Array) -> Any:
+        with jax.named_scope("splash_attention"):
+            return pull(grad)
+
+    return *varying_as(unchecked(backward)(pull, grad), grad), None
+
+
+@differentiated(_splash_forward, _splash_backward, static=(4,))
+def splash(
+    q: Float[Array, "b h T D"],
+    k: Float[Array, "b k T D"],
+    v: Float[Array, "b k T D"],
+    segments: Int[Array, "b T"] | None,
+    interpret: bool,
+) -> Float[Array, "b h T D"]:
+    """JAX's splash attention; what it keeps for the backward pass is of size T.
+
+    Its kernels say nothing of the axes on which their results vary, which shard_map's check asks for. So only they are traced
+    without the check, forward and backward each as a whole; what is outside, collectives above all, is checked as ever.
+    Queries, keys and values must vary on the same axes.
+
+    Args:
+        q: queries, scaled.
+        k: keys.
+        v: values.
+        segments: of each position; None: a row is one.
+        interpret: compute it without the compiler for kernels, slowly: for a CPU.
+    """
+    return _splash_forward(q, k, v, segments, interpret)[0]
+
+
+def _splash(q: Array, k: Array, v: Array, segments: Array | None, interpret: bool) -> Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as library  # takes a second: only where it is used
+
+    _, h, T, _ = q.shape
+    block = next(n for n in range(min(BLOCK, T), 0, -SPLASH_MULTIPLE) if T % n == 0)
+    # The gradient of q by one kernel, those of k and v by another. The kernel for all three computes the logits once less, but
+    # writes q's in a rounded part for each block of keys, and as XLA compiles the sum of the parts it costs more than is saved.
+    keys = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes = library.BlockSizes(**dict.fromkeys(keys, block))
+    kernel: Any = library.make_splash_mha(
+        library.MultiHeadMask([library.CausalMask((T, T))] * h),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attended",
+        interpret=interpret,
+    )
+    with jax.named_scope("splash_attention"):
+        ids = None if segments is None else library.SegmentIds(segments, segments)
+        return jax.vmap(kernel)(q, k, v, ids)

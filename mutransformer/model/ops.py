@@ -1,0 +1,99 @@
+"""The mathematics of a layer, per device and pure: norm, rotary positions, activations, what the model reads.
+
+Weights do not enter here. Dims are those of `spec`; statistics are float32 whatever the compute dtype.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from mutransformer.model.matmul import differentiated
+from mutransformer.sharding.collectives import index_y, sum_y
+
+
+def rms_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
+    """x / sqrt(mean(x^2) + eps) over a dim that this device holds whole (Zhang and Sennrich, arXiv 1910.07467)."""
+    wide = x.astype(jnp.float32)
+    return (wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def rms_norm_y(x: Float[Array, "b T m"], eps: float) -> Float[Array, "b T m"]:
+    """The same over features that are spread over y: only the sum of squares moves."""
+    wide = x.astype(jnp.float32)
+    mean = sum_y(jnp.sum(jnp.square(wide), axis=-1, keepdims=True)) / (x.shape[-1] * lax.axis_size("y"))
+    return (wide * lax.rsqrt(mean + eps)).astype(x.dtype)
+
+
+def rotary(x: Float[Array, "b T n D"], base: float, first: Int[Array, ""] | None = None) -> Float[Array, "b T n D"]:
+    """Rotary positions (Su et al., arXiv 2104.09864) on split halves: pair i is (x[i], x[i + D/2]), at base^(-2i/D).
+
+    Args:
+        x: queries or keys.
+        base: as in the formula.
+        first: the position of x's first; None: 0.
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    position = jnp.arange(x.shape[1], dtype=jnp.float32)
+    position = position if first is None else first + position
+    angle = (position[:, None] * frequency[None, :])[None, :, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, low * sin + high * cos], axis=-1).astype(x.dtype)
+
+
+def _relu_forward(x: Array) -> tuple[Array, Array]:
+    y = checkpoint_name(relu(x), "hidden")
+    return y, y
+
+
+def _relu_backward(y: Array, grad: Array) -> tuple[Array]:
+    return (jnp.where(y > 0, grad, 0),)
+
+
+@differentiated(_relu_forward, _relu_backward, static=())
+def relu(x: Array) -> Array:
+    """max(x, 0). Its gradient is read off the result, which the next projection keeps anyway; jax.nn.relu keeps a mask."""
+    return jnp.maximum(x, 0)
+
+
+def sqrelu(x: Array) -> Array:
+    """Squared ReLU (So et al., Primer, arXiv 2109.08668)."""
+    return jnp.square(relu(x))
+
+
+# swiglu gates: its activation is silu, on a second projection (Shazeer, arXiv 2002.05202).
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": relu,
+    "sqrelu": sqrelu,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "swiglu": jax.nn.silu,
+}
+
+
+def select_kv(kv: Float[Array, "b T K D"], n_local: int, n_head: int) -> Float[Array, "b T k D"]:
+    """The key/value heads that this device's query heads read, where all of them are here.
+
+    Args:
+        n_local: query heads on this device.
+        n_head: query heads in all.
+    """
+    n_kv = kv.shape[2]
+    if n_kv == 1 or n_local == n_head:
+        return kv
+    mine = (index_y() * n_local + jnp.arange(n_local)) // (n_head // n_kv)
+    return jnp.take(kv, mine, axis=2)
+
+
+def shift_right(tokens: Int[Array, "b T"], bos_id: int, segments: Int[Array, "b T"] | None = None) -> Int[Array, "b T"]:
+    """What the model reads to predict each token: the row behind bos; with segments, each of them behind a bos of its own."""
+    inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=bos_id)
+    if segments is None:
+        return inputs
+    begins = segments != jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return jnp.where(begins, bos_id, inputs)

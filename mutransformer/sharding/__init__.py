@@ -1,0 +1,1 @@
+"""Devices: the mesh, what moves between them, and the processes of a run."""

@@ -1,0 +1,1 @@
+"""Sweeps over widths, learning rates and seeds."""

@@ -1,0 +1,1 @@
+"""A training run: the program, the loop, and what it saves and logs."""

@@ -1,0 +1,269 @@
+"""What a run saves and goes on from: {state, data position, resolved config} as one Orbax checkpoint, or none of it.
+
+Orbax makes a checkpoint appear whole or not at all. It does not notice what happens to it on the disk afterwards, be it a flipped
+bit: so each is sealed with the hashes of its files once it is written, and goes unused if they differ.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import Array
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from mutransformer.config.schema import Config, ConfigError, check, flatten
+from mutransformer.training.state import TrainState
+
+# May differ between a checkpoint and the run that goes on from it: they change neither the weights' meaning nor the data.
+FREE = {
+    "name",
+    "workdir",
+    "model.remat",
+    "model.head_chunk",
+    "model.attention_kernel",
+    "optim.grad_accumulation_steps",
+    "optim.grad_sync",
+    "xla",
+    "xla_tuned",
+    *(f"{section}." for section in ("mesh", "distributed", "eval", "log", "checkpoint", "profile", "xla")),
+    "data.",  # but for those below: what they decide is in the fingerprints of tokens and tokenizer
+}
+BOUND = {"data.seq_len", "data.batch_size", "data.packing", "data.intra_document_mask", "data.truncated_eos"}
+ITEMS = ("state", "run")  # the folders in a checkpoint
+SEAL = "sha256.json"  # in a checkpoint: the hash of each of its other files
+UNSEALED = (SEAL, "_CHECKPOINT_METADATA")  # Orbax writes times into the latter at the very end
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of a run, in its folder. Saving goes on in the background; close() or wait() before leaving."""
+
+    def __init__(self, config: Config, *, read_only: bool = False):
+        """Args:
+            read_only: nothing is created or tidied up.
+
+        Raises:
+            ConfigError: the folder cannot be made or read.
+        """
+        self._config, self._read_only = config, read_only
+        self.directory = (config.rundir / "checkpoints").absolute()
+        keep: list[Any] = [LatestN(config.checkpoint.keep)]
+        if config.checkpoint.keep_best:
+            by_loss = BestN(
+                get_metric_fn=_loss_of,
+                reverse=True,
+                n=config.checkpoint.keep_best,
+                keep_checkpoints_without_metrics=False,
+            )
+            keep.append(by_loss)
+        exists = self.directory.is_dir()
+        check(exists or not read_only, f"{self.directory}: no checkpoints here")
+        check(exists or not os.path.lexists(self.directory), f"{self.directory}: is in the way, checkpoints need a folder there")
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(keep),
+            best_fn=_loss_of,  # without one Orbax keeps losses in memory only
+            best_mode="min",
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.directory}: cannot be used for checkpoints: {_first_line(error)}") from None
+
+    def latest(self) -> int | None:
+        """The newest undamaged checkpoint, by updates completed; None if there never was one.
+
+        Newer ones that are damaged are told of, and unless read_only renamed, so that their steps can be saved again.
+
+        Raises:
+            ConfigError: there are checkpoints, and all are damaged.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        found = -1
+        if jax.process_index() == 0:  # reads and hashes the files for all
+            damaged = {}
+            for step in steps:
+                damage = _damage(self.directory / str(step))
+                if damage is None:
+                    found = step
+                    break
+                damaged[step] = damage
+            for step, damage in damaged.items():
+                _log.warning("%s is damaged: %s", self.directory / str(step), damage)
+                if found >= 0 and not self._read_only:
+                    (self.directory / str(step)).rename(self.directory / f"damaged-{step}-{time.time_ns()}")
+        if jax.process_count() > 1:
+            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        check(found >= 0 or not steps, f"{self.directory}: every checkpoint here is damaged; move it away to start from scratch")
+        self._manager.reload()
+        return found if found >= 0 else None
+
+    def best(self) -> int | None:
+        """The undamaged checkpoint with the lowest validation loss, if any was evaluated. Damaged ones are told of."""
+        losses = {step: loss for step in self._manager.all_steps() if (loss := self.loss(step)) is not None}
+        for step in sorted(losses, key=losses.__getitem__):
+            damage = _damage(self.directory / str(step))
+            if damage is None:
+                return step
+            _log.warning("%s is damaged: %s", self.directory / str(step), damage)
+        return None
+
+    def chosen(self) -> int:
+        """The checkpoint that eval.checkpoint names. Raises ConfigError if there is none."""
+        step = self.latest() if self._config.eval.checkpoint == "newest" else self.best()
+        if step is None:
+            raise ConfigError(f"{self.directory}: holds no checkpoint, or none with a validation loss")
+        return step
+
+    def loss(self, step: int) -> float | None:
+        """The validation loss at a checkpoint, if it was evaluated."""
+        return (self._manager.metrics(step) or {}).get("loss")
+
+    def check_same(self, step: int, data: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another model, optimizer or data.
+
+        Args:
+            step: of the checkpoint.
+            data: the fingerprint of this run's data.
+
+        Raises:
+            ConfigError: lists the settings that differ, theirs and ours.
+        """
+        saved = self._run(step)
+        config = self._config
+        ours, theirs = flatten(config), flatten(Config()) | saved["config"]  # what came later did what it does by default
+        for key in ("tokens", "tokenizer"):  # what else is in a fingerprint has a key of its own
+            ours[f"fingerprint.{key}"], theirs[f"fingerprint.{key}"] = data[key], saved["data"].get(key)
+        differing = [
+            f"{key} was {theirs.get(key)}, is {ours.get(key)}"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key) and not _is_free(key) and key not in config.checkpoint.allow
+        ]
+        unknown = sorted(set(config.checkpoint.allow) - ours.keys())
+        check(not unknown, f"checkpoint.allow: no such key: {', '.join(unknown)}")
+        check(
+            not differing,
+            f"{self.directory / str(step)} belongs to another run: {'; '.join(differing)}. "
+            "Choose another name=..., or list keys that may change in checkpoint.allow",
+        )
+
+    def restore(self, step: int, shapes: TrainState) -> tuple[TrainState[Array], dict[str, Any]]:
+        """The state, laid on this run's mesh, and the position of its data iterator.
+
+        Args:
+            step: of the checkpoint.
+            shapes: what is expected, with shardings; a plan's shapes.
+
+        Raises:
+            ConfigError: it cannot be read, or holds other arrays.
+        """
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{self.directory / str(step)}: cannot be restored: {_first_line(error)}") from None
+        return restored["state"], self._run(step)["position"]
+
+    def save(self, state: TrainState[Array], position: dict[str, Any], data: dict[str, Any], loss: float | None) -> None:
+        """Starts to save; a step that is there already is left alone.
+
+        Args:
+            state: of the run; copied before this returns.
+            position: of the data iterator.
+            data: the fingerprint of the data.
+            loss: on validation, if known at this step; decides which checkpoints are the best.
+
+        Raises:
+            ConfigError: this save or the one before failed.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        run = {"config": flatten(self._config), "data": data, "position": position}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
+        self._guard(lambda: self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss}))
+
+    def poll(self) -> None:
+        """Raises ConfigError if a save in the background has failed."""
+        self._guard(self._manager.check_for_errors)
+
+    def stop_requested(self, step: int) -> bool:
+        """Whether the scheduler of a multi-process job has sent SIGTERM; all processes agree on the step."""
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Returns when all is on disk. Raises ConfigError if saving failed."""
+        self._guard(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Ends the background work; wait() first to hear of its errors."""
+        self._manager.close()
+
+    def _run(self, step: int) -> dict[str, Any]:
+        """What stands beside the state: config, data, position."""
+        try:
+            run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+            assert isinstance(run["config"], dict) and isinstance(run["data"], dict)
+            assert isinstance(run["position"]["next_index"], int)
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ConfigError(f"{self.directory / str(step)}: cannot be read: {_first_line(error)}") from None
+        return run
+
+    def _guard(self, action: Any) -> None:
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.directory}: saving a checkpoint failed: {_first_line(error)}") from None
+
+    def _seal(self) -> None:
+        """Called by Orbax, in its thread, when all files of a checkpoint are written and before it gets its final name."""
+        if jax.process_index() == 0:
+            for folder in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                (folder / SEAL).write_text(json.dumps(_hashes(folder)), encoding="utf-8")
+
+
+def _loss_of(metrics: dict[str, float]) -> float:
+    return metrics["loss"]
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.relative_to(folder).as_posix() in UNSEALED:
+            continue
+        with path.open("rb") as file:
+            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if nothing is to be seen."""
+    missing = [item for item in ITEMS if not (folder / item).is_dir()]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    try:
+        told = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        found = _hashes(folder)
+        differing = sorted(name for name in told if found.get(name) != told[name])
+    except (OSError, ValueError, TypeError) as error:
+        return _first_line(error)
+    return f"{differing[0]} is not as it was written" if differing else None
+
+
+def _is_free(key: str) -> bool:
+    return key not in BOUND and (key in FREE or key.partition(".")[0] + "." in FREE)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

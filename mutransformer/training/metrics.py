@@ -1,0 +1,312 @@
+"""What a person sees and what a program reads of a run: console, metrics.jsonl, TensorBoard, Weights & Biases, profiler traces.
+
+Scalars come while the device computes them and are read one step late, so that the loop never waits. Only process 0 writes.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+import jax
+import rich
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from tensorboardX import SummaryWriter
+from tensorboardX.summary import hparams
+
+from mutransformer.config.load import to_yaml
+from mutransformer.config.schema import Config, ConfigError, flatten, to_dict
+from mutransformer.sharding.devices import memory_in_use, peak_flops
+
+_TAGS = {"loss": "train/loss", "learning_rate": "optim/learning_rate"}
+_TAGS |= {f"{name}_norm": f"norm/{name}" for name in ("gradient", "parameter", "update")}
+_LINE = {"train/loss": "loss {:7.4f}", "optim/learning_rate": "lr {:.2e}", "norm/gradient": "grad {:6.3f}"}
+_LINE |= {"speed/mfu": "mfu {:.1%}"}
+_BAR = {"train/loss": "loss {:.4f}", "validation/loss": "val {:.4f}"}
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss of a step, or the weights behind it, are NaN or infinite."""
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Prints the package's log messages on rich.get_console(), above a running bar. Does not start JAX."""
+    logger = logging.getLogger("mutransformer")
+    logger.setLevel(level)
+    logger.propagate = False  # libraries put handlers of their own on the root
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what its caller asked for
+    if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(_ConsoleHandler())
+
+
+class Metrics:
+    """Gives a run's numbers to the console, metrics.jsonl and the services that the config asks for, by the same tags everywhere.
+
+    A context manager: leaving it closes all files. Due for logging are the first step after start_step, multiples of log.every
+    and the last step. Rates are taken from one logged step to the next, so that compilation, in the first, does not count.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        flops_per_token: float,
+        n_device: int,
+        start_step: int,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        console: Console | None = None,
+    ) -> None:
+        """Opens the files in config.rundir and drops what an earlier process wrote beyond start_step.
+
+        Args:
+            config: of the run.
+            flops_per_token: of the model, forward and backward.
+            n_device: in all processes.
+            start_step: updates completed already.
+            clock, console: gives seconds; is printed on (None: rich.get_console(), standard output).
+
+        Raises:
+            ConfigError: log.wandb is set and the package is missing.
+        """
+        self._config, self._flops_per_token, self._start_step, self._clock = config, flops_per_token, start_step, clock
+        self._peak = (peak_flops(jax.devices()[0].device_kind) or 0) * n_device  # 0: not known
+        self._pending: tuple[int, Mapping[str, SupportsFloat], float | None] | None = None
+        self._mark: tuple[int, float] | None = None  # the last logged step and when it was done
+        self._step, self._latest = start_step, dict[str, float]()
+        self._sinks: list[_WeightsAndBiases | _JsonLines | _TensorBoard] = []
+        self._writes = jax.process_index() == 0
+        self._console = (console or rich.get_console()) if self._writes else Console(quiet=True)
+        columns = BarColumn(bar_width=None), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+        self._bar = Progress(*columns, console=self._console, expand=True, refresh_per_second=4)
+        self._task = self._bar.add_task(f"{self._at(start_step)}  compiling", total=config.steps, completed=start_step)
+        if self._writes:
+            config.rundir.mkdir(parents=True, exist_ok=True)
+            if config.log.wandb is not None:  # first, since the package may be missing
+                self._sinks.append(_WeightsAndBiases(config, start_step))
+            self._sinks.append(_JsonLines(config.rundir / "metrics.jsonl", start_step))
+            if config.log.tensorboard:
+                self._sinks.append(_TensorBoard(config, start_step))
+
+    def __enter__(self) -> "Metrics":
+        if self._writes and self._console.is_interactive:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self._release({})
+
+    def note(self, text: str) -> None:
+        """Prints a line that belongs to no step."""
+        _say(self._console, text)
+
+    def record(self, step: int, device_scalars: Mapping[str, SupportsFloat]) -> None:
+        """Takes the scalars of a step just dispatched and writes those of the step before, if that is due.
+
+        Args:
+            step: updates completed once this one is done.
+            device_scalars: arrays of shape [], the same in all processes: loss (mean nats per target) and whatever else to log.
+
+        Raises:
+            NonFiniteLoss: the loss that was due, or the weights' norm, is NaN or infinite; it is written all the same.
+        """
+        # A device may be done by now, as a CPU that computes while it dispatches: then the step ended here, not when it is read.
+        done = self._clock() if getattr(device_scalars["loss"], "is_ready", lambda: True)() else None
+        before, self._pending = self._pending, (step, device_scalars, done)
+        if before and self._due(before[0]):
+            self._read(*before)
+        if step == self._start_step + 1:  # compiling took longer than waiting will, and the first loss tells whether all is well
+            self.flush()
+
+    def flush(self) -> None:
+        """Waits for the last recorded step and writes it if it is due: before an evaluation, a checkpoint, the exit.
+
+        Raises:
+            NonFiniteLoss: its loss or its weights are NaN or infinite, even if it is not due: they must not become a checkpoint.
+        """
+        before, self._pending = self._pending, None
+        if before:
+            self._read(*before)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Flushes, and leaves the time within out of the rates: for evaluations and checkpoints. Raises as flush does."""
+        self.flush()
+        start = self._clock()
+        yield
+        if self._mark:
+            self._mark = self._mark[0], self._mark[1] + self._clock() - start
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes results at hand, such as an evaluation's, by tag: {"validation/loss": 3.2}. step: updates completed."""
+        self._write(step, values)
+        group = next(iter(values)).partition("/")[0]
+        named = (f"{tag.removeprefix(group + '/').replace('_', ' ')} {value:.5g}" for tag, value in values.items())
+        self.note(f"step {self._at(step)}  {group} {'  '.join(named)}")
+        self._bar.update(self._task, description=self._text(step, self._latest, _BAR))
+
+    def close(self, final: Mapping[str, float]) -> None:
+        """Flushes, writes settings and final results (by tag) for tables that compare runs, and closes. Raises as flush does.
+
+        A result that scalars was not given before is written as by scalars, at the last step.
+        """
+        self.flush()
+        if not final.items() <= self._latest.items():
+            self.scalars(self._step, final)
+        self._release(final)
+
+    def _due(self, step: int) -> bool:
+        return step in (self._start_step + 1, self._config.steps) or step % self._config.log.every == 0
+
+    def _read(self, step: int, device_scalars: Mapping[str, SupportsFloat], done: float | None) -> None:
+        # All processes look at the loss: if one alone stopped for it, the others would wait in a collective for ever.
+        loss = float(device_scalars["loss"])
+        if self._writes and self._due(step):
+            values = {_TAGS.get(key, f"train/{key}"): float(value) for key, value in device_scalars.items() if key != "loss"}
+            values |= {"train/loss": loss, "train/perplexity": math.inf if loss > 700 else math.exp(loss)}
+            values |= self._rates(step, self._clock() if done is None else done)
+            values |= {f"memory/{key}": float(value) for key, value in (memory_in_use(jax.local_devices()) or {}).items()}
+            self._write(step, values)
+            self._bar.update(self._task, completed=step, description=self._text(step, self._latest, _BAR))
+            if not self._console.is_interactive:
+                self.note(f"step {self._text(step, values, _LINE)}")
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"step {step}: the loss is {loss}")
+        # The loss is from before the update: the weights behind it may have none.
+        size = float(device_scalars.get("parameter_norm", 0.0))
+        if not math.isfinite(size):
+            raise NonFiniteLoss(f"step {step}: the norm of the weights behind the update is {size}")
+
+    def _rates(self, step: int, now: float) -> dict[str, float]:
+        before, self._mark = self._mark, (step, now)
+        if before is None:
+            return {}
+        seconds = (now - before[1]) / (step - before[0])
+        tokens = self._config.tokens_per_step / seconds
+        flops = self._flops_per_token * tokens
+        rates = {"step_seconds": seconds, "tokens_per_second": tokens, "model_flops_per_second": flops}
+        return {f"speed/{key}": value for key, value in (rates | ({"mfu": flops / self._peak} if self._peak else {})).items()}
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        self._step = step
+        self._latest.update(values)
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def _text(self, step: int, values: Mapping[str, float], formats: Mapping[str, str]) -> str:
+        parts = [self._at(step), *(text.format(values[tag]) for tag, text in formats.items() if tag in values)]
+        if "speed/step_seconds" in values:
+            parts.append(f"{values['speed/tokens_per_second'] / 1000:,.1f}k tok/s")
+            parts.append(f"eta {_duration((self._config.steps - step) * values['speed/step_seconds'])}")
+        return "  ".join(parts)
+
+    def _at(self, step: int) -> str:
+        return f"{step:>{len(str(self._config.steps))}}/{self._config.steps}"
+
+    def _release(self, final: Mapping[str, float]) -> None:
+        with contextlib.ExitStack() as stack:  # closes the others if one fails
+            for sink in self._sinks:
+                stack.callback(sink.close, final)
+            self._sinks = []
+            if self._bar.live.is_started:
+                self._bar.stop()
+
+
+class _JsonLines:
+    """metrics.jsonl: one line a step, steps ascending. What comes later for the same step goes into its line."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""  # a killed process may leave half a line
+        kept = [line + b"\n" for line in whole.splitlines() if _step_of(line) <= start_step]
+        new = path.with_suffix(".new")
+        new.write_bytes(b"".join(kept))
+        os.replace(new, path)
+        self._file = path.open("r+b")
+        self._at = sum(map(len, kept[:-1]))  # where the last line starts
+        self._line: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        legal = {tag: value if math.isfinite(value) else str(value) for tag, value in values.items()}
+        if self._line.get("step") != step:
+            self._at, self._line = self._file.seek(0, os.SEEK_END), {}
+        self._line |= {"step": step, "time": time.time(), **legal}
+        self._file.seek(self._at)
+        self._file.write(json.dumps(self._line).encode() + b"\n")
+        self._file.truncate()
+        self._file.flush()
+
+    def close(self, final: Mapping[str, float]) -> None:
+        self._file.close()
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics.jsonl; infinite for what is no such line."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class _TensorBoard:
+    def __init__(self, config: Config, start_step: int) -> None:
+        folder, own = str(config.rundir / "tensorboard"), f".{start_step}"  # one started in the same second has a file of its own
+        self._writer = SummaryWriter(folder, purge_step=start_step + 1, flush_secs=10, filename_suffix=own)
+        self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", start_step)
+        self._settings = {key: value for key, value in flatten(config).items() if isinstance(value, bool | int | float | str)}
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def close(self, final: Mapping[str, float]) -> None:
+        if final:  # not add_hparams, which makes a second run of it in a folder below; the values are those of the tags' curves
+            for summary in hparams(self._settings, dict(final)):
+                self._writer._get_file_writer().add_summary(summary)
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, config: Config, start_step: int) -> None:
+        try:
+            wandb = import_module("wandb")
+        except ModuleNotFoundError:
+            raise ConfigError(f"log.wandb = {config.log.wandb}: needs a package: pip install 'mutransformer[wandb]'") from None
+        kept = config.rundir / "wandb-id"
+        if start_step == 0 or not kept.exists():
+            kept.write_text(os.urandom(8).hex())
+        run_id, folder = kept.read_text(), str(config.rundir)
+        self._run = wandb.init(
+            project=config.log.wandb, name=config.name, id=run_id, resume="allow", dir=folder, config=to_dict(config)
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self, final: Mapping[str, float]) -> None:
+        self._run.summary.update(dict(final))
+        self._run.finish(exit_code=int(not final))  # no results: the run was cut short
+
+
+class _ConsoleHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        _say(rich.get_console(), level + self.format(record))
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{second:02}s"
