@@ -7,10 +7,11 @@ from mutransformer.sharding.processes import launch
 
 def main(config):
     from mutransformer.training.loop import train
+    from mutransformer.training.program import build_with_data
     from mutransformer.training.metrics import setup_logging
 
     setup_logging()
-    return train(config)
+    return train(*build_with_data(config))
 
 
 if __name__ == "__main__":

@@ -1,60 +1,161 @@
-"""How a step is made fast or small: what the config leaves open is chosen here, by device and mesh. Nothing of it changes what is
-computed. Gains are seconds of a simulated step: 1.3 G parameters, 2^20 tokens in rows of 256, 64 chips of v5p; all of them, and
-how they were found, are in results/scale.
+"""How a step is executed: every setting that trades speed against memory, resolved once for the devices of a mesh.
+
+None of them changes what is computed. What the config leaves open is decided here. Gains are seconds of a simulated step: 1.3 G
+parameters, 2^20 tokens in rows of 256, 64 chips of TPU v5p; results/scale has all of them, and how they were found.
 """
 
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import jax
 
+from mutransformer.config.kernels import SPLASH_FROM, device_kernel, unfit
 from mutransformer.config.schema import Config
-from mutransformer.model.flags import tuning
-from mutransformer.sharding.mesh import traced_for
+from mutransformer.errors import check
+from mutransformer.sharding.mesh import AnyMesh, first_device
 
-# What a layer keeps for its backward pass by name, beside its input; the rest is computed again. "attended" is all that
+# blockwise: softmax over blocks of queries, in XLA; dense: all logits at once, in XLA, which XLA:TPU fuses with their softmax.
+Attention = Literal["splash", "splash_interpreted", "cudnn", "dense", "blockwise"]
+
+# The values that a layer keeps for its backward pass by name, besides its input; the rest is recomputed. "attended" is all that
 # attention's gradient needs of its result. At 64 x 1: attention 0.434 and 13.5 GB a chip, dots 0.388 and 19.5 GB.
-_KEPT = {
+SAVED_NAMES = {
     "full": (),
-    "outputs": ("attended", "middle"),  # only the products that lead up to attention and to the activation are made again
+    "outputs": ("attended", "middle"),  # recomputes only the products that lead to attention and to the activation
     "attention": ("query", "key", "value", "attended", "middle"),
-    "dots": ("query", "key", "value", "attended", "middle", "hidden", "gate"),  # no product with a weight is made again
+    "dots": ("query", "key", "value", "attended", "middle", "hidden", "gate"),  # recomputes no product with a weight
 }
-_HEAD_CHUNK_CPU = 512  # tokens; tuned on two cores
-_HEAD_BYTES = 512 << 20  # of float32 logits: the sum of the unembedding's gradient, as large, is read and written once a chunk
+HEAD_CHUNK_CPU = 512  # tokens; tuned on two cores
+HEAD_BYTES = 512 << 20  # of float32 logits: the sum of the unembedding's gradient, of like size, is read and written per chunk
 
 
-def keeping(layer: Callable[..., Any], config: Config) -> Callable[..., Any]:
-    """The layer, with model.remat applied. For use in a scan: see jax.checkpoint's prevent_cse."""
-    if config.model.remat == "none":
-        return layer
-    policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[config.model.remat])
-    return jax.checkpoint(layer, prevent_cse=False, policy=policy)
+class Tuning(NamedTuple):
+    """Choices for a kind of device.
 
-
-def streams(config: Config, rows: int) -> int:
-    """In how many parts a device's rows go through the layers: while one waits for y, the other computes. 0.641 -> 0.538 at
-    16 x 4, two for one.
-
-    Unasked, two with y > 1, but only where the backward pass computes layers again: else each would gather its weights there.
-    Rows that do not divide, unasked, go through as one.
+    Attributes:
+        options: XLA compiler options by name. They are passed to the compilation of the step alone, not through XLA_FLAGS or
+            LIBTPU_INIT_ARGS, where an option of another device's compiler ends the process.
+        via_all_to_all: whether sums over y use an all-to-all (collectives.scatter_y).
     """
-    wanted = config.mesh.overlap_groups or (2 if config.mesh.y > 1 and config.model.remat != "none" else 1)
-    return wanted if rows % wanted == 0 else 1
+
+    options: Mapping[str, str]
+    via_all_to_all: bool
 
 
-def exchanges(config: Config) -> bool:
-    """Whether sums over y go by an all-to-all: see collectives.scatter_y. 0.575 -> 0.538 at 16 x 4."""
-    wanted = config.mesh.reduce_scatter_via_all_to_all
-    return tuning(traced_for().device_kind).exchange if wanted is None else wanted
+# Weights are gathered while matrix products run. An all-gather is not turned into an all-reduce of padded shards, which cannot
+# overlap with computation.
+_ASYNC_GATHERS = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    "xla_tpu_prefer_async_allgather_to_allreduce": "true",
+}
+_ASYNC_ALL_TO_ALL = {"xla_tpu_enable_async_all_to_all": "true"}
+# Vector memory that a fusion may use, in KiB: larger tiles of matrix products. A v5p core has 64 MiB; the default is 16 MiB.
+_LARGE_TILES = {"xla_tpu_scoped_vmem_limit_kib": "57344"}
+
+TUNING = {
+    r"TPU v5p?": Tuning({**_ASYNC_GATHERS, **_ASYNC_ALL_TO_ALL, **_LARGE_TILES}, via_all_to_all=True),
+    r"TPU v4": Tuning({**_ASYNC_GATHERS, **_ASYNC_ALL_TO_ALL}, via_all_to_all=True),
+    # Slices of these chips are no tori: "Async all-to-all not supported on limited ICI".
+    r"TPU v5( ?lite|e)": Tuning({**_ASYNC_GATHERS, **_LARGE_TILES}, via_all_to_all=False),
+    r"TPU v6( ?lite|e)": Tuning(_ASYNC_GATHERS, via_all_to_all=False),
+}
+UNTUNED = Tuning({}, via_all_to_all=False)
 
 
-def head_chunk(config: Config) -> int:
-    """Tokens whose logits exist at a time."""
-    given = config.model.head_chunk
-    if given is not None:
-        return given
-    if traced_for().platform == "cpu":
-        return _HEAD_CHUNK_CPU
-    fit = _HEAD_BYTES // (4 * config.model.padded_vocab // config.mesh.y)
-    return max(1, 1 << (fit.bit_length() - 1))  # a power of two, that divides the usual numbers of tokens
+@dataclass(frozen=True)
+class Execution:
+    """The resolved settings of a step.
+
+    Attributes:
+        platform: of the devices, as JAX names it.
+        device_kind: likewise.
+        attention: the implementation of attention.
+        remat: what a layer recomputes in the backward pass: none, or a key of SAVED_NAMES.
+        head_chunk: tokens of a device whose logits exist at a time.
+        overlap_groups: groups of a device's rows; one computes while another communicates over y.
+        via_all_to_all: sums over y by an all-to-all.
+        compiler_options: for XLA, by name.
+    """
+
+    platform: str
+    device_kind: str
+    attention: Attention
+    remat: str
+    head_chunk: int
+    overlap_groups: int
+    via_all_to_all: bool
+    compiler_options: Mapping[str, str]
+
+    def rematerialize(self, layer: Callable[..., Any]) -> Callable[..., Any]:
+        """The layer with remat applied. For use in a scan: see prevent_cse of jax.checkpoint."""
+        if self.remat == "none":
+            return layer
+        policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES[self.remat])
+        return jax.checkpoint(layer, prevent_cse=False, policy=policy)
+
+
+def tuning(device_kind: str) -> Tuning:
+    """The choices for a kind of device as JAX names it; none if the kind is unknown, as for a CPU."""
+    return next((t for pattern, t in TUNING.items() if re.fullmatch(pattern, device_kind, re.IGNORECASE)), UNTUNED)
+
+
+def resolve(config: Config, mesh: AnyMesh) -> Execution:
+    """The settings of a step of this config on the devices of a mesh.
+
+    Raises:
+        ConfigError: model.attention_kernel is set to a kernel that the devices lack.
+    """
+    device, m = first_device(mesh), config.model
+    tuned = tuning(device.device_kind)
+    y = mesh.shape["y"]
+    # Two groups with y > 1 (0.641 -> 0.538 at 16 x 4), but only where the backward pass recomputes layers: without, each group
+    # would gather the layer's weights again there.
+    groups = config.mesh.overlap_groups or (2 if y > 1 and m.remat != "none" else 1)
+    via_all_to_all = config.mesh.reduce_scatter_via_all_to_all  # 0.575 -> 0.538 at 16 x 4
+    return Execution(
+        platform=device.platform,
+        device_kind=device.device_kind,
+        attention=_attention(config, device.platform, device.device_kind),
+        remat=m.remat,
+        head_chunk=m.head_chunk or _head_chunk(device.platform, m.padded_vocab // y),
+        overlap_groups=groups,
+        via_all_to_all=tuned.via_all_to_all if via_all_to_all is None else via_all_to_all,
+        compiler_options={**(tuned.options if config.xla_tuned else {}), **config.xla},
+    )
+
+
+def _attention(config: Config, platform: str, kind: str) -> Attention:
+    m, T = config.model, config.data.seq_len
+    available = device_kernel(platform, kind)
+    kernel = m.attention_kernel
+    check(
+        kernel in ("auto", "xla", available) or (kernel == "splash" and platform == "cpu"),
+        f"model.attention_kernel = {kernel}: not on {kind}; use auto or {available}",
+    )
+    if kernel == "auto":
+        kernel = available
+        # The logits of a shorter row are cheap to write out.
+        short = kernel == "splash" and T < SPLASH_FROM
+        # cuDNN takes segments as a T x T addend, whose gradient it computes too: not measured yet.
+        masked = kernel == "cudnn" and config.data.intra_document_mask
+        if short or masked or unfit(kernel, m.attention_activation, T, m.d_head, config.precision.compute):
+            kernel = "xla"
+    if kernel == "splash":
+        return "splash_interpreted" if platform == "cpu" else "splash"  # interpreted on a CPU: slow, for tests
+    if kernel == "cudnn":
+        return "cudnn"
+    return "dense" if platform == "tpu" else "blockwise"
+
+
+def _head_chunk(platform: str, n_logits: int) -> int:
+    """Tokens whose logits exist at a time; n_logits: logits of a token on one device."""
+    if platform == "cpu":
+        return HEAD_CHUNK_CPU
+    fit = HEAD_BYTES // (4 * n_logits)
+    return max(1, 1 << (fit.bit_length() - 1))  # a power of two, which divides the usual numbers of tokens

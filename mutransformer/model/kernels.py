@@ -1,6 +1,6 @@
 """Causal softmax attention by the kernels that come with JAX: splash attention on a TPU, cuDNN's on an NVIDIA GPU.
 
-What each can compute is said in `kernel_rules`. Per device, pure; the gradient is the kernel's own.
+Their limits are in `config.kernels`. Per device, pure; the gradient is the kernel's own.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from mutransformer.config.kernels import SPLASH_MULTIPLE
-from mutransformer.model.matmul import differentiated
-from mutransformer.sharding.collectives import unchecked, varying_as
+from mutransformer.model.ops import custom_gradient
+from mutransformer.sharding.collectives import varying_as, without_vma_check
 
-# Rows and columns of the squares in which splash attention works off the logits. A square on the diagonal is computed whole, so
-# that a larger one computes more of the masked half; a smaller one reads keys and values more often.
+# Rows and columns of splash attention's blocks of logits. Blocks on the diagonal are computed in full: larger blocks compute more
+# of the masked half, smaller ones read keys and values more often.
 BLOCK = 512
 
 
@@ -26,7 +26,7 @@ def cudnn(
     scale: float,
     segments: Int[Array, "b T"] | None,
 ) -> Float[Array, "b T h D"]:
-    """cuDNN's fused attention. Segments reach it as a mask of T x T, which it adds to the logits."""
+    """cuDNN's fused attention. It takes segments as a T x T mask, which it adds to the logits."""
     mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn")
 
@@ -35,7 +35,7 @@ def _splash_forward(q: Array, k: Array, v: Array, segments: Array | None, interp
     def forward(q: Array, k: Array, v: Array, segments: Array | None) -> Any:
         return jax.vjp(lambda q, k, v: _splash(q, k, v, segments, interpret), q, k, v)
 
-    return varying_as(unchecked(forward)(q, k, v, segments), q)
+    return varying_as(without_vma_check(forward)(q, k, v, segments), q)
 
 
 def _splash_backward(interpret: bool, pull: Callable[..., Any], grad: Array) -> tuple[Array, Array, Array, None]:
@@ -43,10 +43,10 @@ def _splash_backward(interpret: bool, pull: Callable[..., Any], grad: Array) -> 
         with jax.named_scope("splash_attention"):
             return pull(grad)
 
-    return *varying_as(unchecked(backward)(pull, grad), grad), None
+    return *varying_as(without_vma_check(backward)(pull, grad), grad), None
 
 
-@differentiated(_splash_forward, _splash_backward, static=(4,))
+@custom_gradient(_splash_forward, _splash_backward, static=(4,))
 def splash(
     q: Float[Array, "b h T D"],
     k: Float[Array, "b k T D"],
@@ -54,29 +54,27 @@ def splash(
     segments: Int[Array, "b T"] | None,
     interpret: bool,
 ) -> Float[Array, "b h T D"]:
-    """JAX's splash attention; what it keeps for the backward pass is of size T.
+    """JAX's splash attention; what it saves for the backward pass is of size T.
 
-    Its kernels say nothing of the axes on which their results vary, which shard_map's check asks for. So only they are traced
-    without the check, forward and backward each as a whole; what is outside, collectives above all, is checked as ever.
-    Queries, keys and values must vary on the same axes.
+    Its kernels have no VMA annotations, which shard_map's check needs. So the kernels alone are traced without the check, forward
+    and backward; everything else, collectives above all, is checked. q, k and v must vary over the same mesh axes.
 
     Args:
-        q: queries, scaled.
-        k: keys.
-        v: values.
-        segments: of each position; None: a row is one.
-        interpret: compute it without the compiler for kernels, slowly: for a CPU.
+        q: queries, already scaled.
+        k, v: keys and values.
+        segments: the segment of each position; None: a row is one segment.
+        interpret: run without the kernel compiler, slowly: for a CPU.
     """
     return _splash_forward(q, k, v, segments, interpret)[0]
 
 
 def _splash(q: Array, k: Array, v: Array, segments: Array | None, interpret: bool) -> Array:
-    from jax.experimental.pallas.ops.tpu import splash_attention as library  # takes a second: only where it is used
+    from jax.experimental.pallas.ops.tpu import splash_attention as library  # importing takes a second
 
     _, h, T, _ = q.shape
     block = next(n for n in range(min(BLOCK, T), 0, -SPLASH_MULTIPLE) if T % n == 0)
-    # The gradient of q by one kernel, those of k and v by another. The kernel for all three computes the logits once less, but
-    # writes q's in a rounded part for each block of keys, and as XLA compiles the sum of the parts it costs more than is saved.
+    # The gradient of q by one kernel, those of k and v by another. The fused kernel computes the logits one time less, but writes
+    # a rounded part of q's gradient for each block of keys; as XLA compiles the sum of these parts, it costs more than it saves.
     keys = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     sizes = library.BlockSizes(**dict.fromkeys(keys, block))
     kernel: Any = library.make_splash_mha(

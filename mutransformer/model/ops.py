@@ -1,9 +1,10 @@
-"""The mathematics of a layer, per device and pure: norm, rotary positions, activations, what the model reads.
+"""The operations of a layer that need no weights, per device and pure: norms, rotary positions, activations, the model's inputs.
 
-Weights do not enter here. Dims are those of `spec`; statistics are float32 whatever the compute dtype.
+Dims are those of `sharding.spec`; statistics are float32 whatever the compute dtype.
 """
 
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,28 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from mutransformer.model.matmul import differentiated
 from mutransformer.sharding.collectives import index_y, sum_y
+
+MASKED = -1e30  # a logit without probability
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def custom_gradient(forward: Callable[..., Any], backward: Callable[..., Any], static: tuple[int, ...]) -> Callable[[F], F]:
+    """jax.custom_vjp as a decorator that keeps the function's type.
+
+    Args:
+        forward: the function's arguments -> (its result, what to save).
+        backward: static arguments, what was saved, the gradient of the result -> the gradients of the other arguments.
+        static: positions of arguments that are no arrays.
+    """
+
+    def decorate(function: F) -> F:
+        wrapped = jax.custom_vjp(function, nondiff_argnums=static)
+        wrapped.defvjp(forward, backward)
+        return cast(F, wrapped)
+
+    return decorate
 
 
 def rms_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
@@ -22,7 +43,7 @@ def rms_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"
 
 
 def rms_norm_y(x: Float[Array, "b T m"], eps: float) -> Float[Array, "b T m"]:
-    """The same over features that are spread over y: only the sum of squares moves."""
+    """rms_norm over features that are sharded over y: only the sum of squares moves."""
     wide = x.astype(jnp.float32)
     mean = sum_y(jnp.sum(jnp.square(wide), axis=-1, keepdims=True)) / (x.shape[-1] * lax.axis_size("y"))
     return (wide * lax.rsqrt(mean + eps)).astype(x.dtype)
@@ -33,8 +54,8 @@ def rotary(x: Float[Array, "b T n D"], base: float, first: Int[Array, ""] | None
 
     Args:
         x: queries or keys.
-        base: as in the formula.
-        first: the position of x's first; None: 0.
+        base: of the frequencies.
+        first: the position of x[:, 0]; None: 0.
     """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -55,9 +76,9 @@ def _relu_backward(y: Array, grad: Array) -> tuple[Array]:
     return (jnp.where(y > 0, grad, 0),)
 
 
-@differentiated(_relu_forward, _relu_backward, static=())
+@custom_gradient(_relu_forward, _relu_backward, static=())
 def relu(x: Array) -> Array:
-    """max(x, 0). Its gradient is read off the result, which the next projection keeps anyway; jax.nn.relu keeps a mask."""
+    """max(x, 0). Its gradient uses the result, which the next projection saves anyway; jax.nn.relu would save a mask."""
     return jnp.maximum(x, 0)
 
 
@@ -77,21 +98,22 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def select_kv(kv: Float[Array, "b T K D"], n_local: int, n_head: int) -> Float[Array, "b T k D"]:
-    """The key/value heads that this device's query heads read, where all of them are here.
+    """The key/value heads that this device's query heads read, from all K of them.
 
     Args:
+        kv: keys or values of all heads.
         n_local: query heads on this device.
-        n_head: query heads in all.
+        n_head: query heads on all devices.
     """
     n_kv = kv.shape[2]
     if n_kv == 1 or n_local == n_head:
         return kv
-    mine = (index_y() * n_local + jnp.arange(n_local)) // (n_head // n_kv)
-    return jnp.take(kv, mine, axis=2)
+    heads = (index_y() * n_local + jnp.arange(n_local)) // (n_head // n_kv)
+    return jnp.take(kv, heads, axis=2)
 
 
 def shift_right(tokens: Int[Array, "b T"], bos_id: int, segments: Int[Array, "b T"] | None = None) -> Int[Array, "b T"]:
-    """What the model reads to predict each token: the row behind bos; with segments, each of them behind a bos of its own."""
+    """The model's inputs: the tokens shifted right by one, with bos in front of the row, or of each segment of it."""
     inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=bos_id)
     if segments is None:
         return inputs

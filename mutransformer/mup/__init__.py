@@ -1,1 +1,42 @@
-"""The parametrization: how a weight is initialised and trained, by its role and the size of the model."""
+"""The parametrization: how a weight is initialized and trained, given its role and the size of the model.
+
+Imports nothing of the rest of the package. What it needs of a weight is in `Parameter`, of the model in `Scaling`.
+"""
+
+from mutransformer.mup.init import init_weights
+from mutransformer.mup.rules import (
+    RULES,
+    Init,
+    Parameter,
+    Parametrization,
+    Powers,
+    Role,
+    Row,
+    Scaling,
+    betas,
+    decay_multiplier,
+    eps_multiplier,
+    forward_multiplier,
+    init_std,
+    lr_multiplier,
+    uses_muon,
+)
+
+__all__ = [
+    "RULES",
+    "Init",
+    "Parameter",
+    "Parametrization",
+    "Powers",
+    "Role",
+    "Row",
+    "Scaling",
+    "betas",
+    "decay_multiplier",
+    "eps_multiplier",
+    "forward_multiplier",
+    "init_std",
+    "init_weights",
+    "lr_multiplier",
+    "uses_muon",
+]

@@ -1,60 +1,108 @@
-"""Parametrizations: a weight's start, forward multiplier, learning rate, eps and decay, from its role and the model's size.
+"""Parametrizations as data: a weight's initial scale, forward multiplier, learning rate, eps and decay.
 
-One table a parametrization, as data. Sizes are global: how a weight is sharded changes nothing.
+All follow from the weight's role and the size of the model. Sizes are global: sharding changes nothing.
 
     sp            standard: one learning rate
     mup           maximal update, without forward multipliers: Yang et al., Tensor Programs V (arXiv 2203.03466), Table 3, with
                   learning rates relative to a base width: Lingle (arXiv 2404.05728), section 2
-    abs_mup       the same with rates by fan-in alone
+    abs_mup       the same with learning rates by fan-in alone
     mup_table8    the same training as mup under Adam, with the unembedding's scale as a multiplier: Tensor Programs V, Table 8
     completep     mup_table8 and a rule for depth: Dey et al. (arXiv 2505.01618), Table 1
-    completed_p   mup and rules for depth, batch size and tokens: Mlodozeniec et al. (arXiv 2512.22382), Table 1
+    completed_p   mup and rules for depth, batch size and number of tokens: Mlodozeniec et al. (arXiv 2512.22382), Table 1
+
+A new parametrization is a new entry of RULES.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-from zlib import crc32
+from typing import Literal, NamedTuple, Protocol
 
-import jax
-import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Int
+# residual: hidden, and writes to the residual stream. qk_gain: of the norms of queries and keys. outer_...: not in a layer.
+Role = Literal["input", "hidden", "residual", "output", "gain", "qk_gain", "bias", "outer_gain", "outer_bias"]
+Init = Literal["rule", "mup", "sp", "zero"]  # rule: the parametrization's own initial scale; else an override
 
-from mutransformer.config.schema import Config
-from mutransformer.sharding.spec import Role, Weight
+
+class Parameter(Protocol):
+    """What the rules need to know about a weight. fan_out is the number of outputs that one input reaches."""
+
+    @property
+    def role(self) -> Role: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def fan_in(self) -> int: ...
+    @property
+    def fan_out(self) -> int: ...
+    @property
+    def lr_fan_in(self) -> float: ...
+    @property
+    def is_matrix(self) -> bool: ...
+    @property
+    def init(self) -> Init: ...
+    @property
+    def init_tag(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The parametrization of a model, and the size of the model relative to the one that was tuned.
+
+    Attributes:
+        rule: a key of RULES.
+        width: d_model / d_base.
+        depth: n_layer / n_layer_base.
+        noise_ratio: batch ratio / token ratio: tokens a step over those of the tuned run, divided by the same for all tokens.
+        depth_alpha: residual branches are multiplied by depth^-depth_alpha (completep, completed_p).
+        embed_lr_exponent: the embedding's learning rate is multiplied by width^embed_lr_exponent.
+        eps_scaling: eps follows the learning rate's factor.
+        coupled_decay: weight decay is multiplied by the learning rate.
+        decay_exponent: decay of hidden and output matrices is multiplied by width^decay_exponent; None: as the rule says.
+        decay_vectors: gains and biases decay too.
+        muon_lr: factor on the learning rate of matrices trained by Muon; None: no weight is trained by Muon.
+    """
+
+    rule: str
+    width: float = 1.0
+    depth: float = 1.0
+    noise_ratio: float = 1.0
+    depth_alpha: float = 1.0
+    embed_lr_exponent: float = 0.0
+    eps_scaling: bool = False
+    coupled_decay: bool = False
+    decay_exponent: float | None = None
+    decay_vectors: bool = False
+    muon_lr: float | None = None
+
+    @property
+    def parametrization(self) -> "Parametrization":
+        return RULES[self.rule]
 
 
 class Powers(NamedTuple):
-    """A product of powers: fan_in of the weight itself; width = d_model / d_base; depth = n_layer / n_layer_base.
-
-    The exponent of depth is depth + alpha x optim.depth_alpha.
-    """
+    """A product of powers of fan_in, width and depth. The exponent of depth is depth + alpha * depth_alpha."""
 
     fan_in: float = 0.0
     width: float = 0.0
     depth: float = 0.0
     alpha: float = 0.0
 
-    def __call__(self, fan_in: float, config: Config) -> float:
-        m = config.model
-        on_width, on_depth = m.d_model / m.d_base, m.n_layer / (m.n_layer_base or m.n_layer)
-        depth = self.depth + self.alpha * config.optim.depth_alpha
-        return fan_in**self.fan_in * on_width**self.width * on_depth**depth
+    def __call__(self, fan_in: float, scaling: Scaling) -> float:
+        depth = self.depth + self.alpha * scaling.depth_alpha
+        return fan_in**self.fan_in * scaling.width**self.width * scaling.depth**depth
 
 
 ONE = Powers()
 
 
 class Row(NamedTuple):
-    """What holds for the weights of a role.
+    """The rules for the weights of one role.
 
     Attributes:
-        std: of the normal start; None for a constant one, one for gains and zero for biases.
-        multiplier: on what the weight gives in the forward pass; of role residual, on the branch with its bias.
-        lr: on optim.lr.
-        eps: on optim.eps.
-        decay: on optim.weight_decay where it is coupled to the learning rate. Independent decay is the same at all sizes.
+        std: of the normal initial distribution; None: constant, one for gains and zero for biases.
+        multiplier: on the weight's output in the forward pass; for role residual, on the branch including its bias.
+        lr: on the base learning rate.
+        eps: on Adam's eps.
+        decay: on weight decay that is coupled to the learning rate. Independent decay is the same at all sizes.
     """
 
     std: Powers | None
@@ -65,7 +113,7 @@ class Row(NamedTuple):
 
 
 class Horizon(NamedTuple):
-    """Exponents of (batch ratio / token ratio), for all roles: rules for batch size and length of training."""
+    """Exponents of noise_ratio, for all roles: rules for batch size and length of training."""
 
     lr: float = 0.0
     eps: float = 0.0
@@ -76,24 +124,25 @@ class Horizon(NamedTuple):
 
 @dataclass(frozen=True)
 class Parametrization:
-    rows: Mapping[Role, Row]  # total
+    rows: Mapping[Role, Row]  # one for every role
     horizon: Horizon = Horizon()
 
 
 _VECTORS: dict[Role, Row] = dict.fromkeys(("gain", "qk_gain", "bias", "outer_gain", "outer_bias"), Row(None))
 
 
-def _table(hidden: Row, output: Row) -> dict[Role, Row]:
-    """Rules for width: the input matrix and vectors feel nothing of it."""
+def _width_rules(hidden: Row, output: Row) -> dict[Role, Row]:
+    """Rules for width: they leave the input matrix and vectors alone."""
     return {"input": Row(ONE), "hidden": hidden, "residual": hidden, "output": output, **_VECTORS}
 
 
 _SQRT, _INVERSE = Powers(fan_in=-0.5), Powers(fan_in=-1.0)
-_NARROWER = Powers(width=-1.0)  # P / M
-_MUP = _table(Row(_SQRT, lr=_NARROWER), Row(_INVERSE, lr=_NARROWER))
-_TABLE8 = _table(Row(_SQRT, lr=_NARROWER), Row(Powers(fan_in=-1.0, width=1.0), multiplier=_NARROWER))
+_NARROWER = Powers(width=-1.0)  # P / M: base width / width
+_MUP = _width_rules(Row(_SQRT, lr=_NARROWER), Row(_INVERSE, lr=_NARROWER))
+_TABLE8 = _width_rules(Row(_SQRT, lr=_NARROWER), Row(Powers(fan_in=-1.0, width=1.0), multiplier=_NARROWER))
 
-# In the layers, as both papers on depth have it. Their decay is coupled and grows with width: what a step takes away does not.
+# For the layers, as in both papers on depth. Their decay is coupled and grows with width, so that the amount that one step
+# removes does not depend on width.
 _HIDDEN = Row(
     _SQRT,
     lr=Powers(width=-1.0, depth=-1.0, alpha=1.0),
@@ -110,9 +159,9 @@ _LAYERS: dict[Role, Row] = {
 }
 
 RULES: dict[str, Parametrization] = {
-    "sp": Parametrization(_table(Row(_SQRT), Row(_SQRT))),
+    "sp": Parametrization(_width_rules(Row(_SQRT), Row(_SQRT))),
     "mup": Parametrization(_MUP),
-    "abs_mup": Parametrization(_table(Row(_SQRT, lr=_INVERSE), Row(_INVERSE, lr=_INVERSE))),
+    "abs_mup": Parametrization(_width_rules(Row(_SQRT, lr=_INVERSE), Row(_INVERSE, lr=_INVERSE))),
     "mup_table8": Parametrization(_TABLE8),
     "completep": Parametrization({**_TABLE8, **_LAYERS}),
     "completed_p": Parametrization(
@@ -128,97 +177,63 @@ RULES: dict[str, Parametrization] = {
 }
 
 
-def init_std(w: Weight, config: Config) -> float:
-    """The standard deviation a weight starts with; 0 for gains, biases and where an override says zero."""
-    rule = config.optim.rule if w.init == "rule" else w.init
+def init_std(w: Parameter, scaling: Scaling) -> float:
+    """The standard deviation of the initial values; 0 for gains, biases and where an override says zero."""
+    rule = scaling.rule if w.init == "rule" else w.init
     powers = None if rule == "zero" else RULES[rule].rows[w.role].std
-    return 0.0 if powers is None else powers(float(w.fan_in), config)
+    return 0.0 if powers is None else powers(float(w.fan_in), scaling)
 
 
-def multiplier(w: Weight, config: Config) -> float:
-    """The factor on what a weight gives in the forward pass; of role residual, on its branch."""
-    return _row(w, config).multiplier(float(w.fan_in), config)
+def forward_multiplier(w: Parameter, scaling: Scaling) -> float:
+    """The factor on a weight's output in the forward pass; for role residual, on its branch."""
+    return _row(w, scaling).multiplier(float(w.fan_in), scaling)
 
 
-def lr_multiplier(w: Weight, config: Config) -> float:
-    """The factor on optim.lr."""
-    o, powers = config.optim, _row(w, config).lr
-    factor = config.noise_ratio ** RULES[o.rule].horizon.lr
-    if uses_muon(w, config):
-        # Its updates have the spectral norm that lets width be: sqrt(fan_out / fan_in) (Yang et al., arXiv 2310.17813).
+def lr_multiplier(w: Parameter, scaling: Scaling) -> float:
+    """The factor on the base learning rate."""
+    powers = _row(w, scaling).lr
+    factor = scaling.noise_ratio**scaling.parametrization.horizon.lr
+    if uses_muon(w, scaling):
+        assert scaling.muon_lr is not None
+        # Updates with a width-independent spectral norm: sqrt(fan_out / fan_in) (Yang et al., arXiv 2310.17813).
         spectral = (w.fan_out / w.fan_in) ** 0.5
-        return factor * o.muon_lr * spectral * powers._replace(fan_in=0.0, width=0.0)(1.0, config)
+        return factor * scaling.muon_lr * spectral * powers._replace(fan_in=0.0, width=0.0)(1.0, scaling)
     if w.role == "input":
-        factor *= Powers(width=o.embed_lr_exponent)(1.0, config)
-    return factor * powers(_fan_in_meant(w, config), config)
+        factor *= Powers(width=scaling.embed_lr_exponent)(1.0, scaling)
+    return factor * powers(w.lr_fan_in, scaling)
 
 
-def eps_multiplier(w: Weight, config: Config) -> float:
-    """The factor on optim.eps; that of the learning rate if optim.eps_scaling, as the reference system has it."""
-    if config.optim.eps_scaling:
-        return lr_multiplier(w, config)
-    return _row(w, config).eps(float(w.fan_in), config) * config.noise_ratio ** RULES[config.optim.rule].horizon.eps
+def eps_multiplier(w: Parameter, scaling: Scaling) -> float:
+    """The factor on Adam's eps; with eps_scaling that of the learning rate, as in the reference system."""
+    if scaling.eps_scaling:
+        return lr_multiplier(w, scaling)
+    return _row(w, scaling).eps(float(w.fan_in), scaling) * scaling.noise_ratio**scaling.parametrization.horizon.eps
 
 
-def decay_multiplier(w: Weight, config: Config) -> float:
-    """The factor on optim.weight_decay; 0 for vectors unless optim.decay_vectors."""
-    o = config.optim
-    if not (w.is_matrix or o.decay_vectors):
+def decay_multiplier(w: Parameter, scaling: Scaling) -> float:
+    """The factor on weight decay; 0 for vectors unless decay_vectors."""
+    if not (w.is_matrix or scaling.decay_vectors):
         return 0.0
-    coupled, horizon = o.decay == "coupled", RULES[o.rule].horizon
-    powers = _row(w, config).decay if coupled else ONE
-    if uses_muon(w, config):
-        powers = powers._replace(width=0.0)  # it makes good for a rate that falls with width, and Muon's does not
-    if o.decay_exponent is not None and w.role in ("hidden", "residual", "output"):
-        powers = Powers(width=o.decay_exponent)
-    return powers(float(w.fan_in), config) * config.noise_ratio ** (
-        horizon.coupled_decay if coupled else horizon.independent_decay
-    )
+    horizon = scaling.parametrization.horizon
+    powers = _row(w, scaling).decay if scaling.coupled_decay else ONE
+    if uses_muon(w, scaling):
+        powers = powers._replace(width=0.0)  # it compensates a learning rate that falls with width, which Muon's does not
+    if scaling.decay_exponent is not None and w.role in ("hidden", "residual", "output"):
+        powers = Powers(width=scaling.decay_exponent)
+    exponent = horizon.coupled_decay if scaling.coupled_decay else horizon.independent_decay
+    return powers(float(w.fan_in), scaling) * scaling.noise_ratio**exponent
 
 
-def betas(config: Config) -> tuple[float, float]:
-    """optim.beta1 and beta2, at this batch size and number of tokens."""
-    o = config.optim
-    r = config.noise_ratio ** RULES[o.rule].horizon.beta
-    return (o.beta1, o.beta2) if r == 1 else (1 - (1 - o.beta1) * r, 1 - (1 - o.beta2) * r)
+def betas(beta1: float, beta2: float, scaling: Scaling) -> tuple[float, float]:
+    """Adam's betas at this batch size and number of tokens."""
+    r = scaling.noise_ratio**scaling.parametrization.horizon.beta
+    return (beta1, beta2) if r == 1 else (1 - (1 - beta1) * r, 1 - (1 - beta2) * r)
 
 
-def uses_muon(w: Weight, config: Config) -> bool:
-    """Whether a weight is trained by Muon: the matrices of the layers, if optim.name says so."""
-    return config.optim.name == "muon" and w.role in ("hidden", "residual")
+def uses_muon(w: Parameter, scaling: Scaling) -> bool:
+    """Whether a weight is trained by Muon: the matrices of the layers, if Muon is the optimizer."""
+    return scaling.muon_lr is not None and w.role in ("hidden", "residual")
 
 
-def _row(w: Weight, config: Config) -> Row:
-    return RULES[config.optim.rule].rows[w.role]
-
-
-def _fan_in_meant(w: Weight, config: Config) -> float:
-    """The fan-in as it is meant: a learning rate does not feel that ff_multiple x d_model was rounded."""
-    c = config.model
-    return c.ff_multiple * c.d_model if any(dim.name == "F" for dim in w.dims[: -w.n_out]) else float(w.fan_in)
-
-
-def init(specs: Any, config: Config, seed: Int[Array, ""] | int | None = None) -> Any:
-    """Draws every weight, float32, whatever the mesh: a weight's key folds in its name, so that no weight moves another's draw.
-
-    Args:
-        specs: a tree of Weight.
-        config: of the run.
-        seed: where it is an array; None: the config's.
-
-    Returns:
-        The same tree of arrays.
-    """
-    root = jax.random.key(config.seed if seed is None else seed)
-
-    def draw(path: tuple, w: Weight) -> Array:
-        if w.role in ("gain", "qk_gain", "outer_gain"):
-            return jnp.ones(w.shape, jnp.float32)
-        std = init_std(w, config)
-        if std == 0:
-            return jnp.zeros(w.shape, jnp.float32)
-        tag = crc32(jax.tree_util.keystr(path).encode()) if w.init_tag is None else w.init_tag
-        key = jax.random.fold_in(root, tag)
-        return std * jax.random.normal(key, w.shape, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, specs)
+def _row(w: Parameter, scaling: Scaling) -> Row:
+    return scaling.parametrization.rows[w.role]

@@ -1,7 +1,7 @@
-"""Every byte that moves between devices: the only file that spells collectives. For use inside shard_map over the axes x and y,
-and where there are several such grids z.
+"""Every byte that moves between devices: the only module that calls collectives. For use inside shard_map over the mesh axes x
+and y, and z where there are several replicas of that grid.
 
-A verb names what happens and on which axis. Which dim of a weight is gathered is read off its spec, never said twice.
+A function's name says what happens and over which axis. Which dim of a weight is gathered follows from its spec.
 """
 
 from collections.abc import Callable
@@ -20,21 +20,19 @@ Tree = TypeVar("Tree")
 
 
 def gather_x(w: Array, spec: Weight, compute: DTypeLike, reduce: DTypeLike, typed: DTypeLike | None = None) -> Array:
-    """A weight as the layer uses it: cast to the compute dtype, then made whole along x.
-
-    Its gradient is cast to `reduce`, summed over x, and scattered to where the weight rests.
+    """All-gathers a weight over x in the compute dtype. Its gradient is cast to `reduce` and reduce-scattered over x.
 
     Args:
         w: this device's shard.
-        spec: tells which dim rests on x. A weight without one is the same on all of x; its gradient is summed just so.
-        compute: dtype to which it is rounded, and in which it moves.
+        spec: of the weight. A weight without a dim on x is the same on all of x; its gradient is only summed.
+        compute: dtype to which the weight is rounded, and in which it moves.
         reduce: dtype in which its gradient moves.
         typed: dtype of the result, and so of the gradient that comes back; None: compute.
     """
     same_on = tuple(axis for axis in ("x", "y") if axis not in {*spec.axes, *_varies_on(w)})
-    # Marked as this device's own copy while still float32: the mark's gradient is the sum over copies.
-    own = lax.pcast(w, same_on, to="varying") if same_on else w
-    return _gather_x(own, spec.dim_on("x"), jnp.dtype(compute), jnp.dtype(reduce), jnp.dtype(typed or compute))
+    # Marked as varying while still float32: the gradient of the mark is the sum over the copies.
+    varying_w = lax.pcast(w, same_on, to="varying") if same_on else w
+    return _gather_x(varying_w, spec.dim_on("x"), jnp.dtype(compute), jnp.dtype(reduce), jnp.dtype(typed or compute))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
@@ -58,7 +56,7 @@ _gather_x.defvjp(_gather_x_forward, _gather_x_backward)
 
 
 def scatter_x(grad: Array, spec: Weight, reduce: DTypeLike) -> Array:
-    """The gradient of a whole weight, summed over x in the given dtype -> float32, where the weight rests."""
+    """Reduce-scatters the gradient of a gathered weight over x in the given dtype; gives the float32 shard of its sum."""
     return _scatter_x(grad, spec.dim_on("x"), jnp.dtype(reduce))
 
 
@@ -69,52 +67,59 @@ def _scatter_x(grad: Array, dim: int | None, reduce: jnp.dtype) -> Array:
     return grad.astype(jnp.float32)
 
 
-def gather_y(x: Float[Array, "b T m"], exchange: bool) -> Float[Array, "b T M"]:
-    """An activation made whole along y. Gradient: as scatter_y."""
-    return x if lax.axis_size("y") == 1 else _gather_y(x, exchange)
+def gather_y(x: Float[Array, "b T m"], via_all_to_all: bool) -> Float[Array, "b T M"]:
+    """All-gathers an activation over y. Gradient: as scatter_y."""
+    return x if lax.axis_size("y") == 1 else _gather_y(x, via_all_to_all)
 
 
-def scatter_y(x: Float[Array, "b T M"], exchange: bool) -> Float[Array, "b T m"]:
-    """Partial sums over y -> this device's slice of their sum. Gradient: a gather over y.
+def scatter_y(x: Float[Array, "b T M"], via_all_to_all: bool) -> Float[Array, "b T m"]:
+    """Sums partial sums over y, of which each device keeps its slice. Gradient: an all-gather over y.
 
     Args:
         x: this device's partial sums.
-        exchange: every device sends each other its slice, and adds up what it gets, in float32; else a reduce-scatter. As many
-            bytes move. XLA:TPU overlaps an all-to-all with computation, and never a reduce-scatter over one axis: of a step of
-            575 ms (1.3 G parameters, 16 x 4 on v5p) 109 were waits for it; the exchange's copies and sums cost 41.
+        via_all_to_all: every device sends each other device its slice, and adds up what it receives in float32; else a
+            reduce-scatter. The same number of bytes moves. XLA:TPU overlaps an all-to-all with computation, but never a
+            reduce-scatter over one axis: in a simulated step of 575 ms (1.3 G parameters, 16 x 4 on v5p) 109 ms were spent
+            waiting for it; the copies and sums of the all-to-all cost 41 ms.
     """
-    return x if lax.axis_size("y") == 1 else _scatter_y(x, exchange)
+    return x if lax.axis_size("y") == 1 else _scatter_y(x, via_all_to_all)
 
 
-def _spread(x: Array, exchange: bool) -> Array:
-    if not exchange:
+def _reduce_scatter_y(x: Array, via_all_to_all: bool) -> Array:
+    if not via_all_to_all:
         return lax.psum_scatter(x, "y", scatter_dimension=2, tiled=True)
     slices = lax.all_to_all(x, "y", split_axis=2, concat_axis=0, tiled=True)
     return jnp.sum(slices.reshape(-1, x.shape[0], *slices.shape[1:]), axis=0, dtype=jnp.float32).astype(x.dtype)
 
 
-def _whole(x: Array) -> Array:
+def _all_gather_y(x: Array) -> Array:
     return lax.all_gather(x, "y", axis=2, tiled=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather_y(x: Array, exchange: bool) -> Array:
-    return _whole(x)
+def _gather_y(x: Array, via_all_to_all: bool) -> Array:
+    return _all_gather_y(x)
 
 
-_gather_y.defvjp(lambda x, exchange: (_whole(x), None), lambda exchange, _, grad: (_spread(grad, exchange),))
+_gather_y.defvjp(
+    lambda x, via_all_to_all: (_all_gather_y(x), None),
+    lambda via_all_to_all, _, grad: (_reduce_scatter_y(grad, via_all_to_all),),
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scatter_y(x: Array, exchange: bool) -> Array:
-    return _spread(x, exchange)
+def _scatter_y(x: Array, via_all_to_all: bool) -> Array:
+    return _reduce_scatter_y(x, via_all_to_all)
 
 
-_scatter_y.defvjp(lambda x, exchange: (_spread(x, exchange), None), lambda exchange, _, grad: (_whole(grad),))
+_scatter_y.defvjp(
+    lambda x, via_all_to_all: (_reduce_scatter_y(x, via_all_to_all), None),
+    lambda via_all_to_all, _, grad: (_all_gather_y(grad),),
+)
 
 
 def gather_heads(x: Float[Array, "b T K d"]) -> Float[Array, "b T K D"]:
-    """Key/value heads that rest split inside the head, made whole. Gradient: a reduce-scatter over y."""
+    """All-gathers key/value heads that are sharded inside the head over y. Gradient: a reduce-scatter over y."""
     return lax.all_gather(x, "y", axis=3, tiled=True)
 
 
@@ -123,17 +128,18 @@ def _has_z() -> bool:
 
 
 def sum_rows(x: Array) -> Array:
-    """Over all devices that hold other rows of the batch: those of x, and of z."""
+    """The sum over all devices that hold other rows of the batch: over x, and over z."""
     return lax.psum(x, ("z", "x") if _has_z() else "x")
 
 
-def own_on_z(params: Tree) -> Tree:
-    """Weights marked as this grid's own copies, so that their gradients are not summed over grids before `sum_z` does it."""
+def varying_on_z(params: Tree) -> Tree:
+    """Marks weights as this replica's own, so that their gradients are not summed over replicas before `sum_z` does it."""
     return jax.tree.map(lambda w: lax.pcast(w, "z", to="varying"), params) if _has_z() else params
 
 
 def sum_z(grads: Tree, reduce: DTypeLike) -> Tree:
-    """Gradients summed over grids in the given dtype -> float32. In shards: the slow network carries no byte twice."""
+    """Sums gradients over replicas in the given dtype; the result is float32. Shards are summed, so the slow network between
+    replicas carries no byte twice."""
     if not _has_z():
         return grads
     return jax.tree.map(lambda g: lax.psum(g.astype(reduce), "z").astype(jnp.float32), grads)
@@ -144,31 +150,30 @@ def sum_y(x: Array) -> Array:
 
 
 def mean_xy(x: Array) -> Array:
-    """The mean over all devices of x and y, of what differs on both."""
+    """The mean over all devices of x and y."""
     return lax.pmean(x, ("x", "y"))
 
 
 def max_y(x: Array) -> Array:
-    """The largest over y, without a gradient."""
+    """The maximum over y, without a gradient."""
     return lax.pmax(lax.stop_gradient(x), "y")
 
 
 def index_y() -> Array:
-    """This device's place on y."""
+    """This device's index along y."""
     return lax.axis_index("y")
 
 
 def varying(x: Array, *axes: str) -> Array:
-    """A constant marked as this device's own on the given axes, x and y by default, as what a loop will add to it is.
-
-    On any other axis of the mesh, such as that of the runs of a sweep, everything varies.
+    """Marks a constant as varying on the given axes (default: x and y), as the carry of a loop must be when varying values are
+    added to it. On any other axis of the mesh, such as the axis of a sweep's runs, everything varies.
     """
     others = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis not in ("x", "y"))
     return lax.pcast(x, (*others, *(axes or ("x", "y"))), to="varying")
 
 
 def varying_as(tree: Any, *like: Array) -> Any:
-    """Arrays marked as this device's own on every axis on which one of `like` is."""
+    """Marks arrays as varying on every axis on which one of `like` varies."""
     axes = frozenset[str]().union(*map(_varies_on, like))
 
     def mark(x: Array) -> Array:
@@ -182,19 +187,19 @@ def _varies_on(x: Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that moves nothing between devices, traced without the check of what varies on which axis.
+def without_vma_check(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Traces a function without shard_map's check of which values vary over which mesh axes (VMA).
 
-    For kernels that do not tell it. The results count as the same on every axis: mark them by varying_as. Only for use within a
-    written-out gradient, for JAX would derive a wrong one from what it is not told.
+    For kernels without VMA annotations that move nothing between devices. The results count as the same on every axis: mark them
+    with varying_as. Only for use within a custom gradient: JAX would derive a wrong one from missing annotations.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function
 
     def unmarked(*args: Any) -> Any:
-        # An argument keeps its mark until an operation changes its shape; these two cost nothing.
+        # An argument keeps its mark until an operation changes its shape; these two operations cost nothing.
         return function(*jax.tree.map(lambda a: jnp.squeeze(jnp.expand_dims(a, 0), 0), args))
 
-    whole = PartitionSpec()  # already this device's own: nothing is split further, and no call is left in the program
-    return jax.shard_map(unmarked, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    replicated = PartitionSpec()  # the arguments are shards already: nothing is split further
+    return jax.shard_map(unmarked, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=False)

@@ -1,14 +1,11 @@
-"""What the devices can do, hold and are doing: peak FLOP/s by kind, bytes in use, traces; the host's memory.
-
-Nothing of the model. A device that is not in the table has no peak: a wrong one would make every MFU wrong.
-"""
+"""Devices: peak FLOP/s by kind, memory in use, memory limits. A kind that is not in the table has no peak: a wrong peak would
+make every MFU wrong."""
 
 import ctypes
 import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -19,14 +16,14 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 @runtime_checkable
 class Device(Protocol):
-    """What is asked of a jax.Device."""
+    """The part of jax.Device that is used here."""
 
     def memory_stats(self) -> Any: ...
 
 
 # Dense bfloat16 FLOP/s with float32 accumulation, from the vendors' data sheets; where a sheet gives the number with sparsity,
-# half of it. Per device as JAX counts them: a TPU v2, v3 or 7x chip is two devices. A pattern must match the whole kind, so that
-# a variant with other clocks (a laptop's GPU, a PCIe card, a slice of a partitioned GPU) is unknown unless it has its own line.
+# half of it. Per device as JAX counts them: a TPU v2, v3 or 7x chip is two devices. A pattern must match the full kind, so that
+# a variant with other clocks (a laptop GPU, a PCIe card, part of a partitioned GPU) is unknown unless it has its own line.
 _PEAK_FLOPS: dict[str, float] = {
     r"TPU v2": 45e12 / 2,
     r"TPU v3": 123e12 / 2,
@@ -62,10 +59,10 @@ def memory_in_use(devices: Sequence[Device]) -> dict[str, int] | None:
     """Memory of the fullest of these devices, in bytes.
 
     Args:
-        devices: of this process; another's cannot be asked.
+        devices: of this process.
 
     Returns:
-        {"bytes_in_use": now, "peak_bytes": at most since the start}, or None if a device keeps no such numbers, as a CPU.
+        {"bytes_in_use": now, "peak_bytes": maximum since the start}, or None if a device reports no memory statistics, as a CPU.
     """
     stats = [device.memory_stats() for device in devices]
     if not all(stats):
@@ -81,60 +78,18 @@ def memory_limit(device: Device, n: int) -> int:
 
     Args:
         device: a local one.
-        n: devices of this process, among which simulated ones share the host's memory.
+        n: devices of this process; simulated ones share the host's memory.
     """
     stats = device.memory_stats() or {}
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
     return stats.get("bytes_limit") or int(0.8 * physical / n)
 
 
-@runtime_checkable
-class Window(Protocol):
-    """Steps start ... stop - 1; none if stop is 0. A ProfileConfig is one."""
-
-    @property
-    def start(self) -> int: ...
-
-    @property
-    def stop(self) -> int: ...
-
-
-class Profile:
-    """Traces a window of steps on process 0: an .xplane.pb for TensorBoard's profile plugin, a .trace.json.gz for Perfetto."""
-
-    def __init__(self, window: Window, directory: Path) -> None:
-        """directory: traces go below it, to plugins/profile; TensorBoard looks for them in its own folder."""
-        self._window, self._directory, self.running = window, directory, False
-        self._enabled = jax.process_index() == 0
-
-    def step(self, i: int, wait_for: Any = None) -> None:
-        """Starts or stops the trace if step i is the first within or beyond the window.
-
-        Args:
-            i: the step about to be dispatched, or the first of several, counted from 0.
-            wait_for: arrays of the step before; waited for only if the trace starts or stops here, so that it holds whole steps.
-        """
-        within = self._enabled and self._window.start <= i < self._window.stop
-        if within and not self.running:  # a run that is resumed within the window traces what is left of it
-            jax.block_until_ready(wait_for)
-            jax.profiler.start_trace(self._directory)
-            self.running = True
-        elif self.running and not within:
-            self.close(wait_for)
-
-    def close(self, wait_for: Any = None) -> None:
-        """Stops a trace that is still running, after waiting for the arrays in wait_for."""
-        if self.running:
-            self.running = False
-            jax.block_until_ready(wait_for)
-            jax.profiler.stop_trace()
-
-
 def keep_freed_memory() -> None:
-    """On a CPU: lets malloc keep what is freed, where it can be told so (glibc).
+    """On a CPU with glibc: makes malloc keep freed memory instead of returning it to the system.
 
-    XLA allocates its temporaries anew in every step. By default glibc returns blocks of that size to the system at once, and the
-    page faults of getting them back were measured to take up to a third of a small model's step.
+    XLA allocates its temporaries in every step. By default glibc returns blocks of that size to the system at once; the page
+    faults of getting them back took up to a third of a small model's step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None and jax.default_backend() == "cpu":

@@ -1,4 +1,4 @@
-"""One declaration per weight: shape, sharding, fan-in and muP role are read off one arrow, and all else is derived from them.
+"""One declaration per weight: shape, sharding, fan-in and muP role are read off one arrow; everything else is derived from them.
 
 Dims (uppercase is the global size, lowercase this device's shard of it):
 
@@ -8,43 +8,41 @@ Dims (uppercase is the global size, lowercase this device's shard of it):
     H h  query heads          h = H/y        K k  key/value heads      k = K/y, or K where y does not divide it
     L    layers
 
-An arrow names the dims that a weight contracts, then those it gives: "M/x -> H/y D" maps the residual stream to heads and rests
-sharded on mesh axis x over M and on y over H. The shard along x gets no letter: only `collectives.gather_x` ever sees it.
+An arrow names the dims that a weight contracts, then those it produces: "M/x -> H/y D" maps the residual stream to heads and is
+sharded over mesh axis x along M and over y along H. The shard along x has no letter: only `collectives.gather_x` ever sees it.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
 from jax.sharding import PartitionSpec
 
-# residual: hidden, and writes to the residual stream. qk_gain: of the norms of queries and keys. outer_…: not in a layer.
-Role = Literal["input", "hidden", "residual", "output", "gain", "qk_gain", "bias", "outer_gain", "outer_bias"]
-Init = Literal["rule", "mup", "sp", "zero"]
+from mutransformer.mup import Init, Role
 
-WIDTH_DIMS = frozenset("MHKF")  # those that grow with the model, also where a variant holds one at 1
+WIDTH_DIMS = frozenset("MHKF")  # those that grow with the model, even where a variant holds one at 1
 
 
 @dataclass(frozen=True)
 class Dim:
     name: str
     size: int
-    axis: str | None  # the mesh axis it rests on
+    axis: str | None  # the mesh axis that it is sharded over
 
 
 @dataclass(frozen=True)
 class Weight:
-    """What is known of a weight before it exists. A leaf wherever a tree of specs is mapped over.
+    """What is known of a weight before it exists. A leaf of every tree of specs.
 
     Attributes:
         dims: the dims in order, a stack of layers first.
         n_out: how many of them, from the end, are not contracted.
         fan_in: terms summed into one output; 1 for vectors and for the embedding, whose input is one-hot.
-        role: what muP's rules go by.
-        init: `rule`: as the parametrization says; else the override.
-        init_tag: what its random draw is keyed by; None: its path in the tree.
+        role: decides which of muP's rules apply.
+        init: `rule`: the parametrization's initial scale; else the override.
+        init_tag: the number that its random draw is keyed by; None: a hash of its path in the tree.
+        nominal_fan_in: the fan-in before rounding to whole numbers, for rules of the learning rate; None: fan_in.
     """
 
     dims: tuple[Dim, ...]
@@ -53,6 +51,7 @@ class Weight:
     role: Role
     init: Init = "rule"
     init_tag: int | None = None
+    nominal_fan_in: float | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,19 +71,23 @@ class Weight:
 
     @property
     def fan_out(self) -> int:
-        """Outputs that one input is spread to."""
+        """The number of outputs that one input reaches."""
         return prod(d.size for d in self.dims[-self.n_out :]) if self.n_out else 1
+
+    @property
+    def lr_fan_in(self) -> float:
+        return float(self.fan_in) if self.nominal_fan_in is None else self.nominal_fan_in
 
     @property
     def is_matrix(self) -> bool:
         return self.role in ("input", "hidden", "residual", "output")
 
     def dim_on(self, axis: str) -> int | None:
-        """The position of the dim that rests on a mesh axis, or None."""
+        """The position of the dim that is sharded over a mesh axis, or None."""
         return self.axes.index(axis) if axis in self.axes else None
 
     def off(self, axis: str) -> "Weight":
-        """The spec of the same weight resting whole along a mesh axis."""
+        """The spec of the same weight, not sharded over a mesh axis."""
         return dataclasses.replace(
             self, dims=tuple(dataclasses.replace(d, axis=None) if d.axis == axis else d for d in self.dims)
         )
@@ -95,27 +98,31 @@ class Weight:
 
 
 def weight(
-    arrow: str, sizes: Mapping[str, int], role: Role | None = None, init: Init = "rule", init_tag: int | None = None
+    arrow: str,
+    sizes: Mapping[str, int],
+    role: Role | None = None,
+    init: Init = "rule",
+    init_tag: int | None = None,
+    nominal_fan_in: float | None = None,
 ) -> Weight:
     """Reads an arrow.
 
     Args:
         arrow: "in dims -> out dims", each dim a letter or letter/axis.
         sizes: the global size of each letter.
-        role: must be given for vectors, and where it is residual. Other matrices tell theirs: width on both sides is hidden,
-            only out input, only in output.
-        init: an override of the initial scale.
-        init_tag: as of Weight.
+        role: required for vectors, and for residual. The role of other matrices is inferred: width on both sides is hidden, only
+            out input, only in output.
+        init, init_tag, nominal_fan_in: as in Weight.
     """
     into, out = ([_dim(word, sizes) for word in side.split()] for side in arrow.split("->"))
     width_in, width_out = (any(d.name in WIDTH_DIMS for d in side) for side in (into, out))
-    told: Role | None = None
+    inferred: Role | None = None
     if into:
-        told = "hidden" if width_in and width_out else "input" if width_out else "output" if width_in else None
-    role = role or told
-    assert role is not None, f"{arrow!r} does not tell its role"
+        inferred = "hidden" if width_in and width_out else "input" if width_out else "output" if width_in else None
+    role = role or inferred
+    assert role is not None, f"{arrow!r}: its role cannot be inferred"
     fan_in = prod(d.size for d in into) if width_in else 1
-    return Weight(tuple(into + out), len(out), fan_in, role, init, init_tag)
+    return Weight(tuple(into + out), len(out), fan_in, role, init, init_tag, nominal_fan_in)
 
 
 def _dim(word: str, sizes: Mapping[str, int]) -> Dim:

@@ -1,4 +1,4 @@
-"""One pass over held-out rows, and what a model must beat there: unigram and bigram counts of the same tokens."""
+"""Evaluation: one pass over held-out rows, and the losses of unigram and bigram counts of the same tokens for comparison."""
 
 import math
 from collections import deque
@@ -6,39 +6,35 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Integer
 
-from mutransformer.config.schema import Config
 from mutransformer.data.batches import pipeline
-from mutransformer.data.batches.pipeline import Batch
-from mutransformer.data.cache.prepare import Mixture, prepare
-from mutransformer.model.transformer import Transformer
-from mutransformer.sharding.mesh import check_fits, data_share, make_mesh, put
-from mutransformer.sharding.processes import agreed
+from mutransformer.data.batches.batch import Batch
+from mutransformer.data.cache.prepare import Corpus, Mixture
+from mutransformer.model.weights import Transformer
+from mutransformer.sharding.mesh import data_share, put_batch
 from mutransformer.training.checkpoint import Checkpoints
-from mutransformer.training.state import plan
+from mutransformer.training.program import Program
 from mutransformer.training.step import make_eval_step
 
 EvalStep = Callable[[Transformer[Array], Batch], tuple[Array, Array]]
 
-
-AHEAD = 4  # batches that may wait for the device: enough to keep it busy, few enough to hold in memory
-
-
-COUNTED = 1 << 26  # tokens of a split that unigrams and bigrams are counted in, at most: a gigabyte of memory
+AHEAD = 4  # batches in flight: enough to keep the device busy, few enough to hold in memory
+COUNTED = 1 << 26  # tokens of a split in which n-grams are counted, at most: a gigabyte of memory
 
 
 class Interrupted(Exception):
-    """The run was asked to stop within an evaluation: what was summed so far is no result."""
+    """The run was asked to stop during an evaluation, which then has no result."""
 
 
 class Scored(NamedTuple):
-    results: dict[str, float]  # of `results`
-    targets: int  # that counted
+    """results: as of loss_metrics. targets: the number of targets that counted."""
+
+    results: dict[str, float]
+    targets: int
 
 
 def evaluate(
@@ -46,70 +42,69 @@ def evaluate(
     params: Transformer[Array],
     batches: Iterable[Batch],
     mesh: Mesh,
-    tokens: Mixture,
+    split: Mixture,
     stop: Callable[[], bool] = lambda: False,
 ) -> Scored:
     """The mean loss over the batches' targets.
 
     Args:
-        eval_step: of `step.make_eval_step`.
+        eval_step: of step.make_eval_step.
         params: the weights.
         batches: this process's rows of each batch.
         mesh: of the weights.
-        tokens: the split, for its bytes a token.
-        stop: asked between batches.
+        split: for its bytes per token.
+        stop: polled between batches.
 
     Raises:
         Interrupted: stop() was true.
     """
-    nats, counts, ahead = list[float](), list[int](), deque[tuple[Array, Array]]()
+    nats, counts, in_flight = list[float](), list[int](), deque[tuple[Array, Array]]()
 
     def read() -> None:
-        total, count = ahead.popleft()
+        total, count = in_flight.popleft()
         nats.append(float(total))
         counts.append(int(count))
 
     for batch in batches:
         if stop():
             raise Interrupted
-        ahead.append(eval_step(params, put(batch, mesh)))
-        if len(ahead) > AHEAD:
+        in_flight.append(eval_step(params, put_batch(batch, mesh)))
+        if len(in_flight) > AHEAD:
             read()
-    while ahead:
+    while in_flight:
         read()
-    return Scored(results(math.fsum(nats) / sum(counts), tokens), sum(counts))
+    return Scored(loss_metrics(math.fsum(nats) / sum(counts), split), sum(counts))
 
 
-def results(loss: float, tokens: Mixture) -> dict[str, float]:
-    """Loss in nats a token, its perplexity, and bits per byte of the split's text."""
-    bits = loss / math.log(2) * tokens.n_tokens / max(1, tokens.n_bytes)
+def loss_metrics(loss: float, split: Mixture) -> dict[str, float]:
+    """Loss in nats per token, its perplexity, and bits per byte of the split's text."""
+    bits = loss / math.log(2) * split.n_tokens / max(1, split.n_bytes)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}
 
 
-def score(config: Config) -> dict[str, Any]:
-    """Scores a run on a whole split, as eval.split and eval.checkpoint say: all its tokens but those that packing=pad cuts off.
+def evaluate_run(program: Program, corpus: Corpus) -> dict[str, Any]:
+    """Evaluates a run's checkpoint on a full split, as eval.split and eval.checkpoint say.
+
+    All tokens of the split count, except those that packing=pad cuts off.
 
     Args:
-        config: the resolved config of the run, which names its folder.
+        program: of the run.
+        corpus: its tokenized data.
 
     Raises:
-        ConfigError: the run, its checkpoint or its data are not there or do not fit the config.
+        ConfigError: the run or its checkpoint is missing or does not fit the config.
     """
-    mesh = make_mesh(config.mesh)
-    corpus = prepare(config.data, jax.process_count(), jax.process_index())
-    agreed("data", corpus.fingerprints)
-    config = config.with_vocab(corpus.tokenizer.n_vocab)
-    check_fits(config, mesh)
+    config, n_vocab, mesh = program.config, program.vocabulary.n_vocab, program.mesh
+    train, held_out = corpus.splits["train"], corpus.splits[config.eval.split]
     with closing(Checkpoints(config, read_only=True)) as checkpoints:
         step = checkpoints.chosen()
-        checkpoints.check_same(step, pipeline.fingerprint(corpus.splits["train"], config.data, config.seed))
-        state, _ = checkpoints.restore(step, plan(config, mesh).shapes)
-    held_out, n_vocab = corpus.splits[config.eval.split], corpus.tokenizer.n_vocab
+        checkpoints.check_same(step, pipeline.fingerprint(train, config.data, config.seed))
+        state, _ = checkpoints.restore(step, program.state)
     batches = pipeline.eval_batches(held_out, config.data, None, *data_share(mesh), n_vocab)
-    model, targets = evaluate(make_eval_step(config, mesh, corpus.tokenizer.bos_id), state.params, batches, mesh, held_out)
-    counted = {}
-    if targets == held_out.n_tokens:  # else, with packing=pad, what is cut off a document would count for them alone
-        counted = ngram_losses(corpus.splits["train"].first(COUNTED), held_out.first(COUNTED), n_vocab)
+    model, targets = evaluate(make_eval_step(program), state.params, batches, mesh, held_out)
+    ngrams = {}
+    if targets == held_out.n_tokens:  # with packing=pad the n-grams would also predict what is cut off
+        ngrams = ngram_losses(train.first(COUNTED), held_out.first(COUNTED), n_vocab)
     return {
         "run": str(config.rundir),
         "step": step,
@@ -118,15 +113,15 @@ def score(config: Config) -> dict[str, Any]:
         "scored": targets,
         "bytes": held_out.n_bytes,
         "model": model,
-        **{name: results(loss, held_out) for name, loss in counted.items()},
+        **{name: loss_metrics(loss, held_out) for name, loss in ngrams.items()},
     }
 
 
 def ngram_losses(train: Integer[np.ndarray, " n"], held_out: Integer[np.ndarray, " m"], n_vocab: int) -> dict[str, float]:
-    """What counting gives: nats a token on held-out tokens of a unigram and a bigram model of the training tokens.
+    """Nats per held-out token of a unigram and a bigram model of the training tokens.
 
-    Unigram counts have one added to each. Bigram counts are smoothed towards the unigram with a Dirichlet prior (MacKay and Peto,
-    1995) whose weight is the one of a small grid that does best on the held-out tokens: a bound in the bigram's favour.
+    The unigram model adds one to each count. The bigram model is smoothed towards the unigram with a Dirichlet prior (MacKay and
+    Peto, 1995); its weight is chosen from a small grid on the held-out tokens themselves, which favors the bigram.
     """
     unigram = (np.bincount(train, minlength=n_vocab) + 1.0) / (len(train) + n_vocab)
     before, after = held_out[:-1].astype(np.int64), held_out[1:].astype(np.int64)

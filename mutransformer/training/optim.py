@@ -1,8 +1,13 @@
-"""The schedule, and the optimizer as an optax chain with muP's multipliers read off the specs."""
+"""The schedule, and the optimizer as an optax chain whose multipliers are read off the weights' specs.
+
+To add an optimizer, add its name to `OptimConfig.name` and its direction to `_direction`.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,16 +15,17 @@ from jax import Array
 from jaxtyping import Float
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from mutransformer.config.schema import Config, OptimConfig
-from mutransformer.model.transformer import Transformer
-from mutransformer.mup import rules as mup
+from mutransformer import mup
+from mutransformer.config.schema import OptimConfig
+from mutransformer.model.weights import Transformer
+from mutransformer.mup import Scaling
 from mutransformer.sharding.spec import Weight
 
 Schedule = Callable[[Any], Array]
 
 
 def make_schedule(config: OptimConfig, steps: int) -> Schedule:
-    """The share of the peak learning rate, by updates completed before: a linear warm-up, then down to the floor at `steps`."""
+    """The learning rate as a fraction of its peak, by completed updates: linear warm-up, then decay to min_lr_ratio at the end."""
     floor, warmup = config.min_lr_ratio, config.warmup_steps
     decay_steps = max(1, steps - warmup)
     after = {
@@ -31,61 +37,129 @@ def make_schedule(config: OptimConfig, steps: int) -> Schedule:
     return lambda step: jnp.asarray(joined(step), jnp.float32)
 
 
-def make_optimizer(
-    config: Config, specs: Transformer[Weight], lr: Float[Array, ""] | float | None = None
-) -> optax.GradientTransformation:
-    """Clip by global norm, AdamW, Lion or Muon, learning rates by weight, decay, schedule.
+@dataclass(frozen=True)
+class Optimizer:
+    """The optimizer of a run, with everything resolved but the base learning rate.
 
-    Updates see global arrays, so that norms and moments are exact on any mesh. Coupled decay shrinks a weight by its own learning
-    rate x weight_decay, independent decay by weight_decay alone (Wortsman et al., arXiv 2309.14322); both follow the schedule.
+    Attributes:
+        lr: the base learning rate of the config.
+        lr_multipliers: the factor on it, for each weight.
+        decay: weight_decay times its factor, for each weight; None: no weight decay.
+        coupled_decay: decay is multiplied by the weight's learning rate.
+        direction: the optimizer proper.
+        clip_norm: global norm to which the gradient is clipped; 0: no clipping.
+        schedule: the learning rate as a fraction of its peak.
+    """
+
+    lr: float
+    lr_multipliers: Transformer[float]
+    decay: Transformer[float] | None
+    coupled_decay: bool
+    direction: optax.GradientTransformation
+    clip_norm: float
+    schedule: Schedule
+
+    def transformation(self, lr: Float[Array, ""] | float | None = None) -> optax.GradientTransformation:
+        """Clip by global norm, direction, learning rates by weight, decay, schedule.
+
+        Updates see global arrays, so norms and moments are exact on any mesh. Coupled decay shrinks a weight by its own learning
+        rate times weight_decay, independent decay by weight_decay alone (Wortsman et al., arXiv 2309.14322); both follow the
+        schedule.
+
+        Args:
+            lr: the base learning rate, where it is an array; None: the config's.
+        """
+        base = self.lr if lr is None else lr
+        rates = jax.tree.map(lambda factor: base * factor, self.lr_multipliers)
+        coupled = independent = optax.identity()
+        if self.decay is not None and self.coupled_decay:
+            coupled = _add_weights(self.decay)
+        elif self.decay is not None:
+            independent = _add_weights(jax.tree.map(lambda share: -share, self.decay))
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
+            self.direction,
+            coupled,
+            optax.stateless(lambda updates, _: jax.tree.map(lambda u, rate: -rate * u, updates, rates)),
+            independent,
+            optax.scale_by_schedule(self.schedule),
+        )
+
+
+def make_optimizer(c: OptimConfig, mu_dtype: str, specs: Transformer[Weight], scaling: Scaling, steps: int) -> Optimizer:
+    """The optimizer of a config.
 
     Args:
-        config: of the run.
-        specs: of its weights.
-        lr: the base learning rate, where it is an array; None: optim.lr.
+        c: its settings.
+        mu_dtype: of the first moment.
+        specs: of the weights.
+        scaling: the parametrization.
+        steps: of the run, for the schedule.
     """
-    c = config.optim
-    base = c.lr if lr is None else lr
-    rates = jax.tree.map(lambda w: base * mup.lr_multiplier(w, config), specs)
-    decay = _decay(jax.tree.map(lambda w: c.weight_decay * mup.decay_multiplier(w, config), specs))
-    shrink = _decay(jax.tree.map(lambda w: -c.weight_decay * mup.decay_multiplier(w, config), specs))
-    return optax.chain(
-        optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
-        _direction(config, specs),
-        decay if c.weight_decay and c.decay == "coupled" else optax.identity(),
-        optax.stateless(lambda updates, _: jax.tree.map(lambda u, rate: -rate * u, updates, rates)),
-        shrink if c.weight_decay and c.decay == "independent" else optax.identity(),
-        optax.scale_by_schedule(make_schedule(c, config.steps)),
+    return Optimizer(
+        lr=c.lr,
+        lr_multipliers=jax.tree.map(lambda w: mup.lr_multiplier(w, scaling), specs),
+        decay=jax.tree.map(lambda w: c.weight_decay * mup.decay_multiplier(w, scaling), specs) if c.weight_decay else None,
+        coupled_decay=scaling.coupled_decay,
+        direction=_direction(c, mu_dtype, specs, scaling),
+        clip_norm=c.clip_norm,
+        schedule=make_schedule(c, steps),
     )
 
 
-def _decay(shares: Transformer[float]) -> optax.GradientTransformation:
-    """Adds to every update a share of the weight."""
+def _add_weights(shares: Transformer[float]) -> optax.GradientTransformation:
+    """Adds to every update a share of its weight."""
     return optax.stateless(lambda updates, params: jax.tree.map(lambda u, p, s: u + s * p if s else u, updates, params, shares))
 
 
-def _direction(config: Config, specs: Transformer[Weight]) -> optax.GradientTransformation:
-    """The optimizer proper, a transformation per weight: a label tells which."""
-    c, dtype, (beta1, beta2) = config.optim, config.precision.mu_dtype, mup.betas(config)
+def _direction(c: OptimConfig, mu_dtype: str, specs: Transformer[Weight], scaling: Scaling) -> optax.GradientTransformation:
+    beta1, beta2 = mup.betas(c.beta1, c.beta2, scaling)
     if c.name == "lion":
-        return optax.scale_by_lion(beta1, beta2, mu_dtype=dtype)
+        return optax.scale_by_lion(beta1, beta2, mu_dtype=mu_dtype)
+    eps = jax.tree.map(lambda w: c.eps * mup.eps_multiplier(w, scaling), specs)
+    if c.name == "adamw":
+        return scale_by_adam(beta1, beta2, eps, mu_dtype)
+    by_muon = jax.tree.map(lambda w: mup.uses_muon(w, scaling), specs)
+    dims = jax.tree.map(lambda w, chosen: _matrix_dims(w) if chosen else None, specs, by_muon)
+    muon = scale_by_muon(beta=c.muon_beta, mu_dtype=mu_dtype, weight_dimension_numbers=dims)
+    return _split(by_muon, muon, scale_by_adam(beta1, beta2, eqx.filter(eps, by_muon, inverse=True), mu_dtype))
 
-    eps = jax.tree.map(lambda w: c.eps * mup.eps_multiplier(w, config), specs)
-    labels = jax.tree.map(lambda w, e: "muon" if mup.uses_muon(w, config) else f"adam, eps {e:.17g}", specs, eps)
-    kinds = {
-        label: optax.scale_by_adam(beta1, beta2, e, mu_dtype=dtype)
-        for label, e in zip(jax.tree.leaves(labels), jax.tree.leaves(eps), strict=True)
-    }
-    if c.name == "muon":
-        # The other weights are masked out of its tree. A stack of layers is a stack of matrices.
-        dims = jax.tree.map(lambda w: _matrix_dims(w) if mup.uses_muon(w, config) else optax.MaskedNode(), specs)
-        kinds["muon"] = scale_by_muon(beta=c.muon_beta, mu_dtype=dtype, weight_dimension_numbers=lambda _: dims)
-    return next(iter(kinds.values())) if len(kinds) == 1 else optax.partition(kinds, labels)
+
+def scale_by_adam(beta1: float, beta2: float, eps: Any, mu_dtype: str) -> optax.GradientTransformation:
+    """optax.scale_by_adam (Kingma and Ba, arXiv 1412.6980) with an eps for each weight: eps is a tree of floats."""
+
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+        mu = optax.tree.update_moment(grads, state.mu, beta1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, beta2, 2)
+        count = optax.safe_increment(state.count)
+        mu_hat, nu_hat = optax.tree.bias_correction(mu, beta1, count), optax.tree.bias_correction(nu, beta2, count)
+        updates = jax.tree.map(lambda m, v, e: m / (jnp.sqrt(v) + e), mu_hat, nu_hat, eps)
+        return updates, optax.ScaleByAdamState(count, optax.tree.cast(mu, mu_dtype), nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam(mu_dtype=mu_dtype).init, update)
+
+
+def _split(
+    condition: Any, first: optax.GradientTransformation, second: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """The first transformation where a tree of bools is true, the second elsewhere. In each one's trees the others are None."""
+
+    def init(params: Any) -> tuple[Any, Any]:
+        ours, theirs = eqx.partition(params, condition)
+        return first.init(ours), second.init(theirs)
+
+    def update(grads: Any, state: tuple[Any, Any], params: Any = None) -> tuple[Any, tuple[Any, Any]]:
+        ours, theirs = eqx.partition(grads, condition)
+        (ours, first_state), (theirs, second_state) = first.update(ours, state[0]), second.update(theirs, state[1])
+        return eqx.combine(ours, theirs), (first_state, second_state)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _matrix_dims(w: Weight) -> MuonDimensionNumbers:
-    n, into = len(w.dims), [i for i, dim in enumerate(w.dims) if dim.name != "L"]
-    split = n - w.n_out
+    """Which dims of a stack of layers are contracted and which are produced."""
+    dims = [i for i, dim in enumerate(w.dims) if dim.name != "L"]
+    first_out = len(w.dims) - w.n_out
     return MuonDimensionNumbers(
-        reduction_axis=tuple(i for i in into if i < split), output_axis=tuple(i for i in into if i >= split)
+        reduction_axis=tuple(i for i in dims if i < first_out), output_axis=tuple(i for i in dims if i >= first_out)
     )

@@ -109,6 +109,17 @@ def prepare(config: DataConfig, n_process: int = 1, process: int = 0) -> Corpus:
     return Corpus(tokenizer, {split: Mixture(split, tuple(t[split] for t in opened.values()), weights) for split in SPLITS})
 
 
+def prepare_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer of a config, from data.cache_dir or put there. Tokenizes no text.
+
+    Raises:
+        ConfigError: as prepare().
+    """
+    store = Store(config.cache_dir, config.local_dir)
+    sources = [source for name in config.mixture if (source := _source(config, name, store, Host()))]
+    return open_tokenizer(config, store, Host(), sources)
+
+
 def train_tokenizer(config: DataConfig, path: Path) -> None:
     """Trains a SentencePiece model of data.vocab_size pieces on the train splits, and writes it to path.
 

@@ -1,0 +1,131 @@
+"""The unembedding and its cross-entropy, in chunks of tokens: no device ever holds the logits of a whole batch.
+
+Forward and backward are one pass: the gradient of the loss by the logits is known as soon as the logits are. Recomputing each
+chunk's logits in the backward pass instead (jax.checkpoint in a scan) would add a fourth product of the unembedding's size to
+the three of this pass.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from mutransformer.model.matmul import MatmulPolicy, dot, dot_rows
+from mutransformer.model.ops import MASKED, custom_gradient
+from mutransformer.sharding.collectives import gather_x, index_y, max_y, scatter_x, sum_y, varying
+from mutransformer.sharding.spec import Weight
+
+
+class Head(NamedTuple):
+    """The static settings of the unembedding.
+
+    Attributes:
+        spec: of the matrix.
+        policy: dtypes, and how products are computed.
+        n_vocab: entries of the padded vocabulary that are real; the others get no probability.
+        chunk: tokens whose logits exist at a time.
+        z_loss: the factor on the square of the log-normalizer (Chowdhery et al., arXiv 2204.02311, section 5).
+    """
+
+    spec: Weight
+    policy: MatmulPolicy
+    n_vocab: int
+    chunk: int
+    z_loss: float = 0.0
+
+
+def _head_forward(
+    h: Array, w: Array, bias: Array | None, targets: Array, mask: Array, head: Head
+) -> tuple[tuple[Array, Array], tuple[Any, Any, Any]]:
+    return _head(h, w, bias, targets, mask, head, with_grads=True)
+
+
+def _head_backward(head: Head, grads: tuple[Any, Any, Any], by: tuple[Array, Array]) -> tuple[Any, Any, Any, None, None]:
+    scaled = jax.tree.map(lambda g: (g * by[0]).astype(g.dtype), grads)
+    return *scaled, None, None
+
+
+@custom_gradient(_head_forward, _head_backward, static=(5,))
+def head_loss(
+    h: Float[Array, "b T M"],
+    w: Float[Array, "..."],
+    bias: Float[Array, " v"] | None,
+    targets: Int[Array, "b T"],
+    mask: Bool[Array, "b T"],
+    head: Head,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The objective, and the loss: the sum over unmasked targets of -log softmax(h w + bias)[target], in nats.
+
+    They differ by the z-loss; only the objective has a gradient. Both are the same on all of y. The vocabulary is sharded over y:
+    three numbers per token move, and no logits.
+
+    Args:
+        h: normed residual stream, gathered over y.
+        w: this device's shard of the unembedding, float32.
+        bias: this device's slice of it in the compute dtype.
+        targets: ids.
+        mask: the targets that count.
+        head: static settings.
+    """
+    return _head(h, w, bias, targets, mask, head, with_grads=False)[0]
+
+
+def _head(
+    h: Array, w: Array, bias: Array | None, targets: Array, mask: Array, head: Head, with_grads: bool
+) -> tuple[tuple[Array, Array], tuple[Any, Any, Any]]:
+    """head_loss, and with_grads the gradients of the objective by h, by w (reduce-scattered over x) and by bias."""
+    gathered = gather_x(w, head.spec, head.policy.compute, head.policy.grad_reduce_dtype)
+    M, v = gathered.shape
+    entry = index_y() * v + jnp.arange(v)
+    padded = head.n_vocab != v * lax.axis_size("y")
+
+    def chunk(carry: tuple[Any, Array, Array], part: tuple[Array, Array, Array]) -> tuple[Any, Array]:
+        (objective, total), grad_w, grad_b = carry
+        x, target, count = part
+        logits = dot(x, gathered, (1, 0))
+        if bias is not None:
+            logits = logits + bias.astype(jnp.float32)[None]
+        if padded:
+            logits = jnp.where((entry < head.n_vocab)[None], logits, MASKED)
+        # A comparison, not an index: its gradient is elementwise and fuses, that of an index is a scatter.
+        is_target = target[:, None] == entry[None]
+        top = max_y(jnp.max(logits, axis=-1))
+        power = jnp.exp(logits - top[:, None])
+        norm = sum_y(jnp.sum(power, axis=-1))
+        at_target = sum_y(jnp.sum(jnp.where(is_target, logits, 0), axis=-1))
+        log_norm, loss = jnp.log(norm) + top, jnp.sum(count * (jnp.log(norm) + top - at_target))
+        scale = count / norm  # of the softmax's numerators in the gradient by the logits
+        if head.z_loss:
+            objective = objective + loss + head.z_loss * jnp.sum(count * jnp.square(log_norm))
+            scale = scale * (1 + 2 * head.z_loss * log_norm)
+        else:
+            objective = objective + loss
+        sums = objective, total + loss
+        if not with_grads:
+            return (sums, grad_w, grad_b), jnp.zeros(())
+        grad = (power * scale[:, None] - jnp.where(is_target, count[:, None], 0)).astype(x.dtype)
+        grad_b = grad_b + jnp.sum(grad, axis=0, dtype=jnp.float32) if bias is not None else grad_b
+        grad_w = grad_w + dot_rows(x, grad, tiled=head.policy.merge_dims)
+        return (sums, grad_w, grad_b), dot(grad, gathered, (1, 1)).astype(x.dtype)
+
+    n = -(-targets.size // head.chunk)
+    counts = mask.astype(jnp.float32)
+    chunks: Any = tuple(_in_chunks(a, n) for a in (h.reshape(-1, M), targets.reshape(-1), counts.reshape(-1)))
+    zeros = varying(jnp.zeros((M, v) if with_grads else (), jnp.float32)), varying(jnp.zeros(v if bias is not None else ()))
+    zero = varying(jnp.zeros(()), "x")
+    (sums, grad_w, grad_b), grad_h = lax.scan(chunk, ((zero, zero), *zeros), chunks)
+    if not with_grads:
+        return sums, (None, None, None)
+    return sums, (
+        grad_h.reshape(-1, M)[: targets.size].reshape(h.shape),
+        scatter_x(grad_w, head.spec, head.policy.grad_reduce_dtype),
+        None if bias is None else grad_b.astype(bias.dtype),
+    )
+
+
+def _in_chunks(a: Array, n: int) -> Array:
+    """[R, ...] -> [n, R / n, ...], padded with zeros: tokens that do not count."""
+    short = -a.shape[0] % n
+    return jnp.pad(a, ((0, short), *((0, 0),) * (a.ndim - 1))).reshape(n, -1, *a.shape[1:])

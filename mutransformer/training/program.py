@@ -1,0 +1,211 @@
+"""`build`: the one place where anything is derived from a config. Everything else takes the `Program`, or values in it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jax import Array
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from mutransformer import mup
+from mutransformer.config.schema import Config
+from mutransformer.data.cache.prepare import Corpus, prepare, prepare_tokenizer
+from mutransformer.errors import check
+from mutransformer.model import execution
+from mutransformer.model.execution import Execution
+from mutransformer.model.matmul import MatmulPolicy
+from mutransformer.model.transformer import Forward
+from mutransformer.model.weights import Transformer, block_specs, flops_per_token, transformer_specs
+from mutransformer.sharding.mesh import AnyMesh, batch_pspec, make_mesh, n_row_groups
+from mutransformer.sharding.processes import agreed
+from mutransformer.sharding.spec import Weight
+from mutransformer.training.optim import Optimizer, make_optimizer
+from mutransformer.training.state import TrainState, abstract_state, initial_state
+
+
+class VocabularyLike(Protocol):
+    """What a program needs of a tokenizer."""
+
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def bos_id(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+
+
+class Vocabulary(NamedTuple):
+    """The number of a tokenizer's ids, the id that begins a row, and the id that ends a document."""
+
+    n_vocab: int
+    bos_id: int = 0
+    eos_id: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a run is, resolved for the devices it runs on. `print(program)` gives a short table.
+
+    Attributes:
+        config: with the size of the vocabulary filled in.
+        vocabulary: of the tokenizer.
+        mesh: of the devices.
+        scaling: the parametrization and the size of the model relative to the one that was tuned.
+        forward: the model: specs of its weights, its mathematics, and the resolved execution settings.
+        optimizer: of the run.
+        state: abstract, with shardings: what a checkpoint is restored into.
+    """
+
+    config: Config
+    vocabulary: Vocabulary
+    mesh: Any  # a Mesh, or an AbstractMesh in planning
+    scaling: mup.Scaling
+    forward: Forward
+    optimizer: Optimizer
+    state: TrainState[jax.ShapeDtypeStruct]
+
+    @property
+    def specs(self) -> Transformer[Weight]:
+        return self.forward.specs
+
+    @property
+    def execution(self) -> Execution:
+        return self.forward.execution
+
+    @property
+    def bos_id(self) -> int:
+        return self.vocabulary.bos_id
+
+    @property
+    def batch_pspec(self) -> PartitionSpec:
+        return batch_pspec(self.mesh)
+
+    @cached_property
+    def state_shardings(self) -> TrainState[NamedSharding]:
+        return jax.tree.map(lambda a: a.sharding, self.state)
+
+    @cached_property
+    def n_params(self) -> int:
+        return sum(w.size for w in jax.tree.leaves(self.specs))
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        """Of the model, forward and backward, by the convention of model.weights.flops_per_token."""
+        return flops_per_token(self.specs, self.config.model, self.config.data.seq_len)
+
+    def init_state(self) -> TrainState[Array]:
+        """The state before the first update, computed in place: bit for bit the same on every mesh."""
+        init = jax.jit(
+            lambda: initial_state(self.specs, self.scaling, self.optimizer, self.config.seed), out_shardings=self.state_shardings
+        )
+        return init()
+
+    def __str__(self) -> str:
+        c, e = self.config, self.execution
+        in_layers = sum(w.size for w in jax.tree.leaves(self.specs.blocks))
+        shape = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        rows = {
+            "devices": f"{self.mesh.size} x {e.device_kind}, mesh {shape}",
+            "model": f"width {c.model.d_model}, {c.model.n_layer} layers, {self.n_params:,} parameters ({in_layers:,} in layers)",
+            "rule": f"{c.optim.rule}, {c.optim.name}, learning rate {c.optim.lr:g} at width {c.model.d_base}",
+            "batch": f"{c.data.batch_size} rows of {c.data.seq_len} tokens, {c.optim.grad_accumulation_steps} microbatch(es)",
+            "precision": f"compute {c.precision.compute}, gradient sums {c.precision.grad_reduce_dtype}, weights float32",
+            "execution": f"attention {e.attention}, remat {e.remat}, head chunk {e.head_chunk}, overlap groups {e.overlap_groups}"
+            + (", all-to-all over y" if e.via_all_to_all else ""),
+        }
+        if e.compiler_options:
+            rows["XLA options"] = " ".join(f"{name}={value}" for name, value in e.compiler_options.items())
+        return "\n".join(f"{name:<12}{value}" for name, value in rows.items())
+
+
+def build(
+    config: Config, devices: Sequence[Any] | Mesh | AbstractMesh | None = None, vocabulary: VocabularyLike | None = None
+) -> Program:
+    """Resolves a config for devices.
+
+    Args:
+        config: of the run.
+        devices: to compute on (None: all that JAX sees); or a mesh of them; or an abstract mesh to plan for.
+        vocabulary: a tokenizer, or its numbers. None: the tokenizer that the config names is opened, and trained if need be.
+
+    Raises:
+        ConfigError: the mesh does not fit the devices, cannot divide the model or the batch, or lacks the attention kernel that
+            the config names; the vocabulary does not fit model.n_vocab.
+    """
+    mesh: AnyMesh = devices if isinstance(devices, Mesh | AbstractMesh) else make_mesh(config.mesh, devices)
+    found = prepare_tokenizer(config.data) if vocabulary is None else vocabulary
+    config = config.with_vocab(found.n_vocab)
+    _check_divides(config, mesh)
+    scaling = _scaling(config)
+    specs = transformer_specs(config.model, mesh.shape["y"])
+    settings = execution.resolve(config, mesh)
+    optimizer = make_optimizer(config.optim, config.precision.mu_dtype, specs, scaling, config.steps)
+    forward = Forward(
+        c=config.model,
+        specs=specs,
+        block_specs=block_specs(config.model, mesh.shape["y"]),
+        multipliers=jax.tree.map(lambda w: mup.forward_multiplier(w, scaling), specs),
+        policy=MatmulPolicy(config.precision.compute, config.precision.grad_reduce_dtype, settings.platform == "cpu"),
+        execution=settings,
+        z_loss=config.optim.z_loss,
+    )
+    state = abstract_state(specs, scaling, optimizer, mesh)
+    return Program(config, Vocabulary(found.n_vocab, found.bos_id, found.eos_id), mesh, scaling, forward, optimizer, state)
+
+
+def build_with_data(config: Config) -> tuple[Program, Corpus]:
+    """The program of a config on all devices, and its tokenized data, prepared if need be by all processes of the run.
+
+    Raises:
+        ConfigError: as build and prepare raise; processes of the run have different data.
+    """
+    mesh = make_mesh(config.mesh)  # before text is tokenized: a wrong mesh is reported at once
+    corpus = prepare(config.data, jax.process_count(), jax.process_index())
+    agreed("data", corpus.fingerprints)
+    return build(config, mesh, corpus.tokenizer), corpus
+
+
+def _scaling(config: Config) -> mup.Scaling:
+    m, o = config.model, config.optim
+    return mup.Scaling(
+        rule=o.rule,
+        width=m.d_model / m.d_base,
+        depth=m.n_layer / (m.n_layer_base or m.n_layer),
+        noise_ratio=config.noise_ratio,
+        depth_alpha=o.depth_alpha,
+        embed_lr_exponent=o.embed_lr_exponent,
+        eps_scaling=o.eps_scaling,
+        coupled_decay=o.decay == "coupled",
+        decay_exponent=o.decay_exponent,
+        decay_vectors=o.decay_vectors,
+        muon_lr=o.muon_lr if o.name == "muon" else None,
+    )
+
+
+def _check_divides(config: Config, mesh: AnyMesh) -> None:
+    """Raises ConfigError, naming the key and what would fit, if the mesh cannot divide the model or the batch."""
+    m, d, steps = config.model, config.data, config.optim.grad_accumulation_steps
+    x, y, groups = mesh.shape["x"], mesh.shape["y"], n_row_groups(mesh)
+    batch = f"data.batch_size = {d.batch_size} / optim.grad_accumulation_steps = {steps}: rows at a time"
+    at_a_time = d.batch_size // steps
+    needs = [
+        (batch, at_a_time, "x" if groups == x else "x times mesh.replicas", groups),
+        ("model.d_model", m.d_model, "x", x),
+        ("model.d_model", m.d_model, "y", y),
+        ("model.d_model / model.d_head: heads", m.n_head, "y", y),
+        ("feed-forward width model.ff_multiple x model.d_model", m.d_ff, "y", y),
+        ("vocabulary padded to model.vocab_multiple", m.padded_vocab, "x", x),
+        ("vocabulary padded to model.vocab_multiple", m.padded_vocab, "y", y),
+    ]
+    if m.kv_heads % y:
+        needs.append(("model.d_head (which mesh.y divides if it does not divide model.n_kv_head)", m.d_head, "y", y))
+    for what, size, axis, parts in needs:
+        check(size % parts == 0, f"{what} = {size}: not divisible by mesh.{axis} = {parts}")
+    per_device, overlap = math.floor(at_a_time / groups), config.mesh.overlap_groups
+    check(
+        overlap is None or per_device % overlap == 0,
+        f"mesh.overlap_groups = {overlap}: must divide the {per_device} rows that a device has at a time",
+    )
