@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from programs import specs
 
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config
-from mutransformer.model.transformer import Transformer, specs
+from mutransformer.model.transformer import Transformer
 
 # Reference option -> our key. Values carry over unless a table below translates them.
 KEYS = {

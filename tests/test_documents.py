@@ -8,15 +8,15 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from programs import program
 from runs import finish, start
 from test_sharding import MODELS, TINY, params, worst
 
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config
 from mutransformer.data.batches.pipeline import Batch
-from mutransformer.sharding.mesh import make_mesh, put
+from mutransformer.sharding.mesh import make_mesh, put_batch
 from mutransformer.study.sweep.parallel_runs import Fleet
-from mutransformer.training.state import init_state
 from mutransformer.training.step import make_eval_step, make_logits, make_loss_and_grads
 
 BOS, EOS, T = 1, 2, 128  # T takes attention in two blocks
@@ -53,13 +53,13 @@ def rows(case: str) -> tuple[Batch, Batch]:
 def functions(case: str, x: int, y: int) -> tuple[Mesh, Any, Any]:
     config = setting(case, x, y)
     mesh = make_mesh(config.mesh, jax.devices()[: x * y])
-    return mesh, jax.jit(make_loss_and_grads(config, mesh, BOS)), make_logits(config, mesh, BOS)
+    return mesh, jax.jit(make_loss_and_grads(program(config, mesh, BOS))), make_logits(program(config, mesh, BOS))
 
 
 def results(case: str, batch: Batch, x: int = 1, y: int = 1) -> tuple[Any, Any, np.ndarray]:
     """Metrics, gradients, logits."""
     mesh, loss_and_grads, logits = functions(case, x, y)
-    weights, placed = params(setting(case, x, y)), put(batch, mesh)
+    weights, placed = params(setting(case, x, y)), put_batch(batch, mesh)
     metrics, grads = jax.device_get(loss_and_grads(weights, placed))
     return metrics, grads, np.asarray(logits(weights, placed.tokens, placed.segments))
 
@@ -114,7 +114,7 @@ def test_joined_nothing_of_it_is_computed() -> None:
     joined = apart._replace(segments=None)
 
     def program(settings: Config, batch: Batch) -> tuple[int, str]:
-        traced = jax.make_jaxpr(make_loss_and_grads(settings, mesh, BOS))(params(config), batch)
+        traced = jax.make_jaxpr(make_loss_and_grads(program(settings, mesh, BOS)))(params(config), batch)
         return len(traced.jaxpr.invars) - len(jax.tree.leaves(params(config))), str(traced)
 
     plain, told = program(config, joined), load([*TINY, f"data.seq_len={T}", "mesh.x=1", "data.intra_document_mask=true"])
@@ -136,7 +136,7 @@ def test_runs_of_a_sweep_keep_them_apart_too(one_by_one: bool) -> None:
     fleet.compile()
     state = fleet.init()
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    score, weights = make_eval_step(config, mesh, BOS), init_state(config, mesh).params
+    score, weights = make_eval_step(program(config, mesh, BOS)), program(config, mesh).init_state().params
     apart, joined = (
         float(total) / int(count) for total, count in (score(weights, b) for b in (batch, batch._replace(segments=None)))
     )

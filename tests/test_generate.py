@@ -5,6 +5,7 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from test_ops import distance
 from test_sharding import params
 
 from mutransformer.config.load import load
-from mutransformer.config.schema import Config, ConfigError
+from mutransformer.config.schema import ConfigError
 from mutransformer.data.tokenizers.hf import convert
 from mutransformer.data.tokenizers.registry import kept_tokenizer
 from mutransformer.data.tokenizers.sentencepiece import ByteTokenizer
@@ -27,7 +28,7 @@ from mutransformer.generation import (
     Sampling,
     choose,
     continuation,
-    likely,
+    filter_logits,
     make_decode,
     make_prefill,
     make_sampler,
@@ -35,10 +36,11 @@ from mutransformer.generation import (
 )
 from mutransformer.model.ops import shift_right
 from mutransformer.sharding import devices as hardware
-from mutransformer.sharding.mesh import check_fits, make_mesh, put
-from mutransformer.sharding.processes import MISTAKE
+from mutransformer.sharding.mesh import put_batch
+from mutransformer.sharding.processes import FINISHED, MISTAKE
 from mutransformer.training.checkpoint import Checkpoints
-from mutransformer.training.loop import FINISHED, train
+from mutransformer.training.loop import train
+from mutransformer.training.program import Program, Vocabulary, build, build_with_data
 from mutransformer.training.step import make_logits
 
 BOS, NONE = 3, -1  # NONE: no token, and so an eos that never comes
@@ -70,12 +72,10 @@ MODELS = {
 MESHES = {"1 x 1": (1, 1), "2 x 1": (2, 1), "1 x 2": (1, 2), "4 x 2": (4, 2), "2 of 1 x 2": (1, 2, 2)}
 
 
-def make(model: str, on: str = "1 x 1", *more: str) -> tuple[Config, jax.sharding.Mesh]:
+def make(model: str, on: str = "1 x 1", *more: str) -> Program:
     x, y, *z = MESHES[on]
     config = load([*TINY, *MODELS[model], f"mesh.x={x}", f"mesh.y={y}", *(f"mesh.replicas={n}" for n in z), *more])
-    mesh = make_mesh(config.mesh, jax.devices()[: x * y * config.mesh.replicas])
-    check_fits(config, mesh)
-    return config, mesh
+    return build(config, jax.devices()[: x * y * config.mesh.replicas], Vocabulary(V, BOS, NONE))
 
 
 FIRST = 4  # tokens of the prompt
@@ -89,22 +89,23 @@ def texts() -> np.ndarray:
     return rows
 
 
-def from_scratch(config: Config, mesh: jax.sharding.Mesh) -> list[np.ndarray]:
-    """Logits of each token behind the prompt, of a pass over a row in which nothing of it and behind it stands yet."""
-    logits, weights = make_logits(config, mesh, BOS), params(config)
-    return [np.asarray(logits(weights, put(np.where(np.arange(T) < t, texts(), 0), mesh))[:, t]) for t in range(FIRST, T)]
+def from_scratch(program: Program) -> list[np.ndarray]:
+    """Logits of each token after the prompt, by a pass over the row in which the token and those after it are 0."""
+    logits, weights = make_logits(program), params(program.config)
+    rows = (put_batch(np.where(np.arange(T) < t, texts(), 0), program.mesh) for t in range(FIRST, T))
+    return [np.asarray(logits(weights, row)[:, t]) for t, row in enumerate(rows, start=FIRST)]
 
 
 @cache
 def jitted(model: str, on: str, *more: str) -> tuple[Any, Any]:
     made = make(model, on, *more)
-    return jax.jit(make_prefill(*made, B)), jax.jit(make_decode(*made))
+    return jax.jit(make_prefill(made, B)), jax.jit(make_decode(made))
 
 
 def beside_a_cache(model: str, on: str = "1 x 1", *more: str, off: int = 0) -> list[np.ndarray]:
     """The same, token by token. off: by how much positions are wrong."""
     prefill, decode = jitted(model, on, *more)
-    weights, row = params(make(model)[0]), np.where(np.arange(T) < FIRST, texts()[0], 0)
+    weights, row = params(make(model).config), np.where(np.arange(T) < FIRST, texts()[0], 0)
     inputs = np.asarray(shift_right(jnp.asarray(texts()), BOS))
     kept, found = prefill(weights, shift_right(jnp.asarray(row[None]), BOS)[0]), []
     for t in range(FIRST, T - off):
@@ -116,7 +117,7 @@ def beside_a_cache(model: str, on: str = "1 x 1", *more: str, off: int = 0) -> l
 
 @cache
 def on_one_device(model: str) -> list[np.ndarray]:
-    return from_scratch(*make(model))
+    return from_scratch(make(model))
 
 
 CASES = [
@@ -149,12 +150,12 @@ def test_in_bfloat16() -> None:
 
 @cache
 def sampler(how: Sampling, on: str, eos: int, n_vocab: int) -> Any:
-    return make_sampler(*make("relu", on), how, BOS, eos, n_vocab)
+    return make_sampler(replace(make("relu", on), vocabulary=Vocabulary(n_vocab, BOS, eos)), how)
 
 
 def sampled(how: Sampling, on: str = "1 x 1", eos: int = NONE, n_vocab: int = V, first: int = FIRST) -> Any:
     row = np.where(np.arange(T) < first, texts()[0], 0)
-    weights = params(make("relu")[0])
+    weights = params(make("relu").config)
     return np.asarray(sampler(how, on, eos, n_vocab)(weights, row, np.int32(first), np.int32(T)))
 
 
@@ -163,8 +164,8 @@ GREEDY = Sampling(temperature=0.0)
 
 @pytest.mark.parametrize("first", [0, FIRST, T - 1])
 def test_greedy_sampling_takes_the_largest_logit_of_a_pass_from_scratch(first: int) -> None:
-    config, mesh = make("relu")
-    logits, weights = make_logits(config, mesh, BOS), params(config)
+    made = make("relu")
+    logits, weights = make_logits(made), params(made.config)
     rows = np.where(np.arange(T) < first, texts()[:1], 0)
     for t in range(first, T):
         rows[:, t] = np.asarray(logits(weights, rows))[:, t, :V].argmax(1)
@@ -220,7 +221,7 @@ def test_a_text_ends_before_its_first_eos() -> None:
     assert continuation([], [eos], tokenizer) == {"text": "", "tokens": [], "ended": True}
 
 
-def plain_likely(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
+def plain_filter(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
     """Ids that may be drawn, one after another from the most probable on; of equals the first."""
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: top_k or None]
     power = np.exp(logits[order].astype(np.float64))
@@ -236,12 +237,12 @@ def plain_likely(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (99, 1.0), (0, 0.5), (0, 0.999), (0, 1e-9), (7, 0.6)])
 def test_which_tokens_may_be_drawn(top_k: int, top_p: float) -> None:
     rng = np.random.default_rng(0)
-    spread = jax.jit(partial(likely, top_k=top_k, top_p=top_p))
+    spread = jax.jit(partial(filter_logits, top_k=top_k, top_p=top_p))
     for scale in (0.0, 1.0, 5.0):
         logits = np.round(scale * rng.normal(size=40), 1).astype(np.float32) + 0.0  # some are equal; no -0.0, which is less
         found = np.asarray(spread(logits))
         kept = set(np.flatnonzero(found > -np.inf).tolist())
-        assert kept == plain_likely(logits, top_k, top_p)
+        assert kept == plain_filter(logits, top_k, top_p)
         assert all(found[i] == logits[i] for i in kept)
 
 
@@ -288,7 +289,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name=tiny",
     ]
     args += ["log.tensorboard=false", "steps=4", "checkpoint.every=2", "eval.every=2", "mesh.x=4", "mesh.y=2"]
-    assert train(load(settings(folder, *args))) == FINISHED
+    assert train(*build_with_data(load(settings(folder, *args)))) == FINISHED
     shutil.rmtree(folder / "cache")
     (folder / "text.txt").unlink()
     return folder / "runs/tiny/config.yaml"
@@ -334,10 +335,10 @@ def test_the_best_checkpoint(
     [
         (["name=none"], "none: no run here"),
         (["--prompt", "1" * 32], "the prompt has 32 tokens: data.seq_len = 32 leaves none to add"),
-        (["--prompt", "1" * 30, "--tokens", "3"], "tokens = 3: data.seq_len = 32 leaves 2 behind the prompt"),
+        (["--prompt", "1" * 30, "--tokens", "3"], "tokens = 3: data.seq_len = 32 leaves 2 after the prompt"),
         (["--temperature", "-1"], "temperature = -1.0: must be 0, or lie in 1e-6 ... 1e6"),
-        (["--top-p", "0"], "top_p = 0.0: must lie above 0, and at most at 1"),
-        (["--top-p", "1.1"], "top_p = 1.1: must lie above 0, and at most at 1"),
+        (["--top-p", "0"], "top_p = 0.0: must be above 0, and at most 1"),
+        (["--top-p", "1.1"], "top_p = 1.1: must be above 0, and at most 1"),
         (["--top-k", "-1"], "top_k = -1: must not be negative; 0 is all"),
         (["--samples", "0"], "samples = 0: must be at least 1"),
         (["--prompt", "\udcff"], "the prompt is not UTF-8"),

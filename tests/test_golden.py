@@ -9,14 +9,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from programs import program, specs
 
+from mutransformer import mup
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config, flatten
 from mutransformer.data.batches.pipeline import Batch
-from mutransformer.model.transformer import specs
-from mutransformer.mup import rules as mup
-from mutransformer.sharding.mesh import check_fits, make_mesh
-from mutransformer.training.state import plan
+from mutransformer.sharding.mesh import make_mesh
+from mutransformer.training.program import scaling_of
 from mutransformer.training.step import make_eval_step, make_train_step
 
 ROOT = Path(__file__).parents[1]
@@ -45,9 +45,9 @@ def table(config: Config) -> str:
                 str(w.shape),
                 "(" + ", ".join(axis or "-" for axis in w.axes) + ")",
                 w.role,
-                f"{mup.init_std(w, config):.4g}",
-                f"{config.optim.lr * mup.lr_multiplier(w, config):.4g}",
-                "yes" if mup.decay_multiplier(w, config) else "no",
+                f"{mup.init_std(w, scaling_of(config)):.4g}",
+                f"{config.optim.lr * mup.lr_multiplier(w, scaling_of(config)):.4g}",
+                "yes" if mup.decay_multiplier(w, scaling_of(config)) else "no",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -97,14 +97,14 @@ def test_every_yaml_traces_a_step(name, n_devices):
     x = n_devices // y
     config = config_of(name, f"mesh.x={x}", f"mesh.y={y}")
     mesh = make_mesh(config.mesh, jax.devices()[: x * y])
-    check_fits(config, mesh)
+    program(config, mesh)
     shape = config.data.batch_size, config.data.seq_len
     batch = Batch(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_))
-    before = plan(config, mesh).shapes
-    after, metrics = jax.eval_shape(make_train_step(config, mesh, 0), before, batch)
+    before = program(config, mesh).state
+    after, metrics = jax.eval_shape(make_train_step(program(config, mesh, 0)), before, batch)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), before)
     assert all(m.shape == () and m.dtype == jnp.float32 for m in metrics.values())
-    total, count = jax.eval_shape(make_eval_step(config, mesh, 0), before.params, batch)
+    total, count = jax.eval_shape(make_eval_step(program(config, mesh, 0)), before.params, batch)
     assert (total.shape, total.dtype, count.shape, count.dtype) == ((), jnp.float32, (), jnp.int32)
 
 

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
+from programs import program, specs
 
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config
 from mutransformer.data.batches.pipeline import Batch
-from mutransformer.model.transformer import specs
-from mutransformer.sharding.mesh import make_mesh, rows
-from mutransformer.training.state import plan
+from mutransformer.sharding.mesh import batch_pspec, make_mesh
 from mutransformer.training.step import make_train_step
 
 # 2560 tokens a device where x is 8: five times as many as have logits at a time, and not the size of anything else.
@@ -23,10 +22,11 @@ LARGE = ["configs/large.yaml", "model.n_vocab=3584", "data.batch_size=80"]
 
 def compiled(config: Config) -> jax.stages.Compiled:
     mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.x * config.mesh.y])
-    at = NamedSharding(mesh, rows(mesh))
+    at = NamedSharding(mesh, batch_pspec(mesh))
     shape = config.data.batch_size, config.data.seq_len
     batch = Batch(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=at), jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=at))
-    return make_train_step(config, mesh, bos_id=0).lower(plan(config, mesh).shapes, batch).compile()
+    built = program(config, mesh)
+    return make_train_step(built).lower(built.state, batch).compile()
 
 
 @cache
@@ -72,7 +72,7 @@ def test_a_devices_share_of_the_state_falls_with_the_number_of_devices() -> None
     def held(x: int, y: int) -> int:
         config = load([*LARGE, f"mesh.x={x}", f"mesh.y={y}"])
         mesh = make_mesh(config.mesh, jax.devices()[: x * y])
-        shapes = plan(config, mesh).shapes
+        shapes = program(config, mesh).state
         return sum(jnp.dtype(a.dtype).itemsize * prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(shapes))
 
     whole = held(1, 1)

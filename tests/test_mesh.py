@@ -17,7 +17,7 @@ from tokens import mixture
 
 from mutransformer.config.schema import ConfigError, DataConfig, MeshConfig
 from mutransformer.data.batches.pipeline import Batch, eval_batches, train_batches
-from mutransformer.sharding.mesh import data_share, lay, make_mesh, put
+from mutransformer.sharding.mesh import data_share, lay_mesh, make_mesh, put_batch
 
 T, N_VOCAB = 4, 10_000
 TEXT = mixture([list(range(8000))])
@@ -111,9 +111,9 @@ def test_the_law_can_fail(name: str) -> None:
 
 def test_rows_are_split_over_x_and_z_whatever_axes_there_are() -> None:
     devices: list[Any] = [Device(i, i // 2) for i in range(8)]
-    assert data_share(lay(devices, z=2, x=2, y=2), 1) == (4, (1,))
-    assert data_share(lay(devices, z=2, x=2, y=2), 3) == (4, (3,))
-    assert data_share(lay(devices, run=8, x=1, y=1), 3) == (1, (0,))
+    assert data_share(lay_mesh(devices, z=2, x=2, y=2), 1) == (4, (1,))
+    assert data_share(lay_mesh(devices, z=2, x=2, y=2), 3) == (4, (3,))
+    assert data_share(lay_mesh(devices, run=8, x=1, y=1), 3) == (1, (0,))
 
 
 @pytest.mark.parametrize(("x", "y"), [(8, 1), (4, 2), (1, 8)])
@@ -122,7 +122,7 @@ def test_blocks_are_put_on_their_rows_of_the_mesh(x: int, y: int) -> None:
     mesh = make_mesh(MeshConfig(x, y), [jax.devices()[i] for i in order])
     assert [d.id for d in mesh.devices.flat] == order, "a CPU's devices keep their order"
     tokens = np.arange(16 * T, dtype=np.int32).reshape(16, T)
-    batch = put(Batch(tokens, tokens > 5), mesh)
+    batch = put_batch(Batch(tokens, tokens > 5), mesh)
     assert batch.segments is None and batch.tokens.dtype == np.int32 and batch.mask.dtype == np.bool_
     row = {device: r for r, devices in enumerate(mesh.devices) for device in devices}
     for given, placed in zip((tokens, tokens > 5), batch[:2], strict=True):

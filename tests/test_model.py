@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import program, specs
 
+from mutransformer import mup
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config
 from mutransformer.data.batches.pipeline import Batch
-from mutransformer.model.transformer import flops_per_token, specs
-from mutransformer.mup import rules as mup
+from mutransformer.model.weights import flops_per_token
 from mutransformer.sharding.mesh import make_mesh
 from mutransformer.training.step import make_eval_step, make_logits, make_loss_and_grads
 
@@ -38,7 +39,10 @@ def mesh_of(config: Config) -> jax.sharding.Mesh:
 def weights_of(config: Config) -> Any:
     """Weights at their initial scale, vectors not at one and zero."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape) * w.fan_in**-0.5, jnp.float32), specs(config))
+    return jax.tree.map(
+        lambda w: jnp.asarray(rng.normal(size=w.shape) * w.fan_in**-0.5, jnp.float32),
+        specs(config),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +60,12 @@ def base(batch) -> tuple[Any, Any]:
 
 
 def loss_and_grads(config: Config, batch: Batch) -> tuple[Any, Any]:
-    return jax.jit(make_loss_and_grads(config, mesh_of(config), BOS))(weights_of(config), batch)
+    return jax.jit(make_loss_and_grads(program(config, mesh_of(config), BOS)))(weights_of(config), batch)
 
 
 def test_a_position_sees_only_what_is_before_it(batch):
     config = make()
-    logits, weights = make_logits(config, mesh_of(config), BOS), weights_of(config)
+    logits, weights = make_logits(program(config, mesh_of(config), BOS)), weights_of(config)
 
     @jax.jit
     def seen(row: Any, t: Any) -> jax.Array:
@@ -78,7 +82,7 @@ def test_a_position_sees_only_what_is_before_it(batch):
 
 def test_the_loss_is_the_cross_entropy_of_the_logits(batch, base):
     config = make()
-    logits = np.asarray(make_logits(config, mesh_of(config), BOS)(weights_of(config), batch.tokens), np.float64)[..., :V]
+    logits = np.asarray(make_logits(program(config, mesh_of(config), BOS))(weights_of(config), batch.tokens), np.float64)[..., :V]
     tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
     each = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, tokens[..., None], -1)[..., 0]
     metrics, _ = base
@@ -86,7 +90,7 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(batch, base):
     assert float(metrics["objective"]) == pytest.approx(each[mask].mean(), rel=1e-5)
     assert abs(each.mean() / each[mask].mean() - 1) > 1e-4
 
-    total, count = make_eval_step(config, mesh_of(config), BOS)(weights_of(config), batch)
+    total, count = make_eval_step(program(config, mesh_of(config), BOS))(weights_of(config), batch)
     assert (float(total), int(count)) == (pytest.approx(each[mask].sum(), rel=1e-5), mask.sum())
 
 
@@ -97,7 +101,9 @@ def test_how_the_work_is_cut_up_changes_nothing(settings, batch, base):
     config = make(*settings)
     far = distances(loss_and_grads(config, batch), base)
     assert max(far.values()) < 5e-6, far  # the order of float32 sums; the bias of keys has a gradient near zero
-    program = [str(jax.make_jaxpr(make_loss_and_grads(c, mesh_of(c), BOS))(weights_of(c), batch)) for c in (make(), config)]
+    program = [
+        str(jax.make_jaxpr(make_loss_and_grads(program(c, mesh_of(c), BOS)))(weights_of(c), batch)) for c in (make(), config)
+    ]
     assert program[0] != program[1]
 
 
@@ -144,6 +150,6 @@ def test_an_untrained_model_knows_nothing():
     weights = jax.jit(lambda: mup.init(specs(config), config))()
     tokens = np.random.default_rng(0).integers(0, config.data.vocab_size, (4, 32), dtype=np.int32)
     batch = Batch(jnp.asarray(tokens), jnp.ones(tokens.shape, jnp.bool_))
-    total, count = make_eval_step(config, mesh_of(config), BOS)(weights, batch)
+    total, count = make_eval_step(program(config, mesh_of(config), BOS))(weights, batch)
     loss = float(total) / int(count)
     assert loss == pytest.approx(math.log(4096), rel=0.02)

@@ -6,12 +6,14 @@ from typing import Any, get_args
 import jax
 import numpy as np
 import pytest
+from programs import block_specs, specs
 
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config, Rule
-from mutransformer.model.transformer import Transformer, block_specs, specs
-from mutransformer.mup.rules import RULES, decay_multiplier, eps_multiplier, init, init_std, lr_multiplier
-from mutransformer.sharding.spec import Role, Weight
+from mutransformer.model.weights import Transformer
+from mutransformer.mup import RULES, Role, decay_multiplier, eps_multiplier, init_std, init_weights, lr_multiplier
+from mutransformer.sharding.spec import Weight
+from mutransformer.training.program import scaling_of
 
 M, P, F, HD = 96, 64, 144, 96  # width, base width, feed-forward width, heads x their width
 
@@ -56,16 +58,16 @@ def test_the_table(rule, column):
     weights = named(config)
     for name, row in TABLE.items():
         std = 1 / math.sqrt(M) if (rule, name) == ("sp", "unembed") else row[0]
-        assert init_std(weights[name], config) == pytest.approx(std, rel=1e-14), name
-        assert lr_multiplier(weights[name], config) == pytest.approx(row[column], rel=1e-14), name
-        assert eps_multiplier(weights[name], config) == 1.0, name
+        assert init_std(weights[name], scaling_of(config)) == pytest.approx(std, rel=1e-14), name
+        assert lr_multiplier(weights[name], scaling_of(config)) == pytest.approx(row[column], rel=1e-14), name
+        assert eps_multiplier(weights[name], scaling_of(config)) == 1.0, name
 
 
 def test_every_weight_of_a_role_goes_by_the_same_row():
     config = make("model.activation=swiglu", "model.qk_norm=true", "model.embed_norm=true")
     rates: dict[str, set[float]] = {}
     for w in named(config).values():
-        rates.setdefault(w.role, set()).add(lr_multiplier(w, config))
+        rates.setdefault(w.role, set()).add(lr_multiplier(w, scaling_of(config)))
     vectors = dict.fromkeys(("gain", "qk_gain", "bias", "outer_gain", "outer_bias"), {1.0})
     assert rates == {"input": {1.0}, "hidden": {P / M}, "residual": {P / M}, "output": {P / M}, **vectors}
 
@@ -74,39 +76,45 @@ def test_every_weight_of_a_role_goes_by_the_same_row():
 def test_eps_scales_like_the_rate_if_asked(rule, hidden):
     config = make("optim.eps_scaling=true", rule=rule)
     weights = named(config)
-    assert eps_multiplier(weights["blocks.w_q"], config) == pytest.approx(hidden, rel=1e-14)
-    assert eps_multiplier(weights["embed"], config) == eps_multiplier(weights["blocks.attn_norm"], config) == 1.0
+    assert eps_multiplier(weights["blocks.w_q"], scaling_of(config)) == pytest.approx(hidden, rel=1e-14)
+    assert (
+        eps_multiplier(weights["embed"], scaling_of(config))
+        == eps_multiplier(weights["blocks.attn_norm"], scaling_of(config))
+        == 1.0
+    )
 
 
 @pytest.mark.parametrize("width", [64, 80, 200, 1000])
 def test_a_ratio_of_widths_is_exact(width):
     config = make(f"model.d_model={width}", "model.d_head=8", "model.n_kv_head=null", "model.ff_multiple=2.7")
     weights = named(config)
-    assert {lr_multiplier(weights[n], config) for n in ("blocks.w_q", "blocks.w_o", "blocks.w_down", "unembed")} == {
+    assert {lr_multiplier(weights[n], scaling_of(config)) for n in ("blocks.w_q", "blocks.w_o", "blocks.w_down", "unembed")} == {
         (width / P) ** -1
     }
 
 
 def test_at_the_base_width_nothing_is_scaled():
     at_base, standard = make(f"model.d_base={M}"), make(f"model.d_base={M}", rule="sp")
-    ours, theirs = ({n: lr_multiplier(w, c) for n, w in named(c).items()} for c in (at_base, standard))
+    ours, theirs = ({n: lr_multiplier(w, scaling_of(c)) for n, w in named(c).items()} for c in (at_base, standard))
     assert ours == theirs
-    assert {n: lr_multiplier(w, make()) for n, w in named(make()).items()} != theirs
+    assert {n: lr_multiplier(w, scaling_of(make())) for n, w in named(make()).items()} != theirs
 
 
 @pytest.mark.parametrize(("start", "std"), [("rule", 1 / M), ("mup", 1 / M), ("sp", M**-0.5), ("zero", 0.0)])
 def test_the_unembedding_starts_as_told(start, std):
     config = make(f"model.unembed_init={start}")
-    assert init_std(named(config)["unembed"], config) == pytest.approx(std, rel=1e-14)
+    assert init_std(named(config)["unembed"], scaling_of(config)) == pytest.approx(std, rel=1e-14)
     standard = make(f"model.unembed_init={start}", rule="sp")
-    assert init_std(named(standard)["unembed"], standard) == pytest.approx(M**-0.5 if start == "rule" else std, rel=1e-14)
+    assert init_std(named(standard)["unembed"], scaling_of(standard)) == pytest.approx(
+        M**-0.5 if start == "rule" else std, rel=1e-14
+    )
 
 
 def test_an_unknown_role_is_an_error():
     stray = Weight((), 0, 1, "gain")
     object.__setattr__(stray, "role", "bent")  # past the frozen dataclass and the type check
     with pytest.raises(KeyError, match="bent"):
-        lr_multiplier(stray, make())
+        lr_multiplier(stray, scaling_of(make()))
 
 
 def test_every_parametrization_knows_every_role():
@@ -117,14 +125,22 @@ def test_every_parametrization_knows_every_role():
 
 def test_gains_and_biases_decay_only_if_asked():
     config, all_of_them = make(), make("optim.decay_vectors=true")
-    assert {w.role for w in named(config).values() if decay_multiplier(w, config)} == {"input", "hidden", "residual", "output"}
-    assert all(decay_multiplier(w, all_of_them) == 1 for w in named(config).values())
+    assert {w.role for w in named(config).values() if decay_multiplier(w, scaling_of(config))} == {
+        "input",
+        "hidden",
+        "residual",
+        "output",
+    }
+    assert all(decay_multiplier(w, scaling_of(all_of_them)) == 1 for w in named(config).values())
 
 
 @pytest.mark.parametrize("y", [2, 3, 4, 8])
 def test_sharding_scales_nothing(y):
     def numbers(config: Config) -> dict[str, Any]:
-        return {n: (w.shape, w.fan_in, w.role, init_std(w, config), lr_multiplier(w, config)) for n, w in named(config).items()}
+        return {
+            n: (w.shape, w.fan_in, w.role, init_std(w, scaling_of(config)), lr_multiplier(w, scaling_of(config)))
+            for n, w in named(config).items()
+        }
 
     for rule in ("mup", "abs_mup"):
         assert numbers(make(f"mesh.y={y}", rule=rule)) == numbers(make(rule=rule))
@@ -136,7 +152,7 @@ def drawn() -> dict[str, np.ndarray]:
 
 
 def draw(config: Config) -> dict[str, np.ndarray]:
-    weights = init(specs(config), config)
+    weights = init_weights(specs(config), scaling_of(config), config.seed)
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(a)
         for path, a in jax.tree_util.tree_leaves_with_path(weights)
@@ -153,7 +169,7 @@ def test_weights_are_normal_with_mean_zero_and_their_std(drawn):
             assert abs(a.std() / std - 1) < 4 / math.sqrt(2 * n), name
             assert abs(np.mean((a / std) ** 4) - 3) < 4 * math.sqrt(96 / n), name
         else:
-            assert np.all(a == (1 if ".g_" in f".{name}" else 0)), name
+            assert np.all(a == (1 if name.endswith("_norm") else 0)), name
 
 
 def test_no_two_weights_or_layers_are_alike(drawn):
@@ -186,7 +202,7 @@ def test_the_seed_moves_every_draw(drawn):
 
 def test_a_tree_of_one_kind_gives_a_tree_of_another():
     config = make()
-    tree: Transformer[Any] = jax.tree.map(lambda w: lr_multiplier(w, config), specs(config))
+    tree: Transformer[Any] = jax.tree.map(lambda w: lr_multiplier(w, scaling_of(config)), specs(config))
     assert tree.embed == 1.0 and tree.blocks.w_q == pytest.approx(P / M)
     assert block_specs(config).w_gate is None and tree.blocks.w_gate is None
 
@@ -195,5 +211,5 @@ def test_absolute_rates_know_no_rounding_of_the_feed_forward_width() -> None:
     config = load(["model.d_model=64", "model.d_head=16", "model.ff_multiple=2.67", "model.n_vocab=64", "optim.rule=abs_mup"])
     blocks = specs(config).blocks
     assert blocks.w_down.fan_in == 170
-    assert 1 / lr_multiplier(blocks.w_down, config) == pytest.approx(2.67 * 64)
-    assert 1 / lr_multiplier(blocks.w_up, config) == pytest.approx(64)
+    assert 1 / lr_multiplier(blocks.w_down, scaling_of(config)) == pytest.approx(2.67 * 64)
+    assert 1 / lr_multiplier(blocks.w_up, scaling_of(config)) == pytest.approx(64)

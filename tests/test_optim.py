@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from programs import program, specs
 
+from mutransformer import mup
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config
-from mutransformer.model.transformer import specs
-from mutransformer.mup import rules as mup
-from mutransformer.training.optim import make_optimizer, make_schedule
+from mutransformer.training.optim import make_schedule
+from mutransformer.training.program import scaling_of
 
 
 def make(*args: str) -> Config:
@@ -118,7 +119,7 @@ def start(config: Config) -> tuple[Any, list[Any]]:
 def run(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(how far two updates moved the weights, how far they do by hand)."""
     params, grads = start(config)
-    tx = make_optimizer(config, specs(config))
+    tx = program(config, jax.devices()[:1]).optimizer.transformation()
 
     @jax.jit
     def two(params: Any, grads: Any) -> Any:
@@ -166,12 +167,13 @@ def test_every_setting_is_felt(change):
 def test_every_weight_has_its_own_rate():
     config = make("optim.name=lion", "optim.clip_norm=0", "optim.warmup_steps=0", "optim.rule=abs_mup")
     params, grads = start(config)
-    tx = make_optimizer(config, specs(config))
+    tx = program(config, jax.devices()[:1]).optimizer.transformation()
     updates, _ = jax.jit(tx.update)(grads[0], tx.init(params), params)
     sizes = {name: np.unique(np.abs(u).astype(np.float32)) for name, u in flat(updates).items()}
     assert all(len(size) == 1 for size in sizes.values())  # the sign, times one rate
     rates = {
-        n: config.optim.lr * mup.lr_multiplier(w, config) for n, w in zip(sizes, jax.tree.leaves(specs(config)), strict=True)
+        n: config.optim.lr * mup.lr_multiplier(w, scaling_of(config))
+        for n, w in zip(sizes, jax.tree.leaves(specs(config)), strict=True)
     }
     assert {n: float(s[0]) for n, s in sizes.items()} == pytest.approx(rates, rel=1e-6)
     assert len(set(rates.values())) == 3  # 1, 1 / d_model and 1 / d_ff
@@ -180,7 +182,7 @@ def test_every_weight_has_its_own_rate():
 @pytest.mark.parametrize("name", ["adamw", "lion"])
 def test_the_first_moment_has_the_dtype_it_is_told(name):
     config = make(f"optim.name={name}", "precision.mu_dtype=bfloat16", "optim.rule=abs_mup", *SETTINGS[1][3:])
-    state = jax.eval_shape(lambda: make_optimizer(config, specs(config)).init(start(config)[0]))
+    state = jax.eval_shape(lambda: program(config, jax.devices()[:1]).optimizer.transformation().init(start(config)[0]))
     kinds = [a.dtype for a in jax.tree.leaves(state) if a.shape == (20, 16)]
     assert kinds == ([jnp.bfloat16, jnp.float32] if name == "adamw" else [jnp.bfloat16])
 
@@ -188,7 +190,7 @@ def test_the_first_moment_has_the_dtype_it_is_told(name):
 def test_two_eps_give_two_groups_and_no_weight_is_left_out():
     config = make(*SETTINGS[1])
     params, grads = start(config)
-    tx = make_optimizer(config, specs(config))
+    tx = program(config, jax.devices()[:1]).optimizer.transformation()
     updates, _ = jax.jit(tx.update)(grads[0], tx.init(params), params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     assert all(np.all(u != 0) for u in flat(updates).values())

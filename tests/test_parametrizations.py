@@ -7,15 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from programs import program, specs
 
+from mutransformer import mup
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config
 from mutransformer.data.batches.pipeline import Batch
-from mutransformer.model.transformer import specs
-from mutransformer.mup import rules as mup
-from mutransformer.sharding.mesh import make_mesh, put
+from mutransformer.sharding.mesh import make_mesh, put_batch
 from mutransformer.sharding.spec import Weight
-from mutransformer.training.state import init_state
+from mutransformer.training.program import scaling_of
 from mutransformer.training.step import make_train_step
 
 TINY = [
@@ -31,12 +31,12 @@ def train(*args: str, mesh: tuple[int, int] = (1, 1)) -> tuple[list[float], dict
     """(losses, weights at the end) of a few steps."""
     config = load([*TINY, *args, f"mesh.x={mesh[0]}", f"mesh.y={mesh[1]}"])
     grid = make_mesh(config.mesh, jax.devices()[: mesh[0] * mesh[1]])
-    step, state, losses = make_train_step(config, grid, bos_id=1), init_state(config, grid), []
+    step, state, losses = make_train_step(program(config, grid, bos_id=1)), program(config, grid).init_state(), []
     rng = np.random.default_rng(0)
     shape = config.data.batch_size, config.data.seq_len
     for _ in range(STEPS):
         tokens = np.minimum(rng.geometric(0.1, shape), 59).astype(np.int32)
-        state, metrics = step(state, put(Batch(tokens, np.ones(shape, np.bool_)), grid))
+        state, metrics = step(state, put_batch(Batch(tokens, np.ones(shape, np.bool_)), grid))
         losses.append(float(metrics["loss"]))
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
     return losses, named(jax.device_get(state.params))
@@ -153,12 +153,12 @@ def full(rule: str, *args: str) -> Config:
 def test_the_published_table(rule, rows):
     config = full(rule)
     weights = named(specs(config))
-    factors = (mup.multiplier, mup.lr_multiplier, mup.eps_multiplier, mup.decay_multiplier)
+    factors = (mup.forward_multiplier, mup.lr_multiplier, mup.eps_multiplier, mup.decay_multiplier)
     for name, row in rows.items():
-        assert [factor(weights[name], config) for factor in factors] == pytest.approx(row, rel=1e-12), name
-    assert mup.init_std(weights["unembed"], config) == pytest.approx(STD[rule], rel=1e-12)
-    assert mup.init_std(weights["blocks.w_q"], config) == pytest.approx(32**-0.5, rel=1e-12)
-    assert mup.init_std(weights["embed"], config) == 1.0
+        assert [factor(weights[name], scaling_of(config)) for factor in factors] == pytest.approx(row, rel=1e-12), name
+    assert mup.init_std(weights["unembed"], scaling_of(config)) == pytest.approx(STD[rule], rel=1e-12)
+    assert mup.init_std(weights["blocks.w_q"], scaling_of(config)) == pytest.approx(32**-0.5, rel=1e-12)
+    assert mup.init_std(weights["embed"], scaling_of(config)) == 1.0
 
 
 @pytest.mark.parametrize("rule", ["completep", "completed_p"])
@@ -167,20 +167,24 @@ def test_what_coupled_decay_takes_in_a_step_does_not_grow_with_width(rule, optim
     def taken(width: int) -> float:
         config = full(rule, f"optim.name={optimizer}", f"model.d_model={width}")
         w = named(specs(config))["blocks.w_q"]
-        return mup.lr_multiplier(w, config) * mup.decay_multiplier(w, config)
+        return mup.lr_multiplier(w, scaling_of(config)) * mup.decay_multiplier(w, scaling_of(config))
 
     assert taken(64) == pytest.approx(taken(16)) == pytest.approx(taken(256))
 
 
+def betas(config: Config) -> tuple[float, float]:
+    return mup.betas(config.optim.beta1, config.optim.beta2, scaling_of(config))
+
+
 def test_betas_follow_batch_and_tokens():
     config = full("completed_p")
-    assert mup.betas(config) == pytest.approx((1 - 0.1 * B / D, 1 - 0.05 * B / D))
-    assert mup.betas(full("completep")) == (0.9, 0.95)
+    assert betas(config) == pytest.approx((1 - 0.1 * B / D, 1 - 0.05 * B / D))
+    assert betas(full("completep")) == (0.9, 0.95)
 
 
 def test_independent_decay_follows_batch_and_tokens_alone():
     config = full("completed_p", "optim.decay=independent")
-    assert {mup.decay_multiplier(w, config) for w in named(specs(config)).values()} == {B / D}
+    assert {mup.decay_multiplier(w, scaling_of(config)) for w in named(specs(config)).values()} == {B / D}
 
 
 @pytest.mark.parametrize("decay", ["coupled", "independent"])
@@ -188,8 +192,10 @@ def test_the_exponents_that_are_free(decay):
     config = full("mup", f"optim.decay={decay}", "optim.decay_exponent=0.5", "optim.embed_lr_exponent=-0.5")
     for name, w in named(specs(config)).items():
         wide = w.role in ("hidden", "residual", "output")
-        assert mup.decay_multiplier(w, config) == pytest.approx(math.sqrt(N) if wide else 1.0), name
-        assert mup.lr_multiplier(w, config) == pytest.approx(1 / N if wide else N**-0.5 if name == "embed" else 1.0), name
+        assert mup.decay_multiplier(w, scaling_of(config)) == pytest.approx(math.sqrt(N) if wide else 1.0), name
+        assert mup.lr_multiplier(w, scaling_of(config)) == pytest.approx(
+            1 / N if wide else N**-0.5 if name == "embed" else 1.0
+        ), name
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -197,8 +203,8 @@ def test_the_exponents_that_are_free(decay):
 def test_no_rule_knows_of_the_mesh(rule, optimizer):
     def numbers(y: int) -> dict[str, Any]:
         config = full(rule, f"optim.name={optimizer}", f"mesh.y={y}", "model.n_kv_head=2")
-        factors = (mup.init_std, mup.multiplier, mup.lr_multiplier, mup.eps_multiplier, mup.decay_multiplier)
-        return {n: (w.shape, *(factor(w, config) for factor in factors)) for n, w in named(specs(config)).items()}
+        factors = (mup.init_std, mup.forward_multiplier, mup.lr_multiplier, mup.eps_multiplier, mup.decay_multiplier)
+        return {n: (w.shape, *(factor(w, scaling_of(config)) for factor in factors)) for n, w in named(specs(config)).items()}
 
     assert numbers(1) == numbers(2) == numbers(4)
 
@@ -208,10 +214,12 @@ def test_muon_moves_a_layers_matrices_by_the_spectral_norm_that_lets_width_be():
     settings = ["optim.name=muon", "optim.warmup_steps=0", "optim.muon_lr=0.5", "model.d_base=16"]
     config = load([*TINY, *settings])
     grid = make_mesh(config.mesh, jax.devices()[:1])
-    before = init_state(config, grid)
+    before = program(config, grid).init_state()
     start = named(jax.device_get(before.params))
     tokens = np.random.default_rng(0).integers(0, 60, (8, 16), dtype=np.int32)
-    after, _ = make_train_step(config, grid, bos_id=1)(before, put(Batch(tokens, np.ones((8, 16), np.bool_)), grid))
+    after, _ = make_train_step(program(config, grid, bos_id=1))(
+        before, put_batch(Batch(tokens, np.ones((8, 16), np.bool_)), grid)
+    )
     end, weights = named(jax.device_get(after.params)), named(specs(config))
     for name in ("blocks.w_q", "blocks.w_o", "blocks.w_up", "blocks.w_down"):
         w: Weight = weights[name]

@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import program
 from reference import KEYS, Case, read, settings
 
 from mutransformer.config.load import load
 from mutransformer.data.batches.pipeline import Batch
 from mutransformer.data.batches.rows import loss_mask
-from mutransformer.model.transformer import specs
-from mutransformer.sharding.mesh import make_mesh, put
-from mutransformer.training.optim import make_optimizer
-from mutransformer.training.state import TrainState, plan
+from mutransformer.sharding.mesh import make_mesh, put_batch
+from mutransformer.training.state import TrainState
 from mutransformer.training.step import make_logits, make_loss_and_grads, make_train_step
 
 HERE = Path(__file__).parent / "data"
@@ -57,12 +56,12 @@ def test_forward_loss_and_gradients(case: Case) -> None:
     mesh = make_mesh(case.config.mesh, jax.devices()[:1])
     bos = case.options["bos_token_id"]
     o = case.options
-    logits = make_logits(case.config, mesh, bos)(case.init, jnp.asarray(case.tokens[0]))
+    logits = make_logits(program(case.config, mesh, bos))(case.init, jnp.asarray(case.tokens[0]))
     assert distance(logits, case.logits0) <= 1e-5
 
     first = Batch(case.tokens[0], np.asarray(loss_mask(case.tokens[0], o["eos_token_id"], o["pad_token_id"])))
     one = settings({**o, "grad_acc_steps": 1})
-    metrics, grads = jax.jit(make_loss_and_grads(load(one), mesh, bos))(case.init, put(first, mesh))
+    metrics, grads = jax.jit(make_loss_and_grads(program(load(one), mesh, bos)))(case.init, put_batch(first, mesh))
     assert distance(metrics["loss"], case.loss_avg[0]) <= 1e-5
     assert distance(metrics["objective"], case.objective[0]) <= 1e-5
     wrong = {k: d for k, d in distances(grads, case.grad0).items() if d > 1e-5}
@@ -78,7 +77,7 @@ def test_gradients_with_what_makes_a_step_fast(case: Case) -> None:
     first = Batch(case.tokens[0], np.asarray(loss_mask(case.tokens[0], o["eos_token_id"], o["pad_token_id"])))
     config = load([*settings({**o, "grad_acc_steps": 1}), *LEVERS])
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    metrics, grads = jax.jit(make_loss_and_grads(config, mesh, o["bos_token_id"]))(case.init, put(first, mesh))
+    metrics, grads = jax.jit(make_loss_and_grads(program(config, mesh, o["bos_token_id"])))(case.init, put_batch(first, mesh))
     assert distance(metrics["loss"], case.loss_avg[0]) <= 1e-5
     assert not {k: d for k, d in distances(grads, case.grad0).items() if d > 1e-5}
 
@@ -86,12 +85,14 @@ def test_gradients_with_what_makes_a_step_fast(case: Case) -> None:
 def test_updates(case: Case) -> None:
     mesh = make_mesh(case.config.mesh, jax.devices()[:1])
     k = case.config.optim.grad_accumulation_steps
-    tx = make_optimizer(case.config, specs(case.config))
+    tx = program(case.config, jax.devices()[:1]).optimizer.transformation()
     params = jax.tree.map(jnp.asarray, case.init)
-    state = jax.device_put(TrainState(jnp.zeros((), jnp.int32), params, tx.init(params)), plan(case.config, mesh).shardings)
-    step = make_train_step(case.config, mesh, case.options["bos_token_id"])
+    state = jax.device_put(
+        TrainState(jnp.zeros((), jnp.int32), params, tx.init(params)), program(case.config, mesh).state_shardings
+    )
+    step = make_train_step(program(case.config, mesh, case.options["bos_token_id"]))
     for i, batch in enumerate(batches(case)):
-        state, metrics = step(state, put(batch, mesh))
+        state, metrics = step(state, put_batch(batch, mesh))
         assert distance(metrics["objective"], np.mean(case.objective[k * i : k * i + k])) <= 1e-5
         if k == 1:
             assert distance(metrics["loss"], case.loss_avg[i]) <= 1e-5

@@ -7,12 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from programs import program
 from runs import finish, metrics, settings, start, wait_for_step
 
 from mutransformer.config.load import load
-from mutransformer.sharding.mesh import make_mesh
 from mutransformer.training.checkpoint import SEAL, Checkpoints
-from mutransformer.training.state import TrainState, plan
+from mutransformer.training.state import TrainState
 
 # An epoch is some 40 batches: the run goes through more than one, and is killed within one.
 LENGTH = ["steps=60", "checkpoint.every=7", "eval.every=20"]
@@ -37,7 +37,7 @@ def final_state(run: Path) -> TrainState:
     checkpoints = Checkpoints(config, read_only=True)
     step = checkpoints.latest()
     assert step is not None and step == config.steps
-    state, position = checkpoints.restore(step, plan(config, make_mesh(config.mesh, jax.devices()[:1])).shapes)
+    state, position = checkpoints.restore(step, program(config, jax.devices()[:1]).state)
     assert position == {"next_index": config.steps}
     return state
 

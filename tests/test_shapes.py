@@ -16,7 +16,7 @@ from mutransformer.config.schema import MeshConfig
 from mutransformer.model import ops
 from mutransformer.model.attention import attention
 from mutransformer.model.matmul import dot_rows
-from mutransformer.model.transformer import Forward
+from mutransformer.model.ops import custom_gradient
 from mutransformer.sharding.mesh import make_mesh
 
 MODULE = """
@@ -78,8 +78,8 @@ X = jnp.ones((2, 3, 4))
         lambda: ops.shift_right(jnp.ones(3, jnp.int32), 0),
         lambda: ops.rms_norm(jnp.ones((2, 4), jnp.int32), 1e-5),
         lambda: ops.rms_norm(X, "1e-5"),  # pyright: ignore[reportArgumentType]
-        lambda: dot_rows(X[0], X[0].T),
-        lambda: Forward("small"),  # pyright: ignore[reportArgumentType]
+        lambda: dot_rows(X[0], X[0].T, tiled=False),
+        lambda: custom_gradient("small", None, ()),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_a_wrong_rank_size_dtype_or_type_is_refused(call):
@@ -91,7 +91,7 @@ def test_the_right_ones_are_taken():
     x = X[..., None] * jnp.ones((1, 1, 1, 2))
     assert attention(ops.rotary(x, 10.0), x, x, 1.0, "softmax", 1e-5).shape == x.shape
     assert ops.shift_right(jnp.ones((2, 3), jnp.int32), 0).shape == (2, 3)
-    assert dot_rows(X[0], X[0][:, :2]).shape == (4, 2)
+    assert dot_rows(X[0], X[0][:, :2], tiled=False).shape == (4, 2)
 
 
 def test_ranks_are_not_promoted():

@@ -1,20 +1,22 @@
 """How the model is spread over devices changes nothing: loss and every gradient, on every mesh; and nothing rests twice."""
 
+from collections.abc import Callable
 from functools import cache
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from programs import program, specs
 
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config
 from mutransformer.data.batches.pipeline import Batch
-from mutransformer.model.transformer import Transformer, specs
+from mutransformer.model.transformer import Transformer
 from mutransformer.sharding import collectives
-from mutransformer.sharding.mesh import check_fits, make_mesh, put
+from mutransformer.sharding.mesh import make_mesh, put_batch
 from mutransformer.sharding.spec import Weight
-from mutransformer.training.state import init_state
+from mutransformer.training.program import Program
 from mutransformer.training.step import make_loss_and_grads, make_train_step
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (2, 4), (8, 1), (1, 8)]
@@ -53,9 +55,9 @@ MODELS = {
 
 # What makes a step fast or small, each against the step of one device without it.
 LEVERS = {
-    "streams": ("relu", ["mesh.overlap_groups=2"]),
-    "exchange": ("relu", ["mesh.overlap_groups=1", "mesh.reduce_scatter_via_all_to_all=true"]),
-    "streams and exchange": (
+    "overlap groups": ("relu", ["mesh.overlap_groups=2"]),
+    "all-to-all": ("relu", ["mesh.overlap_groups=1", "mesh.reduce_scatter_via_all_to_all=true"]),
+    "overlap groups and all-to-all": (
         "all options",
         ["mesh.overlap_groups=2", "mesh.reduce_scatter_via_all_to_all=true", "model.remat=dots"],
     ),
@@ -63,12 +65,12 @@ LEVERS = {
     "remat=attention": ("all options", ["model.remat=attention", "mesh.reduce_scatter_via_all_to_all=true"]),
     "remat=dots": ("relu", ["model.remat=dots"]),
     "remat=full": ("all options", ["model.remat=full"]),
-    "slices": ("all options", ["mesh.replicas=2"]),
-    "slices, in parts, overlapping": (
+    "replicas": ("all options", ["mesh.replicas=2"]),
+    "replicas, microbatches, overlapping": (
         "relu",
         ["mesh.replicas=2", "optim.grad_accumulation_steps=2", "mesh.reduce_scatter_via_all_to_all=true", "model.remat=dots"],
     ),
-    "slices, reduced once a step": ("relu", ["mesh.replicas=2", "optim.grad_accumulation_steps=2", "optim.grad_sync=step"]),
+    "replicas, reduced once a step": ("relu", ["mesh.replicas=2", "optim.grad_accumulation_steps=2", "optim.grad_sync=step"]),
     "reduced once a step": ("all options", ["optim.grad_accumulation_steps=2", "optim.grad_sync=step"]),
     "reduced once a step, remat": (
         "relu",
@@ -98,14 +100,15 @@ def params(config: Config) -> Transformer:
     return jax.tree_util.tree_map_with_path(draw, specs(config))
 
 
-def loss_and_grads(model: str, x: int, y: int, *more: str) -> tuple[dict, Transformer]:
+def loss_and_grads(
+    model: str, x: int, y: int, *more: str, change: Callable[[Program], Program] = lambda program: program
+) -> tuple[dict, Transformer]:
     config = load([*TINY, *MODELS[model], *more]) if more else setting(model, x, y)
-    mesh = make_mesh(config.mesh, jax.devices()[: x * y * config.mesh.replicas])
-    check_fits(config, mesh)
+    built = change(program(config, jax.devices()[: x * y * config.mesh.replicas], bos_id=1))
     rng = np.random.default_rng(0)
     shape = config.data.batch_size, config.data.seq_len
     batch = Batch(rng.integers(0, 250, shape, dtype=np.int32), rng.random(shape) < 0.8)
-    return jax.device_get(jax.jit(make_loss_and_grads(config, mesh, bos_id=1))(params(config), put(batch, mesh)))
+    return jax.device_get(jax.jit(make_loss_and_grads(built))(params(config), put_batch(batch, built.mesh)))
 
 
 @cache
@@ -147,7 +150,8 @@ EVERY = [(lever, *mesh) for lever in LEVERS for mesh in meshes_of(lever)]
 LEVER_CASES = [
     (lever, x, y)
     for lever, x, y in EVERY
-    if (x, y) in {"slices": [(2, 2)], "streams and exchange": [(4, 2), (2, 4), (1, 8)]}.get(lever.split(",")[0], [(4, 2)])
+    if (x, y)
+    in {"replicas": [(2, 2)], "overlap groups and all-to-all": [(4, 2), (2, 4), (1, 8)]}.get(lever.split(",")[0], [(4, 2)])
 ]
 
 
@@ -163,21 +167,22 @@ def test_no_lever_changes_loss_or_any_gradient_on_any_mesh(lever: str, x: int, y
 
 
 def test_a_slice_sent_to_the_wrong_device_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: an exchange that adds up another device's slices."""
-    spread = collectives._spread
-    monkeypatch.setattr(collectives, "_spread", lambda x, exchange: spread(jax.numpy.roll(x, x.shape[2] // 2, axis=2), exchange))
-    _, grads = loss_and_grads("exchange", 4, 2)
-    assert worst(grads, unsharded_without("exchange")[1]) > 0.1
+    """The control: an all-to-all that adds up another device's slices."""
+    real = collectives._reduce_scatter_y
+    wrong = lambda x, via: real(jax.numpy.roll(x, x.shape[2] // 2, axis=2), via)  # noqa: E731
+    monkeypatch.setattr(collectives, "_reduce_scatter_y", wrong)
+    _, grads = loss_and_grads("all-to-all", 4, 2)
+    assert worst(grads, unsharded_without("all-to-all")[1]) > 0.1
 
 
-def test_a_lost_sum_over_slices_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_sum_over_replicas_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.lax, "psum", lambda x, axes, psum=jax.lax.psum: psum(x, axes) if axes != "z" else pmean(x))
 
     def pmean(x: jax.Array) -> jax.Array:
         return jax.lax.pmean(x, "z")
 
-    _, grads = loss_and_grads("slices", 2, 2)
-    assert worst(grads, unsharded_without("slices")[1]) > 0.1
+    _, grads = loss_and_grads("replicas", 2, 2)
+    assert worst(grads, unsharded_without("replicas")[1]) > 0.1
 
 
 def test_a_lost_sum_over_devices_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +209,7 @@ def test_start_is_the_same_bit_for_bit_on_every_mesh() -> None:
     @cache
     def start(x: int, y: int, *more: str) -> list[bytes]:
         config = load([*TINY, f"mesh.x={x}", f"mesh.y={y}", *more])
-        return bits(init_state(config, make_mesh(config.mesh, jax.devices()[: x * y])))
+        return bits(program(config, make_mesh(config.mesh, jax.devices()[: x * y])).init_state())
 
     assert all(start(x, y) == start(1, 1) for x, y in MESHES[1:])
     assert start(1, 1, "seed=1") != start(1, 1)
@@ -215,8 +220,8 @@ def test_every_matrix_and_its_moments_rest_once(x: int, y: int, optimizer: str) 
     overrides = [*TINY, *MODELS["all options"], f"mesh.x={x}", f"mesh.y={y}", f"optim.name={optimizer}"]
     config = load(overrides)
     mesh = make_mesh(config.mesh)
-    state = init_state(config, mesh)
-    batch = put(Batch(np.zeros((8, 16), np.int32), np.ones((8, 16), bool)), mesh)
+    state = program(config, mesh).init_state()
+    batch = put_batch(Batch(np.zeros((8, 16), np.int32), np.ones((8, 16), bool)), mesh)
     weights = specs(config)
     shapes = {w.shape for w in jax.tree.leaves(weights) if w.is_matrix}
     for when in ("at the start", "after a step"):
@@ -227,4 +232,4 @@ def test_every_matrix_and_its_moments_rest_once(x: int, y: int, optimizer: str) 
             assert leaf.sharding.spec != PartitionSpec(), when
             held = [shard.data.nbytes for shard in leaf.addressable_shards]
             assert held == [leaf.nbytes // (x * y)] * (x * y), f"{leaf.shape} {when}"
-        state, _ = make_train_step(config, mesh, bos_id=1)(state, batch)
+        state, _ = make_train_step(program(config, mesh, bos_id=1))(state, batch)

@@ -15,13 +15,14 @@ A new parametrization is a new entry of RULES.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 # residual: hidden, and writes to the residual stream. qk_gain: of the norms of queries and keys. outer_...: not in a layer.
 Role = Literal["input", "hidden", "residual", "output", "gain", "qk_gain", "bias", "outer_gain", "outer_bias"]
 Init = Literal["rule", "mup", "sp", "zero"]  # rule: the parametrization's own initial scale; else an override
 
 
+@runtime_checkable
 class Parameter(Protocol):
     """What the rules need to know about a weight. fan_out is the number of outputs that one input reaches."""
 

@@ -25,7 +25,7 @@ Schedule = Callable[[Any], Array]
 
 
 def make_schedule(config: OptimConfig, steps: int) -> Schedule:
-    """The learning rate as a fraction of its peak, by completed updates: linear warm-up, then decay to min_lr_ratio at the end."""
+    """The learning rate as a fraction of its peak, by completed updates: linear warm-up, then decay to min_lr_ratio."""
     floor, warmup = config.min_lr_ratio, config.warmup_steps
     decay_steps = max(1, steps - warmup)
     after = {

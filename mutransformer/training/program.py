@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax import Array
@@ -26,6 +26,7 @@ from mutransformer.training.optim import Optimizer, make_optimizer
 from mutransformer.training.state import TrainState, abstract_state, initial_state
 
 
+@runtime_checkable
 class VocabularyLike(Protocol):
     """What a program needs of a tokenizer."""
 
@@ -139,7 +140,7 @@ def build(
     found = prepare_tokenizer(config.data) if vocabulary is None else vocabulary
     config = config.with_vocab(found.n_vocab)
     _check_divides(config, mesh)
-    scaling = _scaling(config)
+    scaling = scaling_of(config)
     specs = transformer_specs(config.model, mesh.shape["y"])
     settings = execution.resolve(config, mesh)
     optimizer = make_optimizer(config.optim, config.precision.mu_dtype, specs, scaling, config.steps)
@@ -168,7 +169,8 @@ def build_with_data(config: Config) -> tuple[Program, Corpus]:
     return build(config, mesh, corpus.tokenizer), corpus
 
 
-def _scaling(config: Config) -> mup.Scaling:
+def scaling_of(config: Config) -> mup.Scaling:
+    """The parametrization of a config, and the size of its model relative to the one that was tuned."""
     m, o = config.model, config.optim
     return mup.Scaling(
         rule=o.rule,

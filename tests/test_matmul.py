@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,24 +12,25 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from programs import program, specs
 from test_sharding import loss_and_grads, unsharded, worst
 
 from mutransformer.config.load import load
 from mutransformer.config.schema import MeshConfig
 from mutransformer.data.batches.pipeline import Batch
-from mutransformer.model import matmul as linear
-from mutransformer.model.matmul import Head, Precision, _dot_rows_cpu, dot, dot_rows, head_loss, look_up, project, whole
-from mutransformer.model.transformer import specs
+from mutransformer.model.loss import Head, head_loss
+from mutransformer.model.matmul import MatmulPolicy, dot, dot_rows, gather_matrix, look_up, project
 from mutransformer.mup.rules import init_std
 from mutransformer.sharding.collectives import gather_x, scatter_y, sum_rows, sum_y
-from mutransformer.sharding.mesh import check_fits, make_mesh, put
+from mutransformer.sharding.mesh import make_mesh, put_batch
 from mutransformer.sharding.spec import weight
-from mutransformer.training.state import TrainState, plan
+from mutransformer.training.program import Program, scaling_of
+from mutransformer.training.state import TrainState
 from mutransformer.training.step import make_train_step
 
 GRIDS = [(1, 1), (2, 2), (1, 4)]
 SIZES = {"M": 12, "H": 4, "D": 5, "V": 44}
-FULL, LOW = Precision("float32", "float32"), Precision("bfloat16", "float32")
+FULL, LOW = MatmulPolicy("float32", "float32", True), MatmulPolicy("bfloat16", "float32", True)
 
 
 def mesh_of(grid: tuple[int, int]) -> jax.sharding.Mesh:
@@ -61,8 +63,8 @@ def test_project(grid, again, exchange):
 
     def sharded(x: jax.Array, w: jax.Array, v: jax.Array, by: jax.Array) -> jax.Array:
         x = jax.lax.pcast(x, "y", to="varying")
-        hidden = jnp.sin(project(x, whole(w, into, FULL, again), into, FULL))
-        return sum_rows(sum_y(jnp.sum(scatter_y(project(hidden, whole(v, out, FULL, again), out, FULL), exchange) * by)))
+        hidden = jnp.sin(project(x, gather_matrix(w, into, FULL, again), into, FULL))
+        return sum_rows(sum_y(jnp.sum(scatter_y(project(hidden, gather_matrix(v, out, FULL, again), out, FULL), exchange) * by)))
 
     def plain(x: jax.Array, w: jax.Array, v: jax.Array, by: jax.Array) -> jax.Array:
         hidden = jnp.sin(jnp.einsum("btm,mhd->bthd", x, w, precision="highest"))
@@ -81,7 +83,7 @@ def test_project_rounds_once():
     x, w = normal(0, 2, 3, 256).astype(jnp.bfloat16), normal(1, 256, 24)
     in_specs, out_specs = (P("x"), spec.pspec), P("x", None, "y")
     mapped = jax.shard_map(
-        lambda x, w: project(x, whole(w, spec, LOW, True), spec, LOW),
+        lambda x, w: project(x, gather_matrix(w, spec, LOW, True), spec, LOW),
         mesh=mesh_of((1, 1)),
         in_specs=in_specs,
         out_specs=out_specs,
@@ -102,13 +104,13 @@ def loss_inputs() -> tuple[Any, ...]:
     return normal(6, *TOKENS, 12), normal(7, 12, 44), normal(8, 44), jnp.asarray(targets), jnp.asarray(mask)
 
 
-def sharded_loss(grid: tuple[int, int], precision: Precision, chunk: int, n_vocab: int, biased: bool, z_loss: float = 0.0) -> Any:
+def sharded_loss(grid: tuple[int, int], policy: MatmulPolicy, chunk: int, n_vocab: int, biased: bool, z_loss: float = 0.0) -> Any:
     spec, bias_spec = weight("M/x -> V/y", SIZES), weight("-> V/y", SIZES, role="bias")
-    head = Head(spec, precision, n_vocab, chunk, z_loss)
+    head = Head(spec, policy, n_vocab, chunk, z_loss)
 
     def loss(h: jax.Array, w: jax.Array, bias: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         h = jax.lax.pcast(h, "y", to="varying")
-        own = gather_x(bias, bias_spec, precision.compute, precision.grad_reduce_dtype) if biased else None
+        own = gather_x(bias, bias_spec, policy.compute, policy.grad_reduce_dtype) if biased else None
         return sum_rows(head_loss(h, w, own, targets, mask, head)[0])
 
     in_specs = P("x"), spec.pspec, bias_spec.pspec, P("x"), P("x")
@@ -174,17 +176,17 @@ def test_dot_rows_is_one_sum_however_it_is_taken(shape, tiled, dtype):
     rows, m, n = shape
     a, b = normal(0, rows, m).astype(dtype), normal(1, rows, n).astype(dtype)
     exact = np.asarray(a, np.float64).T @ np.asarray(b, np.float64)
-    plain, fast = jax.jit(lambda a, b: dot(a, b, (0, 0)))(a, b), jax.jit(_dot_rows_cpu)(a, b)
+    plain, fast = jax.jit(lambda a, b: dot(a, b, (0, 0)))(a, b), jax.jit(partial(dot_rows, tiled=True))(a, b)
     assert plain.dtype == fast.dtype == jnp.float32
     assert distance(plain, exact) < 1e-6 and distance(fast, exact) < 1e-6
-    assert ("transpose" in str(jax.make_jaxpr(_dot_rows_cpu)(a, b))) == bool(tiled)
+    assert ("transpose" in str(jax.make_jaxpr(partial(dot_rows, tiled=True))(a, b))) == bool(tiled)
 
 
 def test_products_of_small_sizes_run_in_bfloat16():
     """XLA on a CPU has been seen to compile products of bfloat16 factors that it then cannot run, by their sizes and layouts."""
     sizes = list(itertools.product((1, 3, 8, 32), (1, 2, 7, 24), (1, 3, 8, 32)))
     low = [(normal(0, rows, m).astype("bfloat16"), normal(1, rows, n).astype("bfloat16")) for rows, m, n in sizes]
-    ours = jax.jit(lambda pairs: [dot_rows(a, b) for a, b in pairs])(low)
+    ours = jax.jit(lambda pairs: [dot_rows(a, b, tiled=True) for a, b in pairs])(low)
     for (a, b), c in zip(low, ours, strict=True):
         assert distance(c, np.asarray(a, np.float64).T @ np.asarray(b, np.float64)) < 1e-6
 
@@ -212,24 +214,30 @@ def test_a_train_step_runs_in_bfloat16(width, head, row, rows, grid, settings):
         ]
     )
     mesh = mesh_of(grid)
-    check_fits(config, mesh)
+    program(config, mesh)
     rng = np.random.default_rng(0)
     # Zeros, then weights at their scale: drawing them with JAX would take longer to compile than the step.
-    state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), plan(config, mesh).shapes)
-    params = jax.tree.map(lambda w: (init_std(w, config) * rng.normal(size=w.shape)).astype(np.float32), specs(config))
-    state = jax.device_put(TrainState(state.step, params, state.opt), plan(config, mesh).shardings)
+    state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), program(config, mesh).state)
+    params = jax.tree.map(
+        lambda w: (init_std(w, scaling_of(config)) * rng.normal(size=w.shape)).astype(np.float32),
+        specs(config),
+    )
+    state = jax.device_put(TrainState(state.step, params, state.opt), program(config, mesh).state_shardings)
     tokens = rng.integers(0, 50, (rows, row), dtype=np.int32)
-    batch = put(Batch(tokens, np.ones_like(tokens, dtype=bool)), mesh)
-    _, metrics = make_train_step(config, mesh, 0)(state, batch)
+    batch = put_batch(Batch(tokens, np.ones_like(tokens, dtype=bool)), mesh)
+    _, metrics = make_train_step(program(config, mesh, 0))(state, batch)
     assert all(np.isfinite(m) for m in metrics.values()) and metrics["gradient_norm"] > 0.01
     assert abs(float(metrics["loss"]) - np.log(50)) < 0.5
 
 
-def test_projections_with_dims_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on an accelerator: the same loss and gradients as with dims merged, which the layout in memory then does not bind."""
+def test_projections_with_separate_dims() -> None:
+    """As on an accelerator: the same loss and gradients as with merged dims, which XLA:CPU needs."""
+
+    def separate(program: Program) -> Program:
+        return replace(program, forward=replace(program.forward, policy=program.forward.policy._replace(merge_dims=False)))
+
     want, want_grads = unsharded("all options")
-    monkeypatch.setattr(linear, "_on_cpu", lambda: False)
-    metrics, grads = loss_and_grads("all options", 2, 2)
+    metrics, grads = loss_and_grads("all options", 2, 2, change=separate)
     assert metrics["loss"] == pytest.approx(want["loss"], rel=1e-5)
     assert worst(grads, want_grads) <= 1e-5
 

@@ -1,0 +1,112 @@
+"""The settings of a step follow from config and devices, and its compiler options reach the compiler that they are for."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from programs import program
+
+from mutransformer.config.kernels import device_kernel
+from mutransformer.config.load import load
+from mutransformer.data.batches.batch import Batch
+from mutransformer.errors import ConfigError
+from mutransformer.model.execution import Execution, resolve, tuning
+from mutransformer.training.step import make_train_step
+
+TINY = ["model.d_model=32", "model.d_head=16", "model.n_layer=1", "model.n_vocab=128", "data.seq_len=8", "data.batch_size=8"]
+TPU, GPU, CPU = ("tpu", "TPU v5"), ("gpu", "NVIDIA H100 80GB HBM3"), ("cpu", "cpu")
+
+
+def resolved(device: tuple[str, str], *args: str, y: int = 1) -> Execution:
+    platform, kind = device
+    abstract = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    mesh = AbstractMesh((8 // y, y), ("x", "y"), (AxisType.Auto,) * 2, abstract_device=abstract)
+    return resolve(load(["model.n_vocab=32000", *args]), mesh)
+
+
+@pytest.mark.parametrize("kind", ["TPU v5", "TPU v5p", "TPU v5 lite", "TPU v4", "TPU v6 lite"])
+def test_options_of_a_tpu(kind: str) -> None:
+    torus = kind in ("TPU v5", "TPU v5p", "TPU v4")
+    execution = resolved(("tpu", kind))
+    assert execution.compiler_options["xla_tpu_enable_async_collective_fusion"] == "true"
+    assert ("xla_tpu_enable_async_all_to_all" in execution.compiler_options) == execution.via_all_to_all == torus
+    assert tuning(kind).via_all_to_all == torus
+    assert resolved(("tpu", kind), "xla_tuned=false").compiler_options == {}
+
+
+@pytest.mark.parametrize("device", [CPU, ("gpu", "NVIDIA H200"), ("tpu", "TPU v99")])
+def test_an_unknown_device_has_no_options(device: tuple[str, str]) -> None:
+    assert resolved(device).compiler_options == {} and not resolved(device).via_all_to_all
+
+
+def test_options_of_the_config_come_last() -> None:
+    own = ["xla.xla_tpu_scoped_vmem_limit_kib=32768", "xla.xla_tpu_overlap_compute_collective_tc=false", "xla.new=7"]
+    options = resolved(TPU, *own).compiler_options
+    assert options["xla_tpu_scoped_vmem_limit_kib"] == "32768" and options["new"] == "7"
+    assert options["xla_tpu_overlap_compute_collective_tc"] == "False"
+    assert options["xla_enable_async_all_gather"] == "true"
+
+
+def test_options_reach_the_compiler() -> None:
+    """A CPU's compiler takes an option of its own, and refuses one that it does not know."""
+
+    def compiled(*options: str) -> object:
+        built = program(load([*TINY, *options]))
+        batch = Batch(jax.ShapeDtypeStruct((8, 8), jnp.int32), jax.ShapeDtypeStruct((8, 8), jnp.bool_))
+        return make_train_step(built).lower(built.state, batch).compile()
+
+    compiled("xla.xla_cpu_enable_fast_math=false")
+    with pytest.raises(ConfigError, match="^xla: .*xla_of_nothing"):
+        compiled("xla.xla_of_nothing=true")
+
+
+def test_overlap_groups() -> None:
+    remat = "model.remat=dots"
+    assert [resolved(TPU, remat, y=y).overlap_groups for y in (1, 2, 4)] == [1, 2, 2]
+    assert resolved(TPU, y=2).overlap_groups == 1  # each group would gather the weights again in the backward pass
+    assert resolved(TPU, remat, "mesh.overlap_groups=1", y=2).overlap_groups == 1
+
+
+def test_sums_over_y_by_an_all_to_all() -> None:
+    key = "mesh.reduce_scatter_via_all_to_all"
+    assert [resolved(TPU, f"{key}={value}").via_all_to_all for value in ("null", "true", "false")] == [True, True, False]
+    assert resolved(CPU, f"{key}=true").via_all_to_all
+
+
+def test_head_chunk() -> None:
+    assert resolved(CPU).head_chunk == 512 and resolved(CPU, "model.head_chunk=7").head_chunk == 7
+    one, two = resolved(TPU).head_chunk, resolved(TPU, y=2).head_chunk
+    assert one * 4 * 32000 <= 512 << 20 < 2 * one * 4 * 32000 and two == 2 * one
+
+
+@pytest.mark.parametrize(
+    ("device", "positions", "head", "more", "attention"),
+    [
+        *((TPU, 512, 128, [], "splash"), (TPU, 640, 64, ["data.intra_document_mask=true"], "splash")),
+        *((TPU, 256, 128, [], "dense"), (TPU, 600, 128, [], "dense"), (TPU, 512, 32, [], "dense")),
+        *((TPU, 512, 128, ["model.attention_activation=sqrelu"], "dense"),),
+        *((TPU, 512, 128, ["model.attention_kernel=xla"], "dense"),),
+        *((GPU, 64, 128, [], "cudnn"), (GPU, 64, 256, [], "blockwise")),
+        *((GPU, 64, 128, ["data.intra_document_mask=true"], "blockwise"),),
+        *((GPU, 64, 128, ["precision.compute=float32"], "blockwise"), (CPU, 512, 128, [], "blockwise")),
+        (CPU, 512, 128, ["model.attention_kernel=splash"], "splash_interpreted"),
+    ],
+)
+def test_attention(device: tuple[str, str], positions: int, head: int, more: list[str], attention: str) -> None:
+    sizes = ["model.d_model=512", f"model.d_head={head}", f"data.seq_len={positions}"]
+    assert resolved(device, *sizes, *more).attention == attention
+
+
+@pytest.mark.parametrize("kind", ["AMD Instinct MI300X", "Tesla V100-SXM2-16GB", "Tesla T4", "NVIDIA GeForce GTX 1080"])
+def test_gpus_without_the_kernel(kind: str) -> None:
+    assert device_kernel("gpu", kind) == "xla" and resolved(("gpu", kind)).attention == "blockwise"
+    assert device_kernel("gpu", "NVIDIA A100-SXM4-40GB") == device_kernel("gpu", "NVIDIA L4") == "cudnn"
+
+
+@pytest.mark.parametrize(("device", "other"), [(CPU, "xla"), (TPU, "splash")])
+def test_a_kernel_of_another_device_is_refused(device: Any, other: str) -> None:
+    message = f"^model.attention_kernel = cudnn: not on {device[1]}; use auto or {other}$"
+    with pytest.raises(ConfigError, match=message):
+        resolved(device, "model.attention_kernel=cudnn")
