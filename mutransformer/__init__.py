@@ -1,5 +1,8 @@
 """mutransformer: the muP training stack for JAX. Tune small, train large."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("mutransformer")
+try:
+    __version__ = version("mutransformer")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0.1.0"

@@ -1,10 +1,16 @@
-"""What a user can mend: one exception, and the checks that raise it."""
+"""User-correctable errors, the checks that raise them, and the exit codes of the command line."""
 
 from pathlib import Path
 
+FINISHED = 0
+FAILED = 1  # the run or the check itself failed: a loss that is not finite, too little memory, a verdict FAIL
+USAGE_ERROR = 2  # user-correctable: a setting, an option or a file
+STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with a checkpoint saved; the same command resumes
+INTERRUPTED = 130  # by Ctrl-C, with nothing saved
+
 
 class ConfigError(ValueError):
-    """A setting that a user can mend: one line that names the key, its value and what would be right."""
+    """A user-correctable error, in one line that names the key, its value and what would be right."""
 
 
 def check(ok: bool, message: str) -> None:
@@ -14,15 +20,24 @@ def check(ok: bool, message: str) -> None:
 
 
 def is_url(path: str) -> bool:
-    """Whether fsspec is to be asked for it, as for gs://bucket/folder."""
+    """Whether a path is a URL that fsspec opens, such as gs://bucket/folder."""
     return "://" in path
 
 
 def check_path(key: str, path: str, urls: bool = False) -> None:
-    """Refuses what cannot be a path; a URL too, unless urls."""
-    check("\0" not in path, f"{key} = {path!r}: no path")
+    """Checks that a setting can be a path; it need not exist.
+
+    Args:
+        key: the setting's key, for the message.
+        path: its value.
+        urls: whether a URL is accepted too.
+
+    Raises:
+        ConfigError: the value cannot be a path, is a URL, or names the home of an unknown user.
+    """
+    check("\0" not in path, f"{key} = {path!r}: must be a path, without null characters")
     if is_url(path):
-        check(urls, f"{key} = {path}: only local paths can be read and written so far")
+        check(urls, f"{key} = {path}: must be a local path, not a URL")
         return
     try:
         Path(path).expanduser()

@@ -1,9 +1,10 @@
-"""Speed of the data path, as JSON: python scripts/benchmark_data.py [FILE.yaml] [key=value ...]
+"""Measure the speed of the data path, as JSON: python scripts/benchmark_data.py [CONFIG] [key=value ...]
 
-Tokenising: a text of --megabytes, Python's own library over and over as JSON lines, is made a cache as prepare_data.py makes one;
-by turns with that, as many processes read the same lines, give them to the tokenizer's library and drop what it says. Loading:
-batches of that cache are drawn as training draws them, with documents joined and kept apart. Of the config, what concerns the
-tokenizer, rows and processes counts. Medians of --repeats; seconds run from the first process's start to the last one's end.
+Tokenizing: a text of --megabytes, Python's own library repeated as JSON lines, is made into a cache as prepare-data does;
+alternating with that, as many processes read the same lines, pass them to the tokenizer's library and discard the ids. Loading:
+batches of that cache are drawn as in training, without data.intra_document_mask (join) and with it (apart). Of the config, only
+the settings of tokenizer, rows and processes count. Figures are medians of --repeats; seconds run from the first process's start
+to the last one's end.
 """
 
 import json
@@ -16,42 +17,44 @@ import statistics
 import sys
 import tempfile
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from mutransformer.config import load as settings
-from mutransformer.config.schema import DataConfig, SourceConfig
-from mutransformer.sharding.processes import command, guarded
+from mutransformer.cli import run_cli
+from mutransformer.config.data import DataConfig, SourceConfig
+from mutransformer.config.load import load
+from mutransformer.errors import FINISHED
 
-CHUNK = 256 << 10  # characters given to a library at once: its fastest of 4 Ki to 4 Mi
+CHUNK = 256 << 10  # characters passed to a library at once: the fastest of 4 Ki to 4 Mi
 
 
 def main() -> int:
-    parser = command(__doc__ or "")
-    parser.add_argument("--megabytes", type=float, default=200, help="of text; default: 200")
-    parser.add_argument("--repeats", type=int, default=3, help="of each measurement; default: 3")
-    parser.add_argument("--batches", type=int, default=2000, help="drawn in each measurement of loading; default: 2000")
-    given = parser.parse_intermixed_args()
-    return guarded(lambda: run(given))
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="CONFIG | KEY=VALUE", help="as for mutransformer prepare-data")
+    parser.add_argument("--megabytes", type=float, default=200, help="size of the text (default: 200)")
+    parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: 3)")
+    parser.add_argument("--batches", type=int, default=2000, help="batches drawn in each measurement of loading (default: 2000)")
+    args = parser.parse_intermixed_args()
+    return run_cli(lambda: run(args))
 
 
-def run(given: Namespace) -> int:
-    config = settings.load(given.args).data
+def run(args: Namespace) -> int:
+    config = load(args.settings).data
     processes = config.tokenize_workers or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
-        files = write(Path(folder), given.megabytes, 4 * processes)
-        alone = SourceConfig(source="jsonl", files=files)  # none of the config's own source, nor its splits, is left
-        config = replace(config, **vars(alone), sources={}, cache_dir=f"{folder}/cache")
+        files = write_text(Path(folder), args.megabytes, 4 * processes)
+        own_text = SourceConfig(source="jsonl", files=files)  # replaces every setting of the config's own source
+        config = replace(config, **vars(own_text), sources={}, cache_dir=f"{folder}/cache")
         config = replace(config, tokenize_workers=processes, local_dir=f"{folder}/local")
-        report = tokenise(config, given.repeats) | {"loading": load(config, given.repeats, given.batches)}
+        report = tokenize_text(config, args.repeats) | {"loading": load_batches(config, args.repeats, args.batches)}
     print(json.dumps(report, indent=2))
-    return 0
+    return FINISHED
 
 
-def write(folder: Path, megabytes: float, n_files: int) -> list[str]:
-    """Documents of some two thousand characters, as a page of the web has, in files of like size."""
+def write_text(folder: Path, megabytes: float, n_files: int) -> list[str]:
+    """Writes documents of about two thousand characters, like a web page, to files of equal size."""
     from mutransformer.data.sources.registry import SOURCES
     from mutransformer.data.sources.splits import Shares
 
@@ -71,10 +74,10 @@ def write(folder: Path, megabytes: float, n_files: int) -> list[str]:
     return [str(path) for path in files]
 
 
-def tokenise(config: DataConfig, repeats: int) -> dict[str, object]:
+def tokenize_text(config: DataConfig, repeats: int) -> dict[str, object]:
     from mutransformer.data.cache.prepare import prepare
 
-    prepared = prepare(config)  # the tokenizer too, so that its training does not count
+    prepared = prepare(config)  # trains the tokenizer too, so that its training does not count
     n_bytes = sum(text.n_bytes for text in prepared.splits.values())
     model = next(map(str, prepared.tokenizer.files().values()), "")
     processes, files = config.tokenize_workers or 1, config.files
@@ -88,7 +91,7 @@ def tokenise(config: DataConfig, repeats: int) -> dict[str, object]:
         start = time.perf_counter()
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
             shares = [files[k::processes] for k in range(processes)]
-            encoding.append(max(pool.map(library, [config.tokenizer] * processes, [model] * processes, shares)))
+            encoding.append(max(pool.map(encode_files, [config.tokenizer] * processes, [model] * processes, shares)))
         reading.append(time.perf_counter() - start)
 
     def rate(seconds: list[float]) -> float:
@@ -108,15 +111,15 @@ def tokenise(config: DataConfig, repeats: int) -> dict[str, object]:
     }
 
 
-def library(tokenizer: str, model: str, files: list[str]) -> float:
-    """Reads files and tokenises them, on one thread. Seconds spent in the tokenizer's library."""
+def encode_files(tokenizer: str, model: str, files: list[str]) -> float:
+    """Reads files and tokenizes them on one thread; returns the seconds spent in the tokenizer's library."""
     os.environ["RAYON_NUM_THREADS"] = "1"
     if tokenizer == "hf":
         import tokenizers
 
         fast = tokenizers.Tokenizer.from_file(model)
-        # With the ids fetched, as the other libraries give them unasked.
-        encode = lambda texts: [found.ids for found in fast.encode_batch_fast(texts, add_special_tokens=False)]  # noqa: E731
+        # Fetching the ids counts, as the other libraries always return them.
+        encode = lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)]  # noqa: E731
     elif tokenizer == "sentencepiece":
         import sentencepiece
 
@@ -139,32 +142,32 @@ def library(tokenizer: str, model: str, files: list[str]) -> float:
     return seconds
 
 
-def load(config: DataConfig, repeats: int, batches: int) -> dict[str, object]:
+def load_batches(config: DataConfig, repeats: int, batches: int) -> dict[str, object]:
     from mutransformer.data.batches.pipeline import train_batches
     from mutransformer.data.cache.prepare import prepare
 
     corpus = prepare(config)
     report: dict[str, object] = {"seq_len": config.seq_len, "batch_size": config.batch_size, "threads": config.threads}
     before = resident()
-    rates: dict[str, list[float]] = {"join": [], "apart": []}
+    rates: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(repeats):
-        for documents, found in rates.items():
-            settings = replace(config, packing="concat", documents=documents)
-            drawing = train_batches(corpus.splits["train"], settings, 0, 1, (0,), corpus.tokenizer.n_vocab)
+        for mask, million_per_second in rates.items():
+            rows = replace(config, packing="concat", truncated_eos=False, intra_document_mask=mask)
+            drawing = train_batches(corpus.splits["train"], rows, 0, 1, (0,), corpus.tokenizer.n_vocab)
             for _ in range(config.prefetch + 2):
                 next(drawing)
             start = time.perf_counter()
             for _ in range(batches):
                 next(drawing)
-            found.append(batches * config.batch_size * config.seq_len / (time.perf_counter() - start) / 1e6)
+            million_per_second.append(batches * config.batch_size * config.seq_len / (time.perf_counter() - start) / 1e6)
             drawing.close()
-    for documents, found in rates.items():
-        report[f"{documents}_million_tokens_per_second"] = round(statistics.median(found), 1)
+    for mask, name in ((False, "join"), (True, "apart")):
+        report[f"{name}_million_tokens_per_second"] = round(statistics.median(rates[mask]), 1)
     return report | {"resident_megabytes_before": before, "resident_megabytes_most": resident()}
 
 
 def resident() -> int:
-    """The most memory so far."""
+    """The process's largest resident memory so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1 if sys.platform == "darwin" else 1024)
 
 

@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from mutransformer.config.schema import check
-from mutransformer.sharding.processes import FINISHED, guarded
+from mutransformer.cli import run_cli
+from mutransformer.errors import FINISHED, check
 
 
 def row(path: Path) -> list[str]:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
         return FINISHED
 
-    return guarded(run)
+    return run_cli(run)
 
 
 if __name__ == "__main__":

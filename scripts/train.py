@@ -1,18 +1,8 @@
-"""Trains a Transformer: python scripts/train.py configs/small.yaml [key=value ...]"""
+"""`mutransformer train` from a source tree: python scripts/train.py --help"""
 
 import sys
 
-from mutransformer.sharding.processes import launch
-
-
-def main(config):
-    from mutransformer.training.loop import train
-    from mutransformer.training.program import build_with_data
-    from mutransformer.training.metrics import setup_logging
-
-    setup_logging()
-    return train(*build_with_data(config))
-
+from mutransformer.cli import main
 
 if __name__ == "__main__":
-    sys.exit(launch(main, __doc__ or ""))
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,33 +1,8 @@
-"""Trains a SentencePiece model on a train split: python scripts/train_tokenizer.py [FILE.yaml] [key=value ...] --out my.model
-
-To use it: data.tokenizer=sentencepiece data.tokenizer_file=my.model
-"""
+"""`mutransformer train-tokenizer` from a source tree: python scripts/train_tokenizer.py --help"""
 
 import sys
-from argparse import Namespace
-from pathlib import Path
 
-from mutransformer.config import load as settings
-from mutransformer.sharding.processes import command, guarded, prepare_jax
-
-
-def main() -> int:
-    parser = command(__doc__ or "")
-    parser.add_argument("--out", type=Path, required=True, metavar="MODEL", help="the file to write")
-    given = parser.parse_intermixed_args()
-    return guarded(lambda: run(given))
-
-
-def run(given: Namespace) -> int:
-    config = settings.load(given.args)
-    prepare_jax(config.distributed)
-    from mutransformer.data.cache.prepare import train_tokenizer
-    from mutransformer.data.tokenizers.sentencepiece import SentencePieceTokenizer
-
-    train_tokenizer(config.data, given.out)
-    print(f"{given.out}: {SentencePieceTokenizer(given.out).n_vocab} pieces")
-    return 0
-
+from mutransformer.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train-tokenizer", *sys.argv[1:]]))

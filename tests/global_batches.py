@@ -17,10 +17,10 @@ from mutransformer.config.load import load
 from mutransformer.data.batches import pipeline
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.sharding.mesh import data_share, make_mesh, put
-from mutransformer.sharding.processes import connect
+from mutransformer.sharding.processes import join_processes
 
 config = load(sys.argv[3:])
-connect(config.distributed)
+join_processes(config.distributed)
 mesh = make_mesh(config.mesh, [jax.devices()[int(i)] for i in sys.argv[2]])
 corpus = prepare(config.data, jax.process_count(), jax.process_index())
 n_vocab = corpus.tokenizer.n_vocab

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mutransformer.sharding import processes as launch
+from mutransformer.errors import USAGE_ERROR
+from mutransformer.sharding import processes
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -83,9 +84,9 @@ def refuse_before_jax(run: Callable[[], int], message: str, folder: Path, monkey
         raise AssertionError("JAX was started")
 
     for name in ("prepare_jax", "simulate_devices"):
-        monkeypatch.setattr(launch, name, started)
+        monkeypatch.setattr(processes, name, started)
     monkeypatch.chdir(folder)
-    assert run() == launch.MISTAKE
+    assert run() == USAGE_ERROR
     out, err = capsys.readouterr()
     assert re.fullmatch(r"error: .*\n", err) and re.search(message, err), err
     assert not out and not list(folder.iterdir())

@@ -20,9 +20,10 @@ from mutransformer.config.load import load
 from mutransformer.data.batches.pipeline import fingerprint
 from mutransformer.data.cache import store as cache
 from mutransformer.data.cache.prepare import prepare
+from mutransformer.errors import USAGE_ERROR
 from mutransformer.sharding import devices as hardware
 from mutransformer.sharding.mesh import make_mesh
-from mutransformer.sharding.processes import MISTAKE, launch
+from mutransformer.sharding.processes import launch
 from mutransformer.training.checkpoint import SEAL, Checkpoints, _hashes
 from mutransformer.training.loop import train
 from mutransformer.training.state import init_state
@@ -87,7 +88,7 @@ def check_told(outcome: Outcome, message: str, seconds: float = SECONDS) -> None
     assert "Traceback" not in outcome.out + outcome.err
     assert re.fullmatch(r"error: .+\n", outcome.err), outcome.err
     assert re.search(message, outcome.err), outcome.err
-    assert outcome.code == MISTAKE == 2
+    assert outcome.code == USAGE_ERROR == 2
     assert outcome.seconds < seconds
 
 

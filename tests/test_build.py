@@ -16,11 +16,12 @@ import pytest
 from object_store import install
 from test_sources import TEXTS, write
 
-from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.config.data import DataConfig
 from mutransformer.data.cache import build
 from mutransformer.data.cache import tokenize_shard as job
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.data.cache.store import Store
+from mutransformer.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 FILES = 12

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from mutransformer.config.load import describe, load, to_yaml
-from mutransformer.config.schema import Config, ConfigError, flatten, to_dict
-from mutransformer.sharding.processes import MISTAKE, launch
+from mutransformer.config.schema import Config, flatten, to_dict
+from mutransformer.errors import USAGE_ERROR, ConfigError
+from mutransformer.sharding.processes import launch
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -378,7 +379,7 @@ def test_print_config_prints_what_loads_as_the_same(args, write, capsys, monkeyp
 
 @pytest.mark.parametrize("arg", ["model.d_modle=3", "steps=0", "none.yaml", "seed=1\nsteps=2", "a\nb.yaml"])
 def test_a_mistake_is_one_line_and_exit_code_2(arg, capsys):
-    assert launch(unused, "", [arg]) == MISTAKE == 2
+    assert launch(unused, "", [arg]) == USAGE_ERROR == 2
     out, err = capsys.readouterr()
     assert out == "" and re.fullmatch("error: .+\n", err)
 

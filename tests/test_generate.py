@@ -1,9 +1,7 @@
 """Sampling beside a cache: the logits of a pass over the whole text, on every mesh; draws by their settings; the script."""
 
 import json
-import runpy
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -15,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf import t5
-from runs import ROOT, settings
+from runs import settings
 from test_ops import distance
 from test_sharding import params
 
+from mutransformer.cli import main
 from mutransformer.config.load import load
-from mutransformer.config.schema import ConfigError
 from mutransformer.data.tokenizers.hf import convert
 from mutransformer.data.tokenizers.registry import kept_tokenizer
 from mutransformer.data.tokenizers.sentencepiece import ByteTokenizer
+from mutransformer.errors import FINISHED, USAGE_ERROR, ConfigError
 from mutransformer.generation import (
     Sampling,
     choose,
@@ -37,7 +36,6 @@ from mutransformer.generation import (
 from mutransformer.model.ops import shift_right
 from mutransformer.sharding import devices as hardware
 from mutransformer.sharding.mesh import put_batch
-from mutransformer.sharding.processes import FINISHED, MISTAKE
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.loop import train
 from mutransformer.training.program import Program, Vocabulary, build, build_with_data
@@ -301,8 +299,7 @@ def script(run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.setattr(hardware, "keep_freed_memory", lambda: None)  # a setting of the whole process
 
     def call(*args: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["generate.py", str(run), "checkpoint.keep=1", *args])
-        return runpy.run_path(str(ROOT / "scripts/generate.py"))["main"]()
+        return main(["generate", str(run), "checkpoint.keep=1", *args])
 
     return call
 
@@ -347,7 +344,7 @@ def test_the_best_checkpoint(
     ],
 )
 def test_mistakes_are_one_line(args: list[str], message: str, script: Callable[..., int], capsys: Any) -> None:
-    assert script(*args) == MISTAKE
+    assert script(*args) == USAGE_ERROR
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err and not out
 
@@ -355,5 +352,5 @@ def test_mistakes_are_one_line(args: list[str], message: str, script: Callable[.
 def test_a_run_without_a_checkpoint(script: Callable[..., int], tmp_path: Path, run: Path, capsys: Any) -> None:
     (tmp_path / "new").mkdir()
     shutil.copy(run.parent / "tokenizer.model", tmp_path / "new")
-    assert script(f"workdir={tmp_path}", "name=new") == MISTAKE
+    assert script(f"workdir={tmp_path}", "name=new") == USAGE_ERROR
     assert "new/checkpoints: no checkpoints here" in capsys.readouterr().err

@@ -9,10 +9,11 @@ import pytest
 from hf import FAMILIES, t5
 from transformers import AutoTokenizer
 
-from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.config.data import DataConfig
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.data.tokenizers.hf import HFTokenizer, convert
 from mutransformer.data.tokenizers.sentencepiece import Tokenizer
+from mutransformer.errors import ConfigError
 
 TEXTS = ["the cat sat", "a naïve Ärger of 中文", "def f(x):\n\treturn x\n", " two  spaces ", ""]
 

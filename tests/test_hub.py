@@ -17,10 +17,11 @@ from fake_hub import COMMIT, Hub
 from hf import t5
 from test_sources import TEXTS, texts_of, write
 
-from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.config.data import DataConfig
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.data.sources.readers import SPLITS
 from mutransformer.data.sources.splits import Shares, split_of
+from mutransformer.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_thisIsASecretOfTheUser"

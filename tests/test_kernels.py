@@ -19,8 +19,8 @@ from test_ops import EPS, close, distance, f32, normal
 from test_sharding import TINY, params, worst
 
 from mutransformer.config.load import load
-from mutransformer.config.schema import ConfigError
 from mutransformer.data.batches.pipeline import Batch
+from mutransformer.errors import ConfigError
 from mutransformer.model import kernels
 from mutransformer.model.attention import attention
 from mutransformer.sharding.mesh import make_mesh, put_batch

@@ -16,7 +16,7 @@ from programs import program, specs
 from test_sharding import loss_and_grads, unsharded, worst
 
 from mutransformer.config.load import load
-from mutransformer.config.schema import MeshConfig
+from mutransformer.config.run import MeshConfig
 from mutransformer.data.batches.pipeline import Batch
 from mutransformer.model.loss import Head, head_loss
 from mutransformer.model.matmul import MatmulPolicy, dot, dot_rows, gather_matrix, look_up, project

@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 from runs import ROOT
 from tokens import mixture
 
-from mutransformer.config.schema import ConfigError, DataConfig, MeshConfig
+from mutransformer.config.data import DataConfig
+from mutransformer.config.run import MeshConfig
 from mutransformer.data.batches.pipeline import Batch, eval_batches, train_batches
+from mutransformer.errors import ConfigError
 from mutransformer.sharding.mesh import data_share, lay_mesh, make_mesh, put_batch
 
 T, N_VOCAB = 4, 10_000
@@ -165,7 +167,7 @@ TOPOLOGIES = ["v5e:4x4", "v6e:4x4", "v5p:2x2x2", "v5p:4x4x4"]
 PROGRAM = """
 import json, sys
 from jax.experimental import topologies
-from mutransformer.config.schema import MeshConfig
+from mutransformer.config.run import MeshConfig
 from mutransformer.sharding.mesh import data_share, make_mesh
 found = {}
 for name in sys.argv[2:]:

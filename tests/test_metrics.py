@@ -13,7 +13,10 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from mutransformer.config.schema import Config, ConfigError, DataConfig, LogConfig
+from mutransformer.config.data import DataConfig
+from mutransformer.config.run import LogConfig
+from mutransformer.config.schema import Config
+from mutransformer.errors import ConfigError
 from mutransformer.training import metrics as module
 from mutransformer.training.metrics import Metrics, NonFiniteLoss, setup_logging
 

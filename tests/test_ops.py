@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mutransformer.config.schema import MeshConfig
+from mutransformer.config.run import MeshConfig
 from mutransformer.model import ops
 from mutransformer.sharding.mesh import make_mesh
 

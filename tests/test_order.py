@@ -18,10 +18,11 @@ import psutil
 import pytest
 from tokens import source, whole_row
 
-from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.config.data import DataConfig
 from mutransformer.data.batches.pipeline import fingerprint, train_batches
 from mutransformer.data.batches.rows import rows_of
 from mutransformer.data.cache.prepare import Mixture
+from mutransformer.errors import ConfigError
 
 T, B, STEPS, N_VOCAB = 8, 8, 200, 10_000
 WEIGHTS = {"code": 0.5, "books": 0.3, "web": 0.2}

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from tokens import EOS, mixture, whole_row
 
-from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.config.data import DataConfig
 from mutransformer.data.batches.pipeline import Batch, Batches, eval_batches, fingerprint, train_batches
 from mutransformer.data.batches.rows import ConcatRows, loss_mask
 from mutransformer.data.cache.prepare import Mixture
+from mutransformer.errors import ConfigError
 
 T, B = 5, 4
 N_ROWS = 37

@@ -1,6 +1,5 @@
 """The transfer report, on sweeps whose every number is known: what it computes, what it says, and when it refuses."""
 
-import importlib.util
 import math
 import os
 import re
@@ -9,13 +8,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from sweeps import LOGGED, RATES, WIDTHS, make_run, sweep
 
-from mutransformer.config.schema import ConfigError
+from mutransformer.cli import main
+from mutransformer.errors import ConfigError
 from mutransformer.study.sweep.records import FILE, Run, append
 from mutransformer.study.transfer import plots
 from mutransformer.study.transfer.fit import Variant, analyse, locate, vertex
@@ -333,27 +332,19 @@ def test_odd_sweeps_can_be_drawn(runs, tmp_path):
 # The command
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("transfer_report", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_passing_and_failing_sweeps(tmp_path, capsys):
     append(tmp_path / "mup" / FILE, sweep())
     append(tmp_path / "sp" / FILE, sweep("sp", lambda width: -5.5 - math.log2(width / 64)))
-    assert script().main([str(tmp_path / "mup"), str(tmp_path / "sp" / FILE)]) == 0
+    assert main(["report", str(tmp_path / "mup"), str(tmp_path / "sp" / FILE)]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("PASS    mup: the learning rate transfers") and not err
     page = (tmp_path / "mup/report/report.md").read_text()
     assert all(line.split(maxsplit=1)[1] in page for line in out.splitlines()[:-1])
     out = tmp_path / "elsewhere"
     args = [str(tmp_path / "mup"), "--out", str(out), "--max-drift", "0", "--lr", "2^-7"]
-    assert script().main([*args, "--control", "mup"]) == 2
+    assert main(["report", *args, "--control", "mup"]) == 2
     append(tmp_path / "mup" / FILE, sweep("mup x=1", lambda width: -6.2 + 0.1 * math.log2(width)))
-    assert script().main([*args]) == 1
+    assert main(["report", *args]) == 1
     assert "learning rate 2^-7" in (out / "report.md").read_text()
 
 
@@ -377,7 +368,7 @@ def test_mistakes_are_one_line_and_exit_code_2(name, tmp_path, capsys):
     if runs:
         append(tmp_path / FILE, runs)
     before = sorted(tmp_path.rglob("*"))
-    assert script().main([str(tmp_path), *args]) == 2
+    assert main(["report", str(tmp_path), *args]) == 2
     out, err = capsys.readouterr()
     assert re.fullmatch(r"error: .*\n", err) and re.search(message, err) and not out
     assert sorted(tmp_path.rglob("*")) == before
@@ -385,7 +376,7 @@ def test_mistakes_are_one_line_and_exit_code_2(name, tmp_path, capsys):
 
 def test_a_rate_that_is_none(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
-        script().main([str(tmp_path), "--lr", "-1"])
+        main(["report", str(tmp_path), "--lr", "-1"])
     assert exit.value.code == 2 and "no learning rate; write 2^-6 or 0.015625" in capsys.readouterr().err
 
 
@@ -394,7 +385,7 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "mutransformer.study.plots")
     monkeypatch.delattr("mutransformer.study.plots")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert script().main([str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "error: figures need matplotlib: pip install 'mutransformer[plots]'\n"
     assert not (tmp_path / "report").exists()
 

@@ -9,10 +9,11 @@ from hf import FAMILIES
 from tokens import EOS, source, whole_row
 from transformers import AutoTokenizer
 
-from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.config.data import DataConfig
 from mutransformer.data.batches.rows import ConcatRows, PadRows, Table, loss_mask
 from mutransformer.data.cache.shards import Tokens, Writer, sections
 from mutransformer.data.tokenizers.hf import HFTokenizer, convert
+from mutransformer.errors import ConfigError
 
 T = 8
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from jaxtyping import TypeCheckError, install_import_hook
 
-from mutransformer.config.schema import MeshConfig
+from mutransformer.config.run import MeshConfig
 from mutransformer.model import ops
 from mutransformer.model.attention import attention
 from mutransformer.model.matmul import dot_rows

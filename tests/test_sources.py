@@ -27,7 +27,7 @@ from fsspec.registry import _registry
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from hf import gpt2
 
-from mutransformer.config.schema import ConfigError, DataConfig, MixedSourceConfig, SourceConfig
+from mutransformer.config.data import DataConfig, MixedSourceConfig, SourceConfig
 from mutransformer.data.cache import shards
 from mutransformer.data.cache import tokenize_shard as job
 from mutransformer.data.cache.prepare import prepare
@@ -39,6 +39,7 @@ from mutransformer.data.sources.files import find
 from mutransformer.data.sources.readers import SPLITS, LinePart, TablePart
 from mutransformer.data.sources.splits import Shares, split_of
 from mutransformer.data.tokenizers.sentencepiece import ByteTokenizer
+from mutransformer.errors import ConfigError
 
 TEXTS = [f"document {i}: " + "the quick brown fox — 😀\n" * (i % 5 + 1) for i in range(120)]
 KINDS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "arrows"]
@@ -534,10 +535,10 @@ def test_rows_that_cannot_be_shown(
 def test_the_benchmark_reads_its_own_text(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run: Any = runpy.run_path(str(Path(__file__).parents[1] / "scripts/benchmark_data.py"))["run"]
     seen: list[DataConfig] = []
-    monkeypatch.setitem(run.__globals__, "write", lambda *_: ["own.jsonl"])
-    monkeypatch.setitem(run.__globals__, "tokenise", lambda config, _: seen.append(config) or {})
-    monkeypatch.setitem(run.__globals__, "load", lambda *_: {})
-    run(argparse.Namespace(args=settings, megabytes=1, repeats=1, batches=1))
+    monkeypatch.setitem(run.__globals__, "write_text", lambda *_: ["own.jsonl"])
+    monkeypatch.setitem(run.__globals__, "tokenize_text", lambda config, _: seen.append(config) or {})
+    monkeypatch.setitem(run.__globals__, "load_batches", lambda *_: {})
+    run(argparse.Namespace(settings=settings, megabytes=1, repeats=1, batches=1))
     assert seen[0].mixture == {"data": MixedSourceConfig(source="jsonl", files=["own.jsonl"])}
 
 

@@ -1,7 +1,6 @@
 """The sweep as a user runs it: what it trains and writes, how it goes on after a stop, and what it refuses."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -12,18 +11,18 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from runs import ROOT, finish, refuse_before_jax, settings, start
 
+from mutransformer.cli import main
 from mutransformer.config.load import load
-from mutransformer.config.schema import Config, ConfigError
+from mutransformer.config.schema import Config
 from mutransformer.data.cache.prepare import prepare
+from mutransformer.errors import FINISHED, STOPPED, USAGE_ERROR, ConfigError
 from mutransformer.sharding import devices as hardware
-from mutransformer.sharding.processes import FINISHED, MISTAKE, STOPPED
 from mutransformer.study.sweep import grid, records
 from mutransformer.study.sweep.parallel_runs import Fleet, Sharded
 from mutransformer.study.sweep.run import _groups
@@ -43,22 +42,13 @@ def arguments(folder: Path, *more: str, steps: int = STEPS) -> list[str]:
     return settings(folder, *TINY, f"steps={steps}", *more)
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sweep_script", ROOT / SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def sweep(monkeypatch: pytest.MonkeyPatch):
     """The command within this process, on its eight devices; gives the exit code."""
     monkeypatch.setattr(hardware, "keep_freed_memory", lambda: None)  # a setting of the whole process
 
     def run(*args: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["sweep.py", *args])
-        return script().main()
+        return main(["sweep", *args])
 
     return run
 
@@ -203,7 +193,7 @@ def test_a_line_cut_short_is_mended_and_only_its_run_trained_again(whole: Path, 
 @pytest.mark.parametrize("change", [["steps=81"], ["optim.beta2=0.9"], ["data.batch_size=4", "optim.clip_norm=0"]])
 def test_other_settings_in_the_same_folder_are_refused(change, whole: Path, folder: Path, sweep, trained, capsys) -> None:
     before = lines(whole)
-    assert sweep(*arguments(folder), *change, *GRID, "--out", str(whole)) == MISTAKE
+    assert sweep(*arguments(folder), *change, *GRID, "--out", str(whole)) == USAGE_ERROR
     err = capsys.readouterr().err
     keys = ", ".join(sorted(text.partition("=")[0] for text in change))
     assert re.fullmatch(r"error: .*\n", err) and f"had other settings: {keys}; choose another --out or --label" in err
@@ -383,7 +373,7 @@ def test_mistakes_are_one_line_and_exit_code_2_before_jax_starts(name: str, tmp_
 
 def test_a_folder_that_cannot_be_made_is_told_before_training(folder: Path, sweep, trained, capsys) -> None:
     options = ["--widths", "32", "--lrs", "0.1", "--out", "/dev/null/out"]
-    assert sweep(*arguments(folder, "log.tensorboard=false"), *options) == MISTAKE
+    assert sweep(*arguments(folder, "log.tensorboard=false"), *options) == USAGE_ERROR
     assert capsys.readouterr().err == "error: /dev/null/out: Not a directory\n" and trained == []
 
 
@@ -393,5 +383,5 @@ def test_a_mistake_as_a_process_needs_no_jax(tmp_path: Path) -> None:
     )
     given = [sys.executable, "-c", without, ROOT / SCRIPT, "--widths", "100", "--lrs", "0.1"]
     done = subprocess.run(given, cwd=tmp_path, capture_output=True, text=True, timeout=50)
-    assert done.returncode == MISTAKE and not done.stdout
+    assert done.returncode == USAGE_ERROR and not done.stdout
     assert re.fullmatch(r"error: model.d_model = 100: not divisible by model.d_head = 64; .*\n", done.stderr)

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 from hf import gpt2
 
-from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.config.data import DataConfig
 from mutransformer.data.cache.build import Host
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.data.cache.store import Store
@@ -16,6 +16,7 @@ from mutransformer.data.sources.registry import open_source
 from mutransformer.data.sources.splits import shares_of
 from mutransformer.data.tokenizers.registry import open_tokenizer, training_texts
 from mutransformer.data.tokenizers.sentencepiece import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from mutransformer.errors import ConfigError
 
 SOURCE = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text(encoding="utf-8")
 TEXTS = [

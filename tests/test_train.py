@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from runs import metrics, settings
 
+from mutransformer.cli import main
 from mutransformer.config.load import load
-from mutransformer.sharding.processes import FAILED, launch
+from mutransformer.errors import FAILED
 from mutransformer.training import loop as training
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.evaluate import Scored, score
@@ -49,7 +50,7 @@ def test_a_run_of_no_number_fails_and_keeps_no_checkpoint_of_it(
 ) -> None:
     """Of one step, too: its loss is from before the update that breaks the weights."""
     hot = settings(tmp_path, f"steps={steps}", "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0", "name=hot")
-    assert launch(train, "", hot) == FAILED
+    assert main(["train", *hot]) == FAILED
     assert "error: step 1: the norm of the weights behind the update is inf" in capsys.readouterr().err
     assert not list((tmp_path / "runs" / "hot" / "checkpoints").iterdir())
 

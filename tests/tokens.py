@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mutransformer.config.schema import DataConfig
+from mutransformer.config.data import DataConfig
 from mutransformer.data.batches.batch import Batch
 from mutransformer.data.batches.rows import Rows, Table
 from mutransformer.data.cache.prepare import Mixture

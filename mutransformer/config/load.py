@@ -1,28 +1,47 @@
-"""Reading settings from YAML files and `key=value` overrides, and showing them. Does not import JAX."""
+"""Reads settings from YAML files and `key=value` overrides, and prints them. Does not import JAX."""
 
-import dataclasses
-import inspect
-import re
-import typing
-from collections.abc import Iterator, Sequence
+import difflib
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from mutransformer.config.schema import Config, ConfigError, check, flatten_nested
+from mutransformer.config import setting
+from mutransformer.config.schema import Config, all_settings, flatten
+from mutransformer.errors import ConfigError, check
+
+# Keys of version 0.1.0's predecessors, and what they are called now.
+RENAMED = {
+    "mesh.slices": "mesh.replicas",
+    "mesh.streams": "mesh.overlap_groups",
+    "mesh.exchange": "mesh.reduce_scatter_via_all_to_all",
+    "optim.accumulate": "optim.grad_accumulation_steps",
+    "optim.reduce": "optim.grad_sync (part is now microbatch)",
+    "optim.schedule_floor": "optim.min_lr_ratio",
+    "precision.reduce": "precision.grad_reduce_dtype",
+    "precision.moment1": "precision.mu_dtype",
+    "data.rows": "data.packing",
+    "data.documents": "data.intra_document_mask (join is now false, apart is now true)",
+    "data.validation_share": "data.validation_fraction",
+    "data.test_share": "data.test_fraction",
+    "data.processes": "data.tokenize_workers",
+    "model.gains": "model.norm_scale",
+}
 
 
 def load(args: Sequence[str]) -> Config:
     """Reads YAML files and `key=value` overrides, merged left to right over the defaults.
 
     Args:
-        args: paths of YAML files and dotted overrides, in any order, e.g. ["configs/small.yaml", "model.d_model=512"].
+        args: paths of YAML files, names of shipped configs and dotted overrides, in any order, e.g. ["small", "optim.lr=0.01"].
 
     Raises:
-        ConfigError: a file is missing or not YAML; a key is unknown or twice there; a value is of the wrong type or out of range.
+        ConfigError: a file is missing or not YAML; a key is unknown or given twice; a value is of the wrong type or out of range.
     """
     merged = OmegaConf.structured(Config)
     first = next((arg for arg in args if is_file(arg)), None)
@@ -30,34 +49,67 @@ def load(args: Sequence[str]) -> Config:
         merged = OmegaConf.merge(merged, {"name": Path(first).stem})
     for arg in args:
         merged = _merge(merged, arg)
-    for key, items in flatten_nested(
-        OmegaConf.to_container(merged)
-    ).items():  # OmegaConf lets a list within a list of strings pass
+    for key, items in flatten(OmegaConf.to_container(merged)).items():  # pyright: ignore[reportArgumentType]  # a dict
+        # OmegaConf accepts a list within a list of strings.
         plain = not isinstance(items, list) or all(isinstance(item, str) for item in items)
         check(plain, f"{key}: must be a list of strings, not of lists")
     try:
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # what `${...}` stands for is looked up here
+    except OmegaConfBaseException as error:  # `${...}` is resolved here
         raise ConfigError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from None
     assert isinstance(config, Config)
     return config
 
 
 def is_file(arg: str) -> bool:
-    """Whether an argument is a path rather than an override."""
+    """Whether an argument names a YAML file or a shipped config rather than being an override."""
     try:
         return "=" not in arg or Path(arg).is_file()  # a run may be called lr=0.1
     except OSError:  # longer than any path
         return False
 
 
+@cache
+def shipped_configs() -> dict[str, Path]:
+    """The YAML files that come with the package by name, such as small or paper/width128: the source tree's, else the wheel's."""
+    above = Path(__file__).parents[2]
+    if (above / "pyproject.toml").is_file():
+        folders = [above / "configs"]
+    else:
+        listed = (file for wheel in metadata.distributions(name="mutransformer") for file in wheel.files or [])
+        folders = [Path(str(file.locate())).parent for file in listed if file.match("configs/small.yaml")]
+        folders.append(above / "share/mutransformer/configs")  # of `pip install --target`, whose list of files is wrong
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    paths = sorted(folder.rglob("*.yaml")) if folder else []
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths if folder}
+
+
+def check_not_renamed(keys: Iterable[str], source: str) -> None:
+    """Raises ConfigError if any of the keys has another name now.
+
+    Args:
+        keys: dotted keys.
+        source: where they are from, for the message.
+    """
+    renamed = [f"{key}: renamed to {RENAMED[key]}" for key in keys if key in RENAMED]
+    check(not renamed, f"{source}: {'; '.join(renamed)}")
+
+
 def _merge(merged: Any, arg: str) -> Any:
+    """A config with a file or an override merged into it."""
     try:
-        given = OmegaConf.load(arg) if is_file(arg) else OmegaConf.from_dotlist([arg])
+        if is_file(arg):
+            path = arg if Path(arg).is_file() else shipped_configs().get(arg, arg)
+            given = OmegaConf.load(path)
+        else:
+            given = OmegaConf.from_dotlist([arg])
         check(isinstance(given, DictConfig), f"{arg}: must hold `key: value` lines")
         missing = sorted(OmegaConf.missing_keys(given))
         check(not missing, f"{arg}: no value for {', '.join(missing)}")
         return OmegaConf.merge(merged, given)
+    except ConfigKeyError as error:
+        at = f"{arg}: " if is_file(arg) or not error.full_key else ""
+        raise ConfigError(f"{at}{_unknown(str(error.full_key))}") from None
     except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", None)
         reason = str(getattr(error, "msg", None) or error).splitlines()[0]
@@ -71,8 +123,22 @@ def _merge(merged: Any, arg: str) -> Any:
         raise ConfigError(f"{arg}{where}: not valid YAML: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        hint = "" if Path(arg).suffix else "; an override is written key=value"
-        raise ConfigError(f"{arg}: cannot read it: {reason}{hint}") from None
+        hint = f"; the shipped configs are {', '.join(shipped_configs())}; an override is written key=value"
+        raise ConfigError(f"{arg}: cannot read it: {reason}{'' if Path(arg).suffix else hint}") from None
+
+
+def _unknown(key: str) -> str:
+    """What is wrong with a key that the schema does not have."""
+    if key in RENAMED:
+        return f"{key}: renamed to {RENAMED[key]}"
+    known = {one.key: one.key.rpartition(".")[2] for one in all_settings().values()}
+    if key in known:  # with a dot in a YAML file
+        group, _, name = key.rpartition(".")
+        return f"{key}: in a file this is written {group}: {{{name}: ...}}"
+    last = key.rpartition(".")[2]
+    close = [other for other, name in known.items() if name == last] or difflib.get_close_matches(key, known, 1, 0.75)
+    close = close or [other for other, name in known.items() if difflib.get_close_matches(last, [name], 1, 0.8)]
+    return f"{key}: no such key" + (f"; did you mean {' or '.join(close)}?" if close else "")
 
 
 def to_yaml(config: Config) -> str:
@@ -80,36 +146,15 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def describe() -> str:
-    """Every setting with its default, and its comment as it stands in the source."""
-    return "\n".join(_describe(Config(), ""))
+def describe(prefix: str = "") -> str:
+    """Every setting with its type, bounds, default and meaning.
 
+    Args:
+        prefix: only this key, or the keys of this group, such as optim.
 
-def _describe(config: Any, at: str) -> Iterator[str]:
-    comments = _comments(type(config))
-    for field in dataclasses.fields(config):
-        default = getattr(config, field.name)
-        if dataclasses.is_dataclass(default):
-            yield from _describe(default, f"{at}{field.name}.")
-            continue
-        value = {"None": "null", "True": "true", "False": "false"}.get(str(default), default)
-        yield f"  {at}{field.name} = {value}"
-        if field.name in comments:
-            yield f"      {comments[field.name]}"
-        if typing.get_origin(field.type) is dict and dataclasses.is_dataclass(typing.get_args(field.type)[1]):  # of named groups
-            yield from _describe(typing.get_args(field.type)[1](), f"{at}{field.name}.NAME.")
-
-
-def _comments(of: type) -> dict[str, str]:
-    """Of each field: the comment on the lines above it, then the one on its own line."""
-    comments: dict[str, str] = {}
-    for owner in (cls for cls in reversed(of.__mro__) if dataclasses.is_dataclass(cls)):
-        above: list[str] = []
-        for line in inspect.getsource(owner).splitlines():
-            if found := re.match(r"    # (.*)", line):
-                above.append(found[1])
-                continue
-            if found := re.match(r"    (\w+): .*?  # (.*)", line):
-                comments[found[1]] = re.sub(r"\bNone\b", "null", " ".join([f"{found[2]}.", *above] if above else [found[2]]))
-            above = []
-    return comments
+    Raises:
+        ConfigError: there is no such key.
+    """
+    lines = [setting.describe(one) for key, one in all_settings().items() if f"{key}.".startswith(f"{prefix}." if prefix else "")]
+    check(bool(lines), _unknown(prefix))
+    return "\n".join(lines)

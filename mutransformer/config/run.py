@@ -1,112 +1,108 @@
-"""How a run is run: devices, processes, evaluation, logs, checkpoints, profiler traces. Part of config.py's tree."""
+"""Settings of how a run executes: devices, processes, evaluation, logs, checkpoints and profiler traces."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Optional
 
+from mutransformer.config.setting import check_settings, setting
 from mutransformer.errors import check
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices as an x by y grid: x holds rows of the batch and shards of weights, y holds features. Several such grids, TPU
-    slices or whatever a slower network joins, hold copies of the weights and rows of their own."""
+    """Devices as x by y grids."""
 
-    x: int = -1  # -1: all devices that y leaves
-    y: int = 1
-    replicas: int = 1  # grids; gradients are summed over them once a step
-    # A device's rows are worked off in so many independent parts, so that one computes while another waits for y.
-    overlap_groups: Optional[int] = None  # None: 2 where y > 1 and model.remat is not none, else 1
-    reduce_scatter_via_all_to_all: Optional[bool] = (
-        None  # sums over y by an all-to-all instead of a reduce-scatter; None: where faster, see flags.py
+    x: int = setting(-1, "devices along x, which holds rows of the batch and shards of the weights; -1: all that y leaves")
+    y: int = setting(1, "devices along y, which holds features", min=1)
+    replicas: int = setting(
+        1,
+        "x by y grids, e.g. TPU slices that a slower network joins; each holds a copy of the weights and rows of its own, and "
+        "gradients are summed over them once per step",
+        min=1,
+    )
+    overlap_groups: Optional[int] = setting(
+        None,
+        "a device's rows are split into this many groups; one computes while another communicates over y. "
+        "null: 2 if y > 1 and model.remat is not none, else 1",
+        min=1,
+    )
+    reduce_scatter_via_all_to_all: Optional[bool] = setting(
+        None, "sum over y by an all-to-all instead of a reduce-scatter; null: where that is faster"
     )
 
     def __post_init__(self) -> None:
         check(self.x >= 1 or self.x == -1, f"mesh.x = {self.x}: must be at least 1, or -1 for all devices")
-        for key in ("y", "replicas"):
-            check(getattr(self, key) >= 1, f"mesh.{key} = {getattr(self, key)}: must be at least 1")
-        check(
-            self.overlap_groups is None or self.overlap_groups >= 1,
-            f"mesh.overlap_groups = {self.overlap_groups}: must be at least 1",
-        )
+        check_settings(self, "mesh.")
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
     """Several processes as one run (jax.distributed): the same command on each host."""
 
-    enabled: Optional[bool] = None  # None: if a coordinator is given here or in JAX_COORDINATOR_ADDRESS; on a pod or SLURM: true
-    coordinator: Optional[str] = None  # host:port of process 0; None: found by JAX from the cluster's environment
-    n_process: Optional[int] = None
-    process_id: Optional[int] = None
-    timeout: int = 300  # seconds to wait for the other processes at the start
+    enabled: Optional[bool] = setting(
+        None, "null: if coordinator or JAX_COORDINATOR_ADDRESS is set; true on a TPU pod or SLURM, where JAX finds the processes"
+    )
+    coordinator: Optional[str] = setting(None, "host:port of process 0; null: JAX finds it in the cluster's environment")
+    n_process: Optional[int] = setting(None, "number of processes; null: from the cluster's environment", min=1)
+    process_id: Optional[int] = setting(None, "index of this process; null: from the cluster's environment", min=0)
+    timeout: int = setting(300, "seconds to wait for the other processes at the start", min=1)
 
     def __post_init__(self) -> None:
+        check_settings(self, "distributed.")
         host, _, port = (self.coordinator or "localhost:0").rpartition(":")
         check(bool(host) and port.isdecimal(), f"distributed.coordinator = {self.coordinator}: must be host:port")
-        check(self.timeout >= 1, f"distributed.timeout = {self.timeout}: must be at least 1")
-        check(
-            self.process_id is None or self.process_id >= 0,
-            f"distributed.process_id = {self.process_id}: must not be negative",
-        )
-        if self.n_process is not None:
-            check(self.n_process >= 1, f"distributed.n_process = {self.n_process}: must be at least 1")
-            check(
-                self.process_id is None or self.process_id < self.n_process,
-                f"distributed.process_id = {self.process_id}: must lie in 0 ... {self.n_process - 1}",
-            )
+        if self.process_id is not None and self.n_process is not None:
+            message = f"distributed.process_id = {self.process_id}: must be below distributed.n_process = {self.n_process}"
+            check(self.process_id < self.n_process, message)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every: int = 200  # steps between evaluations; 0: only at the end
-    batches: int = 16  # of data.batch_size rows, always the same ones
-    final_batches: Optional[int] = None  # at the end of the run; None: the whole validation split
-    split: Literal["validation", "test"] = "validation"  # for scripts/evaluate.py, which scores all of it
-    checkpoint: Literal["newest", "best"] = "newest"  # for scripts/evaluate.py and generate.py
+    """Evaluation on held-out text."""
+
+    every: int = setting(200, "steps between evaluations; 0: only at the end", min=0)
+    batches: int = setting(16, "validation batches of data.batch_size rows, the same ones every time", min=1)
+    final_batches: Optional[int] = setting(None, "batches at the end of the run; null: the whole validation split", min=1)
+    split: Literal["validation", "test"] = setting("validation", "for `evaluate`, which scores the whole split")
+    checkpoint: Literal["latest", "best"] = setting("latest", "for `evaluate` and `generate`; best: by validation loss")
 
     def __post_init__(self) -> None:
-        check(self.every >= 0, f"eval.every = {self.every}: must not be negative")
-        check(self.batches >= 1, f"eval.batches = {self.batches}: must be at least 1")
-        check(
-            self.final_batches is None or self.final_batches >= 1,
-            f"eval.final_batches = {self.final_batches}: must be at least 1",
-        )
+        check_settings(self, "eval.")
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    every: int = 10  # steps between lines of numbers
-    tensorboard: bool = True
-    wandb: Optional[str] = None  # a Weights & Biases project: logs there too
+    """Metrics."""
+
+    every: int = setting(10, "steps between logged metrics", min=1)
+    tensorboard: bool = setting(True, "write TensorBoard events")
+    wandb: Optional[str] = setting(None, "a Weights & Biases project to log to as well")
 
     def __post_init__(self) -> None:
-        check(self.every >= 1, f"log.every = {self.every}: must be at least 1")
+        check_settings(self, "log.")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 200  # steps between checkpoints; 0: only at the end and when stopped
-    keep: int = 2  # newest checkpoints kept
-    keep_best: int = 1  # checkpoints kept for their validation loss
-    resume: bool = True  # go on from the newest checkpoint in the run's folder; false: the folder must hold none
-    allow: list[str] = field(default_factory=list)  # keys that may differ from those of the checkpoint, e.g. [steps]
+    """Checkpoints, and what a resumed run may change."""
+
+    every: int = setting(200, "steps between checkpoints; 0: only at the end and when stopped", min=0)
+    keep: int = setting(2, "latest checkpoints kept", min=1)
+    keep_best: int = setting(1, "checkpoints kept for their validation loss", min=0)
+    resume: bool = setting(True, "resume from the latest checkpoint in the run's folder; false: the folder must hold none")
+    allow: list[str] = setting(list, "keys that may differ from the checkpoint's, e.g. [steps]")
 
     def __post_init__(self) -> None:
-        check(self.every >= 0, f"checkpoint.every = {self.every}: must not be negative")
-        check(self.keep >= 1, f"checkpoint.keep = {self.keep}: must be at least 1")
-        check(self.keep_best >= 0, f"checkpoint.keep_best = {self.keep_best}: must not be negative")
+        check_settings(self, "checkpoint.")
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """A profiler window: steps start ... stop - 1 are traced, for TensorBoard or Perfetto."""
+    """A profiler trace of some steps, for TensorBoard or Perfetto."""
 
-    start: int = 0
-    stop: int = 0  # 0: no trace
+    start: int = setting(0, "first step traced", min=0)
+    stop: int = setting(0, "the step after the last one traced; 0: no trace", min=0)
 
     def __post_init__(self) -> None:
-        check(0 <= self.start, f"profile.start = {self.start}: must not be negative")
-        check(
-            self.stop == 0 or self.stop > self.start,
-            f"profile.stop = {self.stop}: must be above profile.start = {self.start}, or 0 for no trace",
-        )
+        check_settings(self, "profile.")
+        message = f"profile.stop = {self.stop}: must be above profile.start = {self.start}, or 0 for no trace"
+        check(self.stop == 0 or self.stop > self.start, message)

@@ -1,42 +1,21 @@
 """The configuration of a run: frozen dataclasses, and the only place in which a default is written.
 
-Nothing here imports JAX, so that a mistake is reported before JAX starts. What can be judged from the numbers alone is judged
-here; what depends on devices, files or a tokenizer is judged where those are first seen.
+Nothing here imports JAX, so that a mistake is reported before JAX starts. A value's own bounds are in the field's metadata; the
+rules between several values are checked in __post_init__. What depends on devices, files or a tokenizer is checked where those
+are first seen.
 """
 
 import dataclasses
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from mutransformer.config.data import DataConfig, MixedSourceConfig, SourceConfig
+from mutransformer.config.data import DataConfig
 from mutransformer.config.kernels import AttentionKernel, unfit
-from mutransformer.config.run import (
-    CheckpointConfig,
-    DistributedConfig,
-    EvalConfig,
-    LogConfig,
-    MeshConfig,
-    ProfileConfig,
-)
-from mutransformer.errors import ConfigError, check, check_path
-
-# What other modules take from here, wherever it is written.
-__all__ = [
-    "CheckpointConfig",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "DistributedConfig",
-    "EvalConfig",
-    "LogConfig",
-    "MeshConfig",
-    "MixedSourceConfig",
-    "ProfileConfig",
-    "SourceConfig",
-    "check",
-]
+from mutransformer.config.run import CheckpointConfig, DistributedConfig, EvalConfig, LogConfig, MeshConfig, ProfileConfig
+from mutransformer.config.setting import Setting, check_settings, setting, settings_of
+from mutransformer.errors import ConfigError, check
 
 Activation = Literal["relu", "sqrelu", "gelu", "silu", "swiglu"]
 AttentionActivation = Literal["softmax", "sqrelu", "elu", "norm_sqrelu", "norm_elu"]
@@ -51,56 +30,52 @@ DEPTH_RULES = ("completep", "completed_p")  # those that scale with n_layer / n_
 class ModelConfig:
     """A decoder-only Transformer. For transfer over width keep everything but d_model fixed, d_head and d_base included."""
 
-    d_model: int = 128
-    d_base: int = 128  # the width at which the learning rate was tuned
-    d_head: int = 64
-    n_layer: int = 6
-    n_layer_base: Optional[int] = None  # the depth at which it was tuned, for the rules that scale with depth; None: n_layer
-    n_kv_head: Optional[int] = None  # None: one per query head; 1: multi-query; between: grouped
-    ff_multiple: float = 4.0  # feed-forward width / d_model
-    n_vocab: Optional[int] = None  # None: the tokenizer's size
-    vocab_multiple: int = 128  # the vocabulary is padded to a multiple of this; padding never gets probability
-    activation: Activation = "relu"
-    attention_activation: AttentionActivation = "softmax"
-    attention_kernel: AttentionKernel = "auto"  # auto: splash attention on a TPU, cuDNN's on an NVIDIA GPU, where they are faster
-    qk_scale: Optional[float] = None  # attention logits are qk_scale * (q . k); None: 1 / d_head
-    qk_norm: bool = False
-    embed_norm: bool = False
-    norm_scale: Literal["none", "vector", "scalar"] = "none"
-    biases: bool = False
-    rotary_base: float = 10000.0  # 0: no position encoding
-    norm_eps: float = 1e-5
-    q_init: Literal["fan_in", "zero"] = "fan_in"
-    residual_init: Literal["fan_in", "zero"] = "fan_in"  # the projections that write to the residual stream
-    unembed_init: Literal["rule", "mup", "sp", "zero"] = "rule"  # std 1/d_model, 1/sqrt(d_model), 0; rule: as optim.rule says
-    head_chunk: Optional[int] = None  # tokens (a device) whose logits exist at a time; None: 512 on a CPU, else 512 MiB of them
-    remat: Remat = "none"  # what a layer computes again in the backward pass, from full (all, its input is kept) down to none
+    d_model: int = setting(128, "width of the residual stream", min=1)
+    d_base: int = setting(128, "the width at which the learning rate was tuned", min=1)
+    d_head: int = setting(64, "size of an attention head", min=1)
+    n_layer: int = setting(6, "layers", min=1)
+    n_layer_base: Optional[int] = setting(None, "the depth at which it was tuned, for the rules with depth; null: n_layer", min=1)
+    n_kv_head: Optional[int] = setting(None, "key/value heads; null: one per query head; 1: multi-query", min=1)
+    ff_multiple: float = setting(4.0, "feed-forward width / d_model", above=0)
+    n_vocab: Optional[int] = setting(None, "vocabulary; null: the tokenizer's size", min=2)
+    vocab_multiple: int = setting(128, "the vocabulary is padded to a multiple of this, with probability 0", min=1)
+    activation: Activation = setting("relu", "of the feed-forward layer")
+    attention_activation: AttentionActivation = setting("softmax", "of the attention logits")
+    attention_kernel: AttentionKernel = setting(
+        "auto", "auto: splash attention on a TPU, cuDNN's on an NVIDIA GPU, where they are faster; else xla", resume="free"
+    )
+    qk_scale: Optional[float] = setting(None, "attention logits are qk_scale * (q . k); null: 1 / d_head", above=0)
+    qk_norm: bool = setting(False, "normalize queries and keys")
+    embed_norm: bool = setting(False, "normalize the embedding")
+    norm_scale: Literal["none", "vector", "scalar"] = setting("none", "trained gains of the norms")
+    biases: bool = setting(False, "trained biases of the projections")
+    rotary_base: float = setting(10000.0, "base of the rotary position encoding; 0: no position encoding", min=0)
+    norm_eps: float = setting(1e-5, "added to the mean square in a norm", above=0)
+    q_init: Literal["fan_in", "zero"] = setting("fan_in", "initial values of the query projection")
+    residual_init: Literal["fan_in", "zero"] = setting("fan_in", "of the projections that write to the residual stream")
+    unembed_init: Literal["rule", "mup", "sp", "zero"] = setting(
+        "rule", "standard deviation of the unembedding; mup: 1/d_model; sp: 1/sqrt(d_model); rule: as optim.rule says"
+    )
+    head_chunk: Optional[int] = setting(
+        None,
+        "tokens per device whose logits exist at a time; null: 512 on a CPU, else as many as fill 512 MiB",
+        min=1,
+        resume="free",
+    )
+    remat: Remat = setting("none", "what a layer recomputes in the backward pass; full: all but its input", resume="free")
 
     def __post_init__(self) -> None:
-        for key in ("d_model", "d_base", "d_head", "n_layer", "vocab_multiple", "head_chunk"):
-            value = getattr(self, key)
-            check(value is None or value >= 1, f"model.{key} = {value}: must be at least 1")
+        check_settings(self, "model.")
         heads = max(1, self.d_model // self.d_head)
         check(
             self.d_model % self.d_head == 0,
             f"model.d_model = {self.d_model}: not divisible by model.d_head = {self.d_head}; "
             f"the nearest that fit are {heads * self.d_head} and {(heads + 1) * self.d_head}",
         )
-        check(
-            self.n_head % self.kv_heads == 0,
-            f"model.n_kv_head = {self.n_kv_head}: must divide the {self.n_head} heads (d_model / d_head)",
-        )
+        divides = self.n_head % self.kv_heads == 0
+        check(divides, f"model.n_kv_head = {self.n_kv_head}: must divide the {self.n_head} heads (d_model / d_head)")
         check(self.d_head % 2 == 0 or self.rotary_base == 0, f"model.d_head = {self.d_head}: rotary positions need an even size")
-        check(0 < self.ff_multiple < math.inf, f"model.ff_multiple = {self.ff_multiple}: must be positive and finite")
         check(self.d_ff >= 1, f"model.ff_multiple = {self.ff_multiple}: gives a feed-forward width of {self.d_ff}")
-        check(
-            self.n_layer_base is None or self.n_layer_base >= 1,
-            f"model.n_layer_base = {self.n_layer_base}: must be at least 1",
-        )
-        check(self.n_vocab is None or self.n_vocab >= 2, f"model.n_vocab = {self.n_vocab}: must be at least 2")
-        check(self.qk_scale is None or self.qk_scale > 0, f"model.qk_scale = {self.qk_scale}: must be positive")
-        check(self.rotary_base >= 0, f"model.rotary_base = {self.rotary_base}: must be positive, or 0 for no positions")
-        check(self.norm_eps > 0, f"model.norm_eps = {self.norm_eps}: must be positive")
 
     @property
     def n_head(self) -> int:
@@ -108,10 +83,8 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads; an n_kv_head out of range gives a number that divides nothing, so that the check above reports it."""
-        if self.n_kv_head is None:
-            return self.n_head
-        return self.n_kv_head if self.n_kv_head >= 1 else self.n_head + 1
+        """Number of key/value heads."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
 
     @property
     def d_ff(self) -> int:
@@ -134,51 +107,43 @@ class ModelConfig:
 class OptimConfig:
     """The optimizer, and how it scales with the model's size. Every rate is lr x rule(weight) x schedule(step)."""
 
-    name: Literal["adamw", "lion", "muon"] = "adamw"  # muon: for the matrices of the layers; adamw for the rest
-    rule: Rule = "mup"  # the parametrization: a table in mutransformer/mup.py
-    depth_alpha: float = 1.0  # completep, completed_p: residual branches x (n_layer / n_layer_base)^-this; 0.5 ... 1
-    batch_base: Optional[int] = None  # completed_p: tokens a step at which it was tuned; None: as many as now
-    tokens_base: Optional[int] = None  # completed_p: tokens in all with which it was tuned; None: as many as now
-    lr: float = 2**-6
-    embed_lr_exponent: float = 0.0  # embedding's rate x (d_model / d_base)^this; published: 0 (muP), -0.5 (large vocabularies)
-    muon_lr: float = 1.0  # muon: the rate of its matrices is lr x this x sqrt(fan_out / fan_in)
-    muon_beta: float = 0.95  # muon: momentum
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    eps_scaling: bool = False  # eps follows the learning rate's factor
-    weight_decay: float = 0.0
-    decay: Literal["independent", "coupled"] = "independent"  # shrink by weight_decay x schedule, or by weight_decay x rate
-    decay_exponent: Optional[float] = None  # hidden and output weight_decay x (d_model / d_base)^this; None: as rule says
-    decay_vectors: bool = False  # also decay gains and biases
-    clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up, down to min_lr_ratio
-    warmup_steps: int = 100  # linear from min_lr_ratio to 1; a shorter run ends within it
-    min_lr_ratio: float = 1e-4  # where the schedule starts and ends, as a share of lr
-    grad_accumulation_steps: int = 1  # a batch is worked off in this many parts
-    # Gradients are summed over devices after each part, or once a step, all weights and gradients being whole along x meanwhile.
-    grad_sync: Literal["microbatch", "step"] = "microbatch"  # with grad_accumulation_steps > 1
-    z_loss: float = 0.0  # adds this times the mean of (log of the softmax's normaliser)^2 to what is minimised; published: 1e-4
-    loss_per: Literal["target", "position"] = "target"  # the loss is the mean over unmasked targets, or over all positions
+    name: Literal["adamw", "lion", "muon"] = setting("adamw", "muon: for the matrices of the layers, adamw for the rest")
+    rule: Rule = setting("mup", "the parametrization: a table in mutransformer/mup/rules.py")
+    depth_alpha: float = setting(1.0, "completep, completed_p: branches x (n_layer / n_layer_base)^-this; 0.5 ... 1", min=0)
+    batch_base: Optional[int] = setting(None, "completed_p: tokens per step when tuned; null: as many as in this run", min=1)
+    tokens_base: Optional[int] = setting(None, "completed_p: total tokens when tuned; null: as many as in this run", min=1)
+    lr: float = setting(2**-6, "peak learning rate at the base width", above=0)
+    embed_lr_exponent: float = setting(0.0, "embedding's rate x (d_model / d_base)^this; published: 0, -0.5 (large vocabulary)")
+    muon_lr: float = setting(1.0, "muon: the rate of its matrices is lr x this x sqrt(fan_out / fan_in)", above=0)
+    muon_beta: float = setting(0.95, "muon: momentum", min=0, below=1)
+    beta1: float = setting(0.9, "decay of the first moment", min=0, below=1)
+    beta2: float = setting(0.95, "decay of the second moment", min=0, below=1)
+    # Above 0: rows of the padded vocabulary never have a gradient.
+    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
+    eps_scaling: bool = setting(False, "eps follows the learning rate's factor")
+    weight_decay: float = setting(0.0, "decoupled weight decay, see decay", min=0)
+    decay: Literal["independent", "coupled"] = setting("independent", "shrink by weight_decay x schedule, or x rate (coupled)")
+    decay_exponent: Optional[float] = setting(None, "hidden and output weight_decay x (d_model / d_base)^this; null: as rule")
+    decay_vectors: bool = setting(False, "weight decay applies to gains and biases too")
+    clip_norm: float = setting(1.0, "global norm to which the gradient is clipped; 0: no clipping", min=0)
+    schedule: Literal["linear", "cosine", "constant"] = setting("linear", "after the warm-up, down to min_lr_ratio")
+    warmup_steps: int = setting(100, "linear warm-up from min_lr_ratio to 1; a shorter run ends within it", min=0)
+    min_lr_ratio: float = setting(1e-4, "where the schedule starts and ends, relative to lr", min=0, max=1)
+    grad_accumulation_steps: int = setting(1, "microbatches per batch, computed one after another", min=1, resume="free")
+    grad_sync: Literal["microbatch", "step"] = setting(
+        "microbatch",
+        "with grad_accumulation_steps > 1: sum gradients over devices after each microbatch, or once per step, which keeps "
+        "weights and gradients unsharded along x meanwhile",
+        resume="free",
+    )
+    z_loss: float = setting(0.0, "adds this x mean (log of the softmax's normalizer)^2 to the objective; published: 1e-4", min=0)
+    loss_per: Literal["target", "position"] = setting("target", "the loss is a mean over unmasked targets, or all positions")
 
     def __post_init__(self) -> None:
-        check(self.lr > 0, f"optim.lr = {self.lr}: must be positive")
-        for key in ("beta1", "beta2", "muon_beta"):
-            check(0 <= getattr(self, key) < 1, f"optim.{key} = {getattr(self, key)}: must lie in [0, 1)")
-        for key in ("weight_decay", "clip_norm", "warmup_steps", "z_loss"):
-            check(getattr(self, key) >= 0, f"optim.{key} = {getattr(self, key)}: must not be negative")
-        check(self.eps > 0, f"optim.eps = {self.eps}: must be positive")  # rows of the padded vocabulary never have a gradient
-        check(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio = {self.min_lr_ratio}: must lie in [0, 1]")
-        check(
-            self.grad_accumulation_steps >= 1,
-            f"optim.grad_accumulation_steps = {self.grad_accumulation_steps}: must be at least 1",
-        )
+        check_settings(self, "optim.")
         for key in ("batch_base", "tokens_base"):
             value = getattr(self, key)
-            check(value is None or value >= 1, f"optim.{key} = {value}: must be at least 1")
             check(value is None or self.rule == "completed_p", f"optim.{key} = {value}: needs optim.rule=completed_p")
-        check(self.depth_alpha >= 0, f"optim.depth_alpha = {self.depth_alpha}: must not be negative")
-        check(self.muon_lr > 0, f"optim.muon_lr = {self.muon_lr}: must be positive")
         check(
             not (self.eps_scaling and self.rule in ("sp", *DEPTH_RULES)),
             f"optim.eps_scaling = true: the rule {self.rule} has an eps of its own; use mup, abs_mup or mup_table8",
@@ -187,71 +152,69 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Weights and statistics are float32 always."""
+    """Weights and statistics are always float32."""
 
-    compute: Float = "bfloat16"  # activations, gathered weights
-    grad_reduce_dtype: Float = "float32"  # gradients of weights, while they are summed over devices
-    mu_dtype: Float = "float32"  # the optimizer's first moment
+    compute: Float = setting("bfloat16", "activations and gathered weights")
+    grad_reduce_dtype: Float = setting("float32", "gradients of weights while they are summed over devices")
+    mu_dtype: Float = setting("float32", "the optimizer's first moment")
+
+    def __post_init__(self) -> None:
+        check_settings(self, "precision.")
 
 
 @dataclass(frozen=True)
 class Config:
-    name: str = "run"  # of the run's folder; scripts take the first YAML file's name
-    workdir: str = "runs"  # holds the runs' folders
-    seed: int = 0
-    steps: int = 1000  # updates of the weights
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    xla_tuned: bool = True  # compile the step with the options of mutransformer/flags.py for the devices
-    xla: dict[str, str] = field(default_factory=dict)  # and with these, XLA's option: value
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Every setting of a run."""
+
+    name: str = setting("run", "the run's folder; by default the name of the first YAML file", resume="free")
+    workdir: str = setting("runs", "holds the runs' folders", path="local", resume="free")
+    seed: int = setting(0, "of the initial weights and the order of the data", min=0, max=2**31 - 1)
+    steps: int = setting(1000, "updates of the weights", min=1)
+    model: ModelConfig = setting(ModelConfig)
+    data: DataConfig = setting(DataConfig, resume="free")
+    optim: OptimConfig = setting(OptimConfig)
+    precision: PrecisionConfig = setting(PrecisionConfig)
+    mesh: MeshConfig = setting(MeshConfig, resume="free")
+    xla_tuned: bool = setting(True, "compile the step with options tuned for the device kind", resume="free")
+    xla: dict[str, str] = setting(dict, "further XLA compiler options, option: value", resume="free")
+    distributed: DistributedConfig = setting(DistributedConfig, resume="free")
+    eval: EvalConfig = setting(EvalConfig, resume="free")
+    log: LogConfig = setting(LogConfig, resume="free")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig, resume="free")
+    profile: ProfileConfig = setting(ProfileConfig, resume="free")
 
     def __post_init__(self) -> None:
+        check_settings(self, "")
+        plain = bool(self.name) and not self.name.startswith(".") and not set(self.name) & set("/\\\0")
+        check(plain, f"name = {self.name!r}: must be a plain folder name; the place is set by workdir")
+        model, data, optim = self.model, self.data, self.optim
         check(
-            bool(self.name) and not self.name.startswith(".") and not set(self.name) & set("/\\\0"),
-            f"name = {self.name!r}: must be a plain folder name; the place is set by workdir",
-        )
-        check_path("workdir", self.workdir)
-        check(0 <= self.seed < 2**31, f"seed = {self.seed}: must lie in 0 ... 2^31 - 1")
-        check(self.steps >= 1, f"steps = {self.steps}: must be at least 1")
-        check(
-            self.data.batch_size % self.optim.grad_accumulation_steps == 0,
-            f"optim.grad_accumulation_steps = {self.optim.grad_accumulation_steps}: "
-            f"must divide data.batch_size = {self.data.batch_size}",
+            data.batch_size % optim.grad_accumulation_steps == 0,
+            f"optim.grad_accumulation_steps = {optim.grad_accumulation_steps}: must divide data.batch_size = {data.batch_size}",
         )
         check(
-            self.model.n_layer_base is None or self.optim.rule in DEPTH_RULES,
-            f"model.n_layer_base = {self.model.n_layer_base}: the rule {self.optim.rule} does not scale with depth; "
+            model.n_layer_base is None or optim.rule in DEPTH_RULES,
+            f"model.n_layer_base = {model.n_layer_base}: the rule {optim.rule} does not scale with depth; "
             f"use optim.rule={' or '.join(DEPTH_RULES)}",
         )
         check(
-            self.model.unembed_init in ("rule", "zero") or self.optim.rule not in ("mup_table8", "completep"),
-            f"model.unembed_init = {self.model.unembed_init}: the rule {self.optim.rule} scales the unembedding by a multiplier; "
+            model.unembed_init in ("rule", "zero") or optim.rule not in ("mup_table8", "completep"),
+            f"model.unembed_init = {model.unembed_init}: the rule {optim.rule} scales the unembedding by a multiplier; "
             "use rule or zero",
         )
-        m = self.model
-        why = unfit(m.attention_kernel, m.attention_activation, self.data.seq_len, m.d_head, self.precision.compute)
-        check(why is None, f"model.attention_kernel = {m.attention_kernel}: {why}")
+        why = unfit(model.attention_kernel, model.attention_activation, data.seq_len, model.d_head, self.precision.compute)
+        check(why is None, f"model.attention_kernel = {model.attention_kernel}: {why}")
         for key in ("beta1", "beta2"):
-            least = 1 - getattr(self.optim, key)
+            beta = getattr(optim, key)
             check(
-                self.optim.rule != "completed_p" or self.noise_ratio * least <= 1,
-                f"optim.{key} = {getattr(self.optim, key)}: 1 - {key} grows with batch and falls with tokens, here by "
-                f"{self.noise_ratio:g} to more than 1; choose a smaller batch, or {key} nearer to 1",
+                optim.rule != "completed_p" or self.noise_ratio * (1 - beta) <= 1,
+                f"optim.{key} = {beta}: 1 - {key} grows with batch and falls with tokens, here by {self.noise_ratio:g} to more "
+                f"than 1; choose a smaller batch, or {key} nearer to 1",
             )
-        for key, value in flatten(self).items():
-            check(not isinstance(value, float) or math.isfinite(value), f"{key} = {value}: must be a finite number")
 
     @property
     def rundir(self) -> Path:
-        """Holds all that the run writes: checkpoints, TensorBoard events, metrics, the resolved config."""
+        """The folder of all that the run writes: checkpoints, TensorBoard events, metrics, the resolved config."""
         return Path(self.workdir).expanduser() / self.name
 
     @property
@@ -260,7 +223,7 @@ class Config:
 
     @property
     def noise_ratio(self) -> float:
-        """Tokens a step over optim.batch_base, divided by tokens in all over optim.tokens_base."""
+        """Tokens per step over optim.batch_base, divided by total tokens over optim.tokens_base."""
         o, now = self.optim, self.tokens_per_step
         total = self.steps * now
         return now / (o.batch_base or now) / (total / (o.tokens_base or total))
@@ -269,14 +232,30 @@ class Config:
         """This config with the tokenizer's size filled in.
 
         Raises:
-            ConfigError: model.n_vocab is given and too small for the tokenizer.
+            ConfigError: model.n_vocab is set and too small for the tokenizer.
         """
-        given = self.model.n_vocab
+        own = self.model.n_vocab
         check(
-            given is None or given >= n_vocab,
-            f"model.n_vocab = {given}: the tokenizer gives ids up to {n_vocab - 1}; set {n_vocab}, or leave it out",
+            own is None or own >= n_vocab,
+            f"model.n_vocab = {own}: the tokenizer gives ids up to {n_vocab - 1}; set {n_vocab}, or leave it out",
         )
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, n_vocab=given or n_vocab))
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, n_vocab=own or n_vocab))
+
+
+@cache
+def all_settings() -> dict[str, Setting]:
+    """Every setting and group of settings by its dotted key, in the order of the schema."""
+    return {one.key: one for one in settings_of(Config)}
+
+
+def may_change_on_resume(key: str) -> bool:
+    """Whether a setting may differ from the checkpoint's when a run resumes, changing neither the weights' meaning nor the data.
+
+    The settings of text and tokenizer are free here because the checkpoint's fingerprints compare those.
+    """
+    while key not in all_settings() and "." in key:  # an entry of a dict is as free as the dict
+        key = key.rpartition(".")[0]
+    return key in all_settings() and all_settings()[key].free
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -284,17 +263,10 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Every setting by its dotted key, for tables and comparisons."""
-    return flatten_nested(to_dict(config))
-
-
-def flatten_nested(nested: Any) -> dict[str, Any]:
-    """The same for nested dictionaries; an empty one stays."""
+def flatten(nested: Config | dict[str, Any]) -> dict[str, Any]:
+    """The values of a config, or of nested dictionaries, by dotted key; an empty dictionary stays a value."""
     flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict) and value:
-            flat.update({f"{key}.{k}": v for k, v in flatten_nested(value).items()})
-        else:
-            flat[key] = value
+    for key, value in (nested if isinstance(nested, dict) else to_dict(nested)).items():
+        below = flatten(value) if isinstance(value, dict) else {}
+        flat |= {f"{key}.{k}": v for k, v in below.items()} or {key: value}
     return flat

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from mutransformer.config.schema import Config, MeshConfig
+from mutransformer.config.run import MeshConfig
+from mutransformer.config.schema import Config
 from mutransformer.errors import ConfigError, check
 from mutransformer.planning.chips import Topology
 from mutransformer.sharding.mesh import check_fits

@@ -19,24 +19,11 @@ from jax import Array
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from mutransformer.config.schema import Config, ConfigError, check, flatten
+from mutransformer.config.load import check_not_renamed
+from mutransformer.config.schema import Config, flatten, may_change_on_resume
+from mutransformer.errors import ConfigError, check
 from mutransformer.training.state import TrainState
 
-# May differ between a checkpoint and the run that goes on from it: they change neither the weights' meaning nor the data.
-FREE = {
-    "name",
-    "workdir",
-    "model.remat",
-    "model.head_chunk",
-    "model.attention_kernel",
-    "optim.grad_accumulation_steps",
-    "optim.grad_sync",
-    "xla",
-    "xla_tuned",
-    *(f"{section}." for section in ("mesh", "distributed", "eval", "log", "checkpoint", "profile", "xla")),
-    "data.",  # but for those below: what they decide is in the fingerprints of tokens and tokenizer
-}
-BOUND = {"data.seq_len", "data.batch_size", "data.packing", "data.intra_document_mask", "data.truncated_eos"}
 ITEMS = ("state", "run")  # the folders in a checkpoint
 SEAL = "sha256.json"  # in a checkpoint: the hash of each of its other files
 UNSEALED = (SEAL, "_CHECKPOINT_METADATA")  # Orbax writes times into the latter at the very end
@@ -122,7 +109,7 @@ class Checkpoints:
 
     def chosen(self) -> int:
         """The checkpoint that eval.checkpoint names. Raises ConfigError if there is none."""
-        step = self.latest() if self._config.eval.checkpoint == "newest" else self.best()
+        step = self.latest() if self._config.eval.checkpoint == "latest" else self.best()
         if step is None:
             raise ConfigError(f"{self.directory}: holds no checkpoint, or none with a validation loss")
         return step
@@ -142,6 +129,7 @@ class Checkpoints:
             ConfigError: lists the settings that differ, theirs and ours.
         """
         saved = self._run(step)
+        check_not_renamed(saved["config"], str(self.directory / str(step)))
         config = self._config
         ours, theirs = flatten(config), flatten(Config()) | saved["config"]  # what came later did what it does by default
         for key in ("tokens", "tokenizer"):  # what else is in a fingerprint has a key of its own
@@ -149,7 +137,7 @@ class Checkpoints:
         differing = [
             f"{key} was {theirs.get(key)}, is {ours.get(key)}"
             for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key) and not _is_free(key) and key not in config.checkpoint.allow
+            if ours.get(key) != theirs.get(key) and not may_change_on_resume(key) and key not in config.checkpoint.allow
         ]
         unknown = sorted(set(config.checkpoint.allow) - ours.keys())
         check(not unknown, f"checkpoint.allow: no such key: {', '.join(unknown)}")
@@ -259,10 +247,6 @@ def _damage(folder: Path) -> str | None:
     except (OSError, ValueError, TypeError) as error:
         return _first_line(error)
     return f"{differing[0]} is not as it was written" if differing else None
-
-
-def _is_free(key: str) -> bool:
-    return key not in BOUND and (key in FREE or key.partition(".")[0] + "." in FREE)
 
 
 def _first_line(error: Exception) -> str:

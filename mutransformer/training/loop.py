@@ -13,9 +13,9 @@ from mutransformer.config.load import to_yaml
 from mutransformer.data.batches import pipeline
 from mutransformer.data.batches.pipeline import Batches
 from mutransformer.data.cache.prepare import Corpus
-from mutransformer.errors import check
+from mutransformer.errors import FINISHED, STOPPED, check
 from mutransformer.sharding.mesh import data_share, put_batch
-from mutransformer.sharding.processes import FINISHED, STOPPED, StopRequest, stop_on_signals
+from mutransformer.sharding.processes import StopRequest, stop_on_signals
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.evaluate import Interrupted, evaluate
 from mutransformer.training.metrics import Metrics, NonFiniteLoss

@@ -22,7 +22,8 @@ from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
 from mutransformer.config.load import to_yaml
-from mutransformer.config.schema import Config, ConfigError, flatten, to_dict
+from mutransformer.config.schema import Config, flatten, to_dict
+from mutransformer.errors import ConfigError
 from mutransformer.sharding.devices import memory_in_use, peak_flops
 
 _TAGS = {"loss": "train/loss", "learning_rate": "optim/learning_rate"}

@@ -20,7 +20,7 @@ from mutransformer.model.matmul import MatmulPolicy
 from mutransformer.model.transformer import Forward
 from mutransformer.model.weights import Transformer, block_specs, flops_per_token, transformer_specs
 from mutransformer.sharding.mesh import AnyMesh, batch_pspec, make_mesh, n_row_groups
-from mutransformer.sharding.processes import agreed
+from mutransformer.sharding.processes import assert_equal_across_processes
 from mutransformer.sharding.spec import Weight
 from mutransformer.training.optim import Optimizer, make_optimizer
 from mutransformer.training.state import TrainState, abstract_state, initial_state
@@ -165,7 +165,7 @@ def build_with_data(config: Config) -> tuple[Program, Corpus]:
     """
     mesh = make_mesh(config.mesh)  # before text is tokenized: a wrong mesh is reported at once
     corpus = prepare(config.data, jax.process_count(), jax.process_index())
-    agreed("data", corpus.fingerprints)
+    assert_equal_across_processes("data", corpus.fingerprints)
     return build(config, mesh, corpus.tokenizer), corpus
 
 

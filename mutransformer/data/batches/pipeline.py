@@ -12,10 +12,11 @@ from typing import Any, Optional
 import grain
 from absl import flags
 
-from mutransformer.config.schema import ConfigError, DataConfig, check
+from mutransformer.config.data import DataConfig
 from mutransformer.data.batches.batch import Batch
 from mutransformer.data.batches.rows import Table, rows_of
 from mutransformer.data.cache.prepare import Mixture
+from mutransformer.errors import ConfigError, check
 
 
 class Batches(Iterator[Batch]):

@@ -8,9 +8,10 @@ from typing import Optional, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from mutransformer.config.schema import ConfigError, DataConfig
+from mutransformer.config.data import DataConfig
 from mutransformer.data.batches.batch import Batch
 from mutransformer.data.cache.shards import Tokens
+from mutransformer.errors import ConfigError
 
 
 @runtime_checkable

@@ -18,10 +18,10 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from mutransformer.config.schema import ConfigError
 from mutransformer.data.cache.store import Damaged
 from mutransformer.data.cache.tokenize_shard import Job, shard
 from mutransformer.data.sources.readers import Part
+from mutransformer.errors import ConfigError
 
 SILENCE = 30.0  # seconds without a sign of life after which a host's shards are done by others
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from mutransformer.config.schema import ConfigError, DataConfig, MixedSourceConfig, check
+from mutransformer.config.data import DataConfig, MixedSourceConfig
 from mutransformer.data.cache import build
 from mutransformer.data.cache import store as cache
 from mutransformer.data.cache.build import Host
@@ -25,6 +25,7 @@ from mutransformer.data.sources.registry import Source, open_source
 from mutransformer.data.sources.splits import shares_of
 from mutransformer.data.tokenizers.registry import open_tokenizer, training_texts
 from mutransformer.data.tokenizers.sentencepiece import Tokenizer, train_sentencepiece
+from mutransformer.errors import ConfigError, check
 
 _log = logging.getLogger(__name__)
 

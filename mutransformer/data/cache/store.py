@@ -19,8 +19,7 @@ from typing import Any
 
 import fsspec
 
-from mutransformer.config.schema import ConfigError
-from mutransformer.errors import is_url
+from mutransformer.errors import ConfigError, is_url
 
 FORMAT = 2  # of what is written; another number builds everything again
 MANIFEST = "manifest.json"

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from mutransformer.config.schema import ConfigError, check
 from mutransformer.data.cache.shards import Writer, dtype_for
 from mutransformer.data.cache.store import Damaged, Store, describe, seal, unseal
 from mutransformer.data.sources.files import cut
@@ -20,6 +19,7 @@ from mutransformer.data.sources.readers import Part, Split
 from mutransformer.data.sources.registry import Accepted, Unreadable
 from mutransformer.data.sources.splits import Shares
 from mutransformer.data.tokenizers.sentencepiece import Tokenizer
+from mutransformer.errors import ConfigError, check
 
 ATTEMPTS = 5  # at a part that is read over the network, with 1, 2, 4, 8 seconds between them
 

@@ -14,9 +14,8 @@ from typing import Any
 import fsspec
 from fsspec.core import url_to_fs
 
-from mutransformer.config.schema import ConfigError, check
 from mutransformer.data.cache.store import first_line
-from mutransformer.errors import is_url
+from mutransformer.errors import ConfigError, check, is_url
 
 _ANY = set("*?[")
 _HTTP = ("http://", "https://")  # where ? begins a query

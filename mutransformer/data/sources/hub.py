@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from mutransformer.config.schema import ConfigError, SourceConfig, check
+from mutransformer.config.data import SourceConfig
 from mutransformer.data.cache.store import describe, first_line
 from mutransformer.data.sources.readers import SPLITS, Part, Record, Split, encoded
+from mutransformer.errors import ConfigError, check
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Optional, Protocol, runtime_checkable
 
-from mutransformer.config.schema import ConfigError, check
 from mutransformer.data.cache.store import first_line
 from mutransformer.data.sources.files import File
+from mutransformer.errors import ConfigError, check
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

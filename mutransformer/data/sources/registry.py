@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, TypeVar
 
-from mutransformer.config.schema import ConfigError, MixedSourceConfig, SourceConfig, check
+from mutransformer.config.data import MixedSourceConfig, SourceConfig
 from mutransformer.data.sources import hub
 from mutransformer.data.sources.files import File, find
 from mutransformer.data.sources.readers import (
@@ -32,6 +32,7 @@ from mutransformer.data.sources.readers import (
     pyarrow,
 )
 from mutransformer.data.sources.splits import Shares, assign, split_of
+from mutransformer.errors import ConfigError, check
 
 T = TypeVar("T")
 

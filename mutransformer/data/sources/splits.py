@@ -3,7 +3,7 @@
 import hashlib
 from typing import NamedTuple
 
-from mutransformer.config.schema import DataConfig
+from mutransformer.config.data import DataConfig
 from mutransformer.data.sources.readers import SPLITS, Split
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32, Integer
 
-from mutransformer.config.schema import ConfigError, check
 from mutransformer.data.sources import hub
+from mutransformer.errors import ConfigError, check
 
 FILES = ["tokenizer.json", "special_ids.json"]  # what one is kept as
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mutransformer.config.schema import DataConfig, check
+from mutransformer.config.data import DataConfig
 from mutransformer.data.cache import store as cache
 from mutransformer.data.cache.build import Host
 from mutransformer.data.cache.store import Store
@@ -23,6 +23,7 @@ from mutransformer.data.tokenizers.sentencepiece import (
     Tokenizer,
     train_sentencepiece,
 )
+from mutransformer.errors import check
 
 _SAMPLE_BYTES = 256 << 20  # of text up to which a tokenizer is trained on all of it
 _SAMPLE_PARTS, _SAMPLE_PART = 16, 1 << 20  # beyond: the first so many bytes of so many parts

@@ -12,8 +12,8 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int32, Integer
 
-from mutransformer.config.schema import ConfigError, check
 from mutransformer.data.sources.files import cut
+from mutransformer.errors import ConfigError, check
 
 TRAINING_VERSION = 1  # of train_sentencepiece; another number trains cached tokenizers again
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from mutransformer.config import load as settings
-from mutransformer.config.schema import Config, ConfigError, check, flatten
+from mutransformer.config.schema import Config, flatten
+from mutransformer.errors import ConfigError, check
 
 T = TypeVar("T")
 

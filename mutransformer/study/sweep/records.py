@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from mutransformer.config.schema import ConfigError, check
+from mutransformer.errors import ConfigError, check
 
 FILE = "runs.jsonl"  # in a sweep's folder
 

@@ -16,11 +16,12 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from mutransformer.config.schema import Config, check
+from mutransformer.config.schema import Config
 from mutransformer.data.batches import pipeline
 from mutransformer.data.cache.prepare import Corpus, prepare
+from mutransformer.errors import FINISHED, STOPPED, check
 from mutransformer.sharding.devices import memory_limit
-from mutransformer.sharding.processes import FINISHED, STOPPED, StopRequest, stop_on_signals
+from mutransformer.sharding.processes import StopRequest, stop_on_signals
 from mutransformer.study.sweep import records
 from mutransformer.study.sweep.grid import Job, changed
 from mutransformer.study.sweep.parallel_runs import Fleet, Sharded

@@ -10,7 +10,7 @@ from typing import Optional
 
 import numpy as np
 
-from mutransformer.config.schema import check
+from mutransformer.errors import check
 from mutransformer.study.sweep.records import Run
 from mutransformer.study.transfer.width_ordering import Order, compare
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mutransformer.config.schema import ConfigError
+from mutransformer.errors import ConfigError
 from mutransformer.study.transfer.fit import Variant
 from mutransformer.study.transfer.width_ordering import Order
 

@@ -8,7 +8,7 @@ from typing import Optional
 
 import numpy as np
 
-from mutransformer.config.schema import check
+from mutransformer.errors import check
 from mutransformer.study.sweep.records import Run
 from mutransformer.study.transfer.fit import Cell, Variant, analyse
 from mutransformer.study.transfer.width_ordering import Order

@@ -1,0 +1,141 @@
+"""The command line: `mutransformer COMMAND ...`, or `python -m mutransformer.cli COMMAND ...`.
+
+A command is a module of mutransformer.commands, imported when it is called. A mistake ends with one line on standard error and an
+exit code of mutransformer.errors, before JAX starts if it can be known by then.
+"""
+
+import difflib
+import importlib
+import sys
+import textwrap
+from argparse import Action, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+import mutransformer
+from mutransformer.config import setting
+from mutransformer.config.load import describe, load, shipped_configs, to_yaml
+from mutransformer.config.schema import all_settings
+from mutransformer.errors import FAILED, FINISHED, INTERRUPTED, USAGE_ERROR, ConfigError
+
+COMMANDS = ("train", "evaluate", "generate", "sweep", "report", "coord-check", "plan", "prepare-data", "inspect-data")
+COMMANDS += ("train-tokenizer", "benchmark")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: the command and its arguments; None: those of the process.
+
+    Returns:
+        The exit code: the command's, or as run_cli maps exceptions.
+
+    Raises:
+        SystemExit: for --help and --version, and for a mistake in the options.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    return run_cli(lambda: _run(args[0], args[1:]) if args and args[0] in COMMANDS else _top_level(args))
+
+
+def run_cli(run: Callable[[], int]) -> int:
+    """Calls run and maps the exceptions that are no fault of the program to one line on standard error and an exit code.
+
+    Returns:
+        run's exit code; USAGE_ERROR for a ConfigError or a file that cannot be read or written; FAILED for a loss that is not
+        finite or a device that is out of memory; INTERRUPTED for Ctrl-C outside of training.
+    """
+    try:
+        return run()
+    except ConfigError as error:
+        return _fail(error, USAGE_ERROR)
+    except OSError as error:  # a full disk, missing permissions
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, USAGE_ERROR)
+    except FloatingPointError as error:
+        return _fail(error, FAILED)
+    except KeyboardInterrupt:  # before there is anything to save, or for the second time
+        return _fail("interrupted", INTERRUPTED)
+    except RuntimeError as error:  # JAX's, recognized by its text: JAX may not be imported
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        advice = "less memory is needed with a smaller data.batch_size, optim.grad_accumulation_steps, or another model.remat"
+        return _fail(f"{str(error).strip().splitlines()[0]}; {advice}", FAILED)
+
+
+def command_parser(name: str) -> ArgumentParser:
+    """The parser of a command, with its help."""
+    command = _module(name)
+    summary, example, details = (command.__doc__ or "").split("\n\n", 2)
+    parser = _Parser(f"mutransformer {name}", example.removeprefix("Example: "), f"{summary}\n\n{details}")
+    if hasattr(command, "add_arguments"):
+        command.add_arguments(parser)
+    if hasattr(command, "KEYS"):
+        add = parser.add_argument
+        settings = "YAML files, names of shipped configs and overrides, merged left to right over the defaults; shipped: "
+        add("settings", nargs="*", metavar="CONFIG | KEY=VALUE", help=settings + ", ".join(shipped_configs()))
+        add("--print-config", action="store_true", help="print the resolved config as YAML and exit")
+        about = "print keys, types, bounds, defaults and meanings, of all settings or those below PREFIX (optim), and exit"
+        add("--help-config", nargs="?", const="", metavar="PREFIX", action=_HelpConfig, help=about)
+        parser.epilog = "\n".join(["most used settings (all: --help-config):", *map(_brief, command.KEYS)])
+    return parser
+
+
+class _Parser(ArgumentParser):
+    """A parser whose help begins with an example, and whose errors are one line."""
+
+    def __init__(self, prog: str, usage: str, description: str):
+        super().__init__(prog=prog, usage=usage, description=description, formatter_class=RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"error: {message}; see {self.prog} --help\n")
+
+
+class _HelpConfig(Action):
+    """Prints the settings below a prefix and exits, like --help whatever else is missing."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None) -> None:
+        print(describe(values))
+        parser.exit()
+
+
+def _brief(key: str) -> str:
+    """A setting with its default and meaning, as one line of the help."""
+    one = all_settings()[key]
+    meaning = textwrap.shorten(one.field.metadata["meaning"], 88, placeholder=" ...")
+    return f"  {f'{key} = {setting.to_text(one.default)}':32} {meaning}"
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    args = command_parser(name).parse_intermixed_args(argv)
+    if getattr(args, "print_config", False):
+        print(to_yaml(load(args.settings)), end="")
+        return FINISHED
+    return _module(name).run(args)
+
+
+def _top_level(argv: Sequence[str]) -> int:
+    """Help, version, and what is no command."""
+    parser = _Parser("mutransformer", "mutransformer COMMAND [--help] ...", mutransformer.__doc__ or "")
+    parser.add_argument("--version", action="version", version=mutransformer.__version__)
+    if argv and not argv[0].startswith("-"):
+        close = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        parser.error(f"{argv[0]}: no such command{'; did you mean ' + close[0] + '?' if close else ''}")
+    parser.epilog = "commands:\n" + "\n".join(f"  {name:18}{(_module(name).__doc__ or '').splitlines()[0]}" for name in COMMANDS)
+    parser.parse_args(argv)
+    parser.print_help()
+    return FINISHED
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"mutransformer.commands.{name.replace('-', '_')}")
+
+
+def _fail(error: Exception | str, code: int) -> int:
+    # One line, whatever file name or value of the user's it quotes.
+    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""The commands of the command line, a module each, and what several of them share.
+
+A command's docstring is its help: a summary line, an example, details. The module has run(args) -> exit code, and
+add_arguments(parser) if it has options, and KEYS, the settings that its help lists, if it takes a config. None imports JAX before
+it has checked its arguments.
+"""
+
+from collections.abc import Sequence
+
+from mutransformer.config.load import load
+from mutransformer.config.schema import Config
+from mutransformer.sharding import processes
+
+RUN_KEYS = ("name", "workdir")
+DATA_KEYS = ("data.source", "data.files", "data.path", "data.tokenizer", "data.vocab_size", "data.cache_dir")
+SIZE_KEYS = ("model.d_model", "model.n_layer", "data.seq_len", "data.batch_size", "optim.lr", "optim.rule")
+
+
+def start(settings: Sequence[str]) -> Config:
+    """Loads a config, then starts JAX and logging.
+
+    Args:
+        settings: YAML files, names of shipped configs and overrides.
+
+    Raises:
+        ConfigError: a setting is wrong, or another process of the run cannot be reached.
+    """
+    config = load(settings)
+    start_jax(config)
+    return config
+
+
+def start_jax(config: Config) -> None:
+    """Starts JAX and logging. Raises ConfigError if another process of the run cannot be reached."""
+    processes.prepare_jax(config.distributed)
+    from mutransformer.training import metrics
+
+    metrics.setup_logging()

@@ -1,0 +1,81 @@
+"""Check that activations and updates neither grow nor shrink with width (or depth).
+
+Example: mutransformer coord-check small --widths 64,128,256,512,1024
+
+Trains models of several widths for a few steps on one batch, and fits the slope of mean |x| against width for every activation,
+its change by training, and every weight's update. The standard parametrization runs beside it as a control that must fail. With
+--depths it checks depth: completep and completed_p must stay flat, and grow without their rules for depth.
+
+Exit code: 0 passes; 1 fails, or the control does not; 2 a mistake in the settings or options.
+
+The check starts from these settings, which KEY=VALUE overrides: one row of 32 tokens per seed, since with more tokens than
+features Adam adds up conflicting gradients, which has a slope of its own; a constant learning rate of 2^-8, larger than warm-up
+would give; float32; eps 1e-15, since a fixed eps stops the updates of wide models, whose gradients are small; two layers.
+"""
+
+import math
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from mutransformer.commands import RUN_KEYS, start_jax
+from mutransformer.config.load import is_file
+from mutransformer.config.schema import DEPTH_RULES
+from mutransformer.errors import FAILED, FINISHED, check
+from mutransformer.sharding import processes
+
+KEYS = (*RUN_KEYS, "optim.rule", "optim.lr", "optim.name", "model.d_base", "model.n_layer", "model.n_layer_base")
+PRESET = [
+    *("data.batch_size=1", "data.seq_len=32", "optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=0.00390625"),
+    *("optim.eps=1e-15", "precision.compute=float32", "model.n_layer=2"),
+]
+# The control, without the settings that the rule sp refuses.
+STANDARD = [
+    *("optim.rule=sp", "model.n_layer_base=null", "optim.batch_base=null", "optim.tokens_base=null", "optim.eps_scaling=false"),
+]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--widths", default="64,128,256,512,1024", help="values of model.d_model (default: %(default)s)")
+    sizes.add_argument("--depths", help="values of model.n_layer instead: 2,4,8,16,32")
+    add = parser.add_argument
+    add("--steps", type=int, default=10, help="updates (default: %(default)s)")
+    add("--seeds", default="0,1,2", help="seeds of weights and batch (default: %(default)s)")
+    add("--max-slope", type=float, default=0.05, help="largest slope that passes (default: %(default)s)")
+    add("--no-control", action="store_true", help="do not run the parametrization that must fail")
+    add("--out", type=Path, help="folder of the results (default: WORKDIR/NAME-coord)")
+
+
+def run(args: Namespace) -> int:
+    from mutransformer.study.sweep import grid
+
+    files = [arg for arg in args.settings if is_file(arg)]
+    settings = [*files, *PRESET, *(arg for arg in args.settings if arg not in files)]
+    axis = "depth" if args.depths else "width"
+    sizes = grid.integers(f"--{axis}s", args.depths or args.widths)
+    seeds = grid.seeds("--seeds", args.seeds)
+    check(len(sizes) > 1, f"--{axis}s {sizes[0]}: one {axis} only: nothing to compare")
+    check(args.steps >= 2, f"--steps {args.steps}: must be at least 2")
+    check(0 < args.max_slope < math.inf, f"--max-slope {args.max_slope}: must be positive and finite")
+    subject = grid.along(settings, axis, sizes)
+    rule = subject[0].config.optim.rule
+    control = []
+    if axis == "width":
+        if rule != "sp" and not args.no_control:
+            control = grid.along([*settings, *STANDARD], axis, sizes)
+    elif rule in DEPTH_RULES:
+        if not args.no_control:
+            control = grid.along([*settings, "model.n_layer_base=null"], axis, sizes, label=f"{rule} without depth")
+        if subject[0].config.model.n_layer_base is None:
+            subject = grid.along([*settings, f"model.n_layer_base={sizes[0]}"], axis, sizes)
+    config = subject[0].config
+    out = args.out or config.rundir.with_name(f"{config.name}-coord")
+
+    processes.simulate_devices(len(seeds))
+    start_jax(config)
+    from mutransformer.study.coordinates.report import coordinate_check
+    from mutransformer.study.coordinates.slopes import Limits
+
+    verdicts = coordinate_check(subject, control, axis, seeds, args.steps, Limits(slope=args.max_slope), out)
+    print(*verdicts, f"results: {out}", sep="\n")
+    return FAILED if any(verdict.outcome == "FAIL" for verdict in verdicts) else FINISHED

@@ -1,0 +1,125 @@
+"""Declares a setting: a dataclass field with its meaning, its bounds and whether a resumed run may change it as metadata."""
+
+import dataclasses
+import json
+import math
+import operator
+import textwrap
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from mutransformer.errors import check, check_path
+
+_BOUNDS = {
+    "min": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "max": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+
+
+def setting(
+    default: Any,
+    meaning: str = "",
+    *,
+    path: Literal["local", "url"] | None = None,
+    resume: Literal["fixed", "free"] | None = None,
+    **bounds: float,
+) -> Any:
+    """Declares a field of a config dataclass.
+
+    Args:
+        default: the default value; a class (list, dict or the dataclass of a group of settings) is called for it.
+        meaning: for the help. A group's is its docstring.
+        path: the value is a path: a local one, or a URL too.
+        resume: whether the value may differ from the checkpoint's when a run resumes. Default: as in the enclosing group.
+        bounds: of a number: min, max (inclusive), above, below (exclusive). A float must be finite in any case.
+    """
+    assert bounds.keys() <= _BOUNDS.keys()
+    metadata = {"meaning": meaning or default.__doc__, "path": path, "resume": resume, "bounds": bounds}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_settings(group: Any, prefix: str) -> None:
+    """Checks every field of a config dataclass against its metadata.
+
+    Args:
+        group: an instance.
+        prefix: of its keys, e.g. "optim.".
+
+    Raises:
+        ConfigError: a value is out of bounds, not finite, not among the choices, or no path.
+    """
+    for field in dataclasses.fields(group):
+        key, value, metadata = f"{prefix}{field.name}", getattr(group, field.name), field.metadata
+        if value is None:
+            continue
+        check(not isinstance(value, float) or math.isfinite(value), f"{key} = {value}: must be a finite number")
+        choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+        check(not choices or value in choices, f"{key} = {value}: must be {' or '.join(choices)}")
+        within = all(_BOUNDS[name][1](value, limit) for name, limit in metadata["bounds"].items())
+        check(within, f"{key} = {value}: must be {_limits(metadata['bounds'])}")
+        if metadata["path"]:
+            for path in value if isinstance(value, list) else [value]:
+                check_path(key, path, urls=metadata["path"] == "url")
+
+
+class Setting(NamedTuple):
+    """One key of the config. A key below a group of groups has NAME for the name, as data.sources.NAME.weight."""
+
+    key: str
+    field: dataclasses.Field
+    free: bool  # to change when a run resumes
+    group: type | None  # the dataclass of the settings below it
+
+    @property
+    def default(self) -> Any:
+        make = self.field.default_factory
+        return self.field.default if make is dataclasses.MISSING else make()
+
+
+def settings_of(group: type, prefix: str = "", free: bool = False) -> Iterator[Setting]:
+    """Every setting of a config dataclass in order, each group before the settings in it."""
+    for field in dataclasses.fields(group):
+        key, resume = f"{prefix}{field.name}", field.metadata["resume"]
+        free_here = free if resume is None else resume == "free"
+        item, below = field.type, f"{key}."
+        if get_origin(item) is dict:
+            item, below = get_args(item)[1], f"{key}.NAME."
+        inner = item if isinstance(item, type) and dataclasses.is_dataclass(item) else None
+        yield Setting(key, field, free_here, inner)
+        if inner:
+            yield from settings_of(inner, below, free_here)
+
+
+def describe(one: Setting) -> str:
+    """A setting's key, default, type, bounds and meaning, as lines of text; a group's key and meaning."""
+    meaning = one.field.metadata["meaning"]
+    if one.field.type is one.group:
+        return f"{one.key}\n{_wrap(meaning)}"
+    about = ", ".join(filter(None, [_type(one.field.type), _limits(one.field.metadata["bounds"]), "free on resume" * one.free]))
+    return f"{one.key} = {to_text(one.default)}\n{_wrap(f'[{about}] {meaning}')}"
+
+
+def to_text(value: Any) -> str:
+    """A setting's value as an override writes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, 110, initial_indent="    ", subsequent_indent="    ", break_long_words=False)
+
+
+def _limits(bounds: dict[str, float]) -> str:
+    return " and ".join(f"{_BOUNDS[name][0]} {limit}" for name, limit in bounds.items())
+
+
+def _type(kind: Any) -> str:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " | ".join(args)
+    if origin is Union:
+        return " | ".join("null" if arg is type(None) else _type(arg) for arg in args)
+    return f"{origin.__name__} of {_type(args[-1])}" if origin else kind.__name__
