@@ -1,8 +1,188 @@
-"""mutransformer: the muP training stack for JAX. Tune small, train large."""
+"""mutransformer: the muP training stack for JAX. Tune small, train large.
 
+The functions here import what they need when they are called: `import mutransformer` does not start JAX.
+"""
+
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mutransformer import mup
+    from mutransformer.config.schema import Config
+    from mutransformer.errors import ConfigError
+    from mutransformer.planning.estimate import Estimate
+    from mutransformer.training.program import Program
 
 try:
     __version__ = version("mutransformer")
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Program",
+    "build",
+    "evaluate",
+    "generate",
+    "load_config",
+    "mup",
+    "plan",
+    "sweep",
+    "train",
+]
+
+_LAZY = {"Config": "config.schema", "ConfigError": "errors", "Program": "training.program", "mup": ""}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not _LAZY[name]:
+        return import_module(f"{__name__}.{name}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def load_config(*args: str) -> "Config":
+    """Reads YAML files, names of shipped configs and `key=value` overrides, merged left to right over the defaults.
+
+    >>> load_config("small", "optim.lr=0.01").optim.lr
+    0.01
+
+    Raises:
+        ConfigError: a file, key or value is wrong.
+    """
+    from mutransformer.config.load import load
+
+    return load(args)
+
+
+def build(config: "Config", devices: Sequence[Any] | None = None) -> "Program":
+    """Resolves a config for devices (None: all): specs, mesh, shardings, execution settings, optimizer, abstract state.
+
+    >>> program = build(load_config("small", "data.tokenizer=bytes"))
+    >>> program.specs.blocks.w_q.shape
+    (6, 128, 2, 64)
+
+    Raises:
+        ConfigError: the config does not fit the devices or the tokenizer.
+    """
+    from mutransformer.training import program
+
+    return program.build(config, devices)
+
+
+def train(program: "Program") -> Path:
+    """Trains a program from its latest checkpoint, if there is one, and returns the run's folder.
+
+    >>> args = ["data.tokenizer=bytes", "model.n_layer=1", "data.seq_len=32", "steps=2", "eval.batches=1", "eval.final_batches=1"]
+    >>> folder = train(build(load_config("small", *args)))
+    >>> (folder / "config.yaml").exists()
+    True
+
+    Raises:
+        ConfigError: a setting does not fit the data or the checkpoints.
+        FloatingPointError: the loss or the weights became NaN or infinite.
+    """
+    from mutransformer.training import loop
+    from mutransformer.training.program import prepare_data
+
+    loop.train(program, prepare_data(program.config))
+    return program.config.rundir
+
+
+def evaluate(run: str | Path, *args: str) -> dict[str, Any]:
+    """Evaluates a run's checkpoint on a full split: loss in nats per token, perplexity, bits per byte.
+
+    >>> results = evaluate("runs/small", "eval.split=test")
+    >>> sorted(results["model"])
+    ['bits_per_byte', 'loss', 'perplexity']
+
+    Args:
+        run: the run's folder.
+        args: overrides, such as eval.split=test or eval.checkpoint=best.
+
+    Raises:
+        ConfigError: the run or its checkpoint is missing or does not fit the overrides.
+    """
+    from mutransformer.training.evaluate import evaluate_run
+    from mutransformer.training.program import build_with_data
+
+    return evaluate_run(*build_with_data(load_config(str(Path(run) / "config.yaml"), *args)))
+
+
+def generate(run: str | Path, prompt: str = "", *args: str, **sampling: Any) -> list[str]:
+    """Continues a prompt with a run's model.
+
+    >>> texts = generate("runs/small", "def ", samples=2, tokens=8)
+    >>> len(texts)
+    2
+
+    Args:
+        run: the run's folder.
+        prompt: may be empty: the text then begins with its first token.
+        args: overrides, such as eval.checkpoint=best.
+        sampling: fields of generation.Sampling: samples, tokens, temperature, top_k, top_p, seed.
+
+    Returns:
+        The continuations, without the prompt.
+
+    Raises:
+        ConfigError: the run or its checkpoint is missing; the text does not fit data.seq_len; a number is out of range.
+    """
+    from mutransformer import generation
+
+    config = load_config(str(Path(run) / "config.yaml"), *args)
+    return [sample["text"] for sample in generation.generate(config, prompt, generation.Sampling(**sampling))["samples"]]
+
+
+def sweep(
+    args: Sequence[str], widths: Sequence[int], lrs: Sequence[float], seeds: Sequence[int] = (0,), out: str | Path = ""
+) -> Path:
+    """Trains every learning rate and seed of every width, as many at once as fit on the devices.
+
+    >>> args = ["study", "data.tokenizer=bytes", "data.seq_len=16", "steps=8", "eval.batches=1"]
+    >>> results = sweep(args, widths=[64], lrs=[2**-6, 2**-5])
+    >>> len(results.read_text().splitlines())
+    2
+
+    Args:
+        args: YAML files, names of shipped configs and overrides.
+        widths: values of model.d_model.
+        lrs: values of optim.lr.
+        seeds: values of seed.
+        out: the folder of the results; default: WORKDIR/NAME-sweep.
+
+    Returns:
+        The file of results, a line of JSON for each run, which `mutransformer report` reads.
+
+    Raises:
+        ConfigError: a setting is wrong, or does not fit a width.
+    """
+    from mutransformer.study.sweep import grid, records, run
+
+    configs = grid.jobs(args, sorted(widths), [])
+    folder = Path(out) if out else configs[0].config.rundir.with_name(f"{configs[0].config.name}-sweep")
+    run.sweep(configs, [(lr, seed) for lr in sorted(lrs) for seed in seeds], folder, None)
+    return folder / records.FILE
+
+
+def plan(config: "Config", topology: str) -> "Estimate":
+    """What a step will cost on hardware that is not at hand: memory, lower bounds of time, traffic between chips.
+
+    >>> found = plan(load_config("large", "data.batch_size=256"), "v5e:4x4")
+    >>> found.fits, found.bound
+    (True, 'MXU')
+
+    Args:
+        config: of the run.
+        topology: a slice of TPU chips, such as v5p:4x4x4 or v5p-128.
+
+    Raises:
+        ConfigError: no such slice; the mesh does not cover it, or cannot divide the model or the batch.
+    """
+    raise NotImplementedError

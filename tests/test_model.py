@@ -102,7 +102,7 @@ def test_how_the_work_is_cut_up_changes_nothing(settings, batch, base):
     config = make(*settings)
     far = distances(loss_and_grads(config, batch), base)
     assert max(far.values()) < 5e-6, far  # the order of float32 sums; the bias of keys has a gradient near zero
-    program = [
+    traced = [
         str(jax.make_jaxpr(make_loss_and_grads(program(c, mesh_of(c), BOS)))(weights_of(c), batch)) for c in (make(), config)
     ]
     assert traced[0] != traced[1]

@@ -11,7 +11,7 @@ from programs import program
 from runs import finish, metrics, settings, start, wait_for_step
 
 from mutransformer.config.load import load
-from mutransformer.training.checkpoint import SEAL, Checkpoints
+from mutransformer.training.checkpoint import CHECKSUMS, Checkpoints
 from mutransformer.training.state import TrainState
 
 # An epoch is some 40 batches: the run goes through more than one, and is killed within one.
@@ -62,7 +62,7 @@ def test_killed_run_goes_on_bit_for_bit(folder: Path, uninterrupted: Path) -> No
         process.send_signal(signal.SIGKILL)
         finish(process, expect=-signal.SIGKILL)
     out = finish(start(TRAIN, args))
-    assert "goes on after step" in out
+    assert "resumes after step" in out
     compare(run, uninterrupted)
 
 
@@ -75,20 +75,20 @@ def test_sigterm_saves_the_step_and_says_so(folder: Path, uninterrupted: Path) -
     process.send_signal(signal.SIGTERM)
     out = finish(process, expect=75)
     saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-    assert f"stopped after step {saved}" in out and saved >= 10
+    assert f"Stopped at step {saved}; checkpoint saved" in out and saved >= 10
     out = finish(start(TRAIN, args))
-    assert f"goes on after step {saved}" in out
+    assert f"resumes after step {saved}" in out
     compare(run, uninterrupted)
 
 
 def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_it_goes_on(folder: Path, uninterrupted: Path) -> None:
     run = folder / "runs" / "flipped"
     shutil.copytree(uninterrupted, run)
-    files = [path for path in (run / "checkpoints" / "60").rglob("*") if path.is_file() and path.name != SEAL]
+    files = [path for path in (run / "checkpoints" / "60").rglob("*") if path.is_file() and path.name != CHECKSUMS]
     largest = max(files, key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 4
     largest.write_bytes(data)
     out = finish(start(TRAIN, settings(folder, *LENGTH, "name=flipped")))
-    assert "60 is damaged" in out and "goes on after step 56" in out
+    assert "60 is corrupt" in out and "resumes after step 56" in out
     compare(run, uninterrupted)

@@ -11,18 +11,19 @@ from runs import metrics, settings
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
-from mutransformer.errors import FAILED
+from mutransformer.errors import FAILED, FINISHED, STOPPED
 from mutransformer.training import loop as training
 from mutransformer.training.checkpoint import Checkpoints
-from mutransformer.training.evaluate import Scored, score
-from mutransformer.training.loop import FINISHED, STOPPED, train
+from mutransformer.training.evaluate import Scored, evaluate_run
+from mutransformer.training.loop import train
+from mutransformer.training.program import build_with_data
 
 SHORT = ["steps=6", "eval.every=2", "checkpoint.every=4", "mesh.x=4", "mesh.y=2", "checkpoint.keep=1"]
 
 
 def test_a_run_writes_what_it_should(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load(settings(tmp_path, *SHORT, "name=whole", "model.activation=swiglu", "profile.start=2", "profile.stop=3"))
-    assert train(config) == FINISHED
+    assert train(*build_with_data(config)) == FINISHED
     run = tmp_path / "runs" / "whole"
     assert load([str(run / "config.yaml")]) == config
     lines = metrics(run)
@@ -32,14 +33,14 @@ def test_a_run_writes_what_it_should(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert list((run / "tensorboard").rglob("*.xplane.pb"))
     kept = {int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()}
     losses = {step: line["validation/loss"] for step, line in lines.items() if step in (4, 6)}
-    assert kept == {6, min(losses, key=losses.__getitem__)}, "the newest and the best are kept"
+    assert kept == {6, min(losses, key=losses.__getitem__)}, "the latest and the best are kept"
     out = capsys.readouterr().out
-    assert "8 x cpu as mesh 4 x 2" in out and "step 6/6  validation_whole loss" in out
+    assert "8 x cpu, mesh x=4 x y=2" in out and "step 6/6  validation_whole loss" in out
 
-    assert train(config) == FINISHED  # nothing is left to do but to score
+    assert train(*build_with_data(config)) == FINISHED  # nothing is left to do but to score
     assert metrics(run)[6]["train/loss"] == lines[6]["train/loss"]
 
-    found = score(config)
+    found = evaluate_run(*build_with_data(config))
     assert found["model"]["loss"] == pytest.approx(lines[6]["validation_whole/loss"], rel=1e-6)
     assert found["step"] == 6 and found["scored"] == found["tokens"] and found["unigram"]["loss"] > found["bigram"]["loss"] > 0
 
@@ -51,7 +52,7 @@ def test_a_run_of_no_number_fails_and_keeps_no_checkpoint_of_it(
     """Of one step, too: its loss is from before the update that breaks the weights."""
     hot = settings(tmp_path, f"steps={steps}", "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0", "name=hot")
     assert main(["train", *hot]) == FAILED
-    assert "error: step 1: the norm of the weights behind the update is inf" in capsys.readouterr().err
+    assert "error: step 1: the norm of the weights after the update is inf" in capsys.readouterr().err
     assert not list((tmp_path / "runs" / "hot" / "checkpoints").iterdir())
 
 
@@ -61,15 +62,15 @@ def test_the_best_checkpoint_outlives_a_restart_and_can_be_scored(tmp_path: Path
         tmp_path, "eval.every=2", "checkpoint.every=2", "optim.lr=0.3", "optim.warmup_steps=4", "name=best", "checkpoint.keep=1"
     )
     allow = "checkpoint.allow=[steps]"
-    assert train(load([*args, "steps=4", "optim.schedule=constant"])) == FINISHED
+    assert train(*build_with_data(load([*args, "steps=4", "optim.schedule=constant"]))) == FINISHED
     config = load([*args, "steps=8", "optim.schedule=constant", allow, "eval.checkpoint=best"])
-    assert train(config) == FINISHED
+    assert train(*build_with_data(config)) == FINISHED
     run = tmp_path / "runs" / "best"
     losses = {step: line["validation/loss"] for step, line in metrics(run).items() if "validation/loss" in line}
     best = min(losses, key=losses.__getitem__)
     assert best < 4, "the best is not from before the restart: nothing is shown"
     assert {int(path.name) for path in (run / "checkpoints").iterdir()} == {best, 8}
-    assert score(config)["step"] == best
+    assert evaluate_run(*build_with_data(config))["step"] == best
 
     array = max((run / "checkpoints" / str(best) / "state").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size)
     data = bytearray(array.read_bytes())
@@ -81,8 +82,8 @@ def test_the_best_checkpoint_outlives_a_restart_and_can_be_scored(tmp_path: Path
 
 def test_what_pad_cuts_off_is_not_called_scored(tmp_path: Path) -> None:
     args = settings(tmp_path, "steps=1", "data.packing=pad", "data.seq_len=8", "name=pad")
-    assert train(load(args)) == FINISHED
-    found = score(load(args))
+    assert train(*build_with_data(load(args))) == FINISHED
+    found = evaluate_run(*build_with_data(load(args)))
     assert 0 < found["scored"] < found["tokens"] and "bigram" not in found
 
 
@@ -97,13 +98,13 @@ def test_a_signal_within_an_evaluation_leaves_no_result_of_it(tmp_path: Path, mo
     evaluate = training.evaluate
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(training, "evaluate", interrupted)
-    assert train(load(args)) == STOPPED
+    assert train(*build_with_data(load(args))) == STOPPED
     assert signal.getsignal(signal.SIGTERM) == before
     run = tmp_path / "runs" / "cut"
     assert list(metrics(run)) == [1, 2, 3] and "validation/loss" not in metrics(run)[3]
     assert (run / "checkpoints" / "3").is_dir()
     monkeypatch.undo()
-    assert train(load(args)) == FINISHED
+    assert train(*build_with_data(load(args))) == FINISHED
     assert list(metrics(run)) == [1, 2, 3, 4, 5, 6]
     assert {step for step, line in metrics(run).items() if "validation/loss" in line} == {3, 6}, "it is made up for"
 
@@ -111,7 +112,7 @@ def test_a_signal_within_an_evaluation_leaves_no_result_of_it(tmp_path: Path, mo
 def test_the_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(load(settings(tmp_path, "steps=3", "name=shown")))
+    train(*build_with_data(load(settings(tmp_path, "steps=3", "name=shown"))))
     run = tmp_path / "runs" / "shown"
     shown = EventAccumulator(str(run / "tensorboard")).Reload()
     for tag in ("train/loss", "optim/learning_rate", "norm/update", "validation/bits_per_byte"):

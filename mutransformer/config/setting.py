@@ -24,7 +24,7 @@ def setting(
     *,
     path: Literal["local", "url"] | None = None,
     resume: Literal["fixed", "free"] | None = None,
-    **bounds: float,
+    **bounds: float | int,
 ) -> Any:
     """Declares a field of a config dataclass.
 

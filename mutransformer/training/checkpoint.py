@@ -1,7 +1,7 @@
-"""What a run saves and goes on from: {state, data position, resolved config} as one Orbax checkpoint, or none of it.
+"""What a run saves and resumes from: state, data position and resolved config, as one atomic Orbax checkpoint.
 
-Orbax makes a checkpoint appear whole or not at all. It does not notice what happens to it on the disk afterwards, be it a flipped
-bit: so each is sealed with the hashes of its files once it is written, and goes unused if they differ.
+Orbax publishes a checkpoint atomically, but does not notice what happens to it on disk afterwards, such as a flipped bit. So each
+checkpoint carries SHA-256 checksums of its files. A corrupt one is logged, renamed, and the previous one loaded.
 """
 
 import hashlib
@@ -25,21 +25,22 @@ from mutransformer.errors import ConfigError, check
 from mutransformer.training.state import TrainState
 
 ITEMS = ("state", "run")  # the folders in a checkpoint
-SEAL = "sha256.json"  # in a checkpoint: the hash of each of its other files
-UNSEALED = (SEAL, "_CHECKPOINT_METADATA")  # Orbax writes times into the latter at the very end
+CHECKSUMS = "sha256.json"  # in a checkpoint: the checksum of each of its other files
+NOT_CHECKED = (CHECKSUMS, "_CHECKPOINT_METADATA")  # Orbax writes times into the latter at the very end
 
 _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of a run, in its folder. Saving goes on in the background; close() or wait() before leaving."""
+    """The checkpoints in a run's folder. Saving continues in the background: call wait() or close() before the process ends."""
 
     def __init__(self, config: Config, *, read_only: bool = False):
         """Args:
-            read_only: nothing is created or tidied up.
+            config: of the run.
+            read_only: create and remove nothing.
 
         Raises:
-            ConfigError: the folder cannot be made or read.
+            ConfigError: the folder cannot be created or read.
         """
         self._config, self._read_only = config, read_only
         self.directory = (config.rundir / "checkpoints").absolute()
@@ -54,15 +55,15 @@ class Checkpoints:
             keep.append(by_loss)
         exists = self.directory.is_dir()
         check(exists or not read_only, f"{self.directory}: no checkpoints here")
-        check(exists or not os.path.lexists(self.directory), f"{self.directory}: is in the way, checkpoints need a folder there")
+        check(exists or not os.path.lexists(self.directory), f"{self.directory}: not a folder, checkpoints need a folder there")
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(keep),
-            best_fn=_loss_of,  # without one Orbax keeps losses in memory only
+            best_fn=_loss_of,  # without best_fn Orbax keeps losses in memory only
             best_mode="min",
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             create=not read_only,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -70,41 +71,44 @@ class Checkpoints:
             raise ConfigError(f"{self.directory}: cannot be used for checkpoints: {_first_line(error)}") from None
 
     def latest(self) -> int | None:
-        """The newest undamaged checkpoint, by updates completed; None if there never was one.
+        """The step (updates completed) of the latest intact checkpoint; None if there are no checkpoints.
 
-        Newer ones that are damaged are told of, and unless read_only renamed, so that their steps can be saved again.
+        Later ones that are corrupt are logged and, unless read_only, renamed, so that their steps can be saved again.
 
         Raises:
-            ConfigError: there are checkpoints, and all are damaged.
+            ConfigError: there are checkpoints, and all are corrupt.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         found = -1
-        if jax.process_index() == 0:  # reads and hashes the files for all
-            damaged = {}
+        if jax.process_index() == 0:  # reads and verifies the files for all processes
+            corrupt = {}
             for step in steps:
-                damage = _damage(self.directory / str(step))
-                if damage is None:
+                reason = _corruption(self.directory / str(step))
+                if reason is None:
                     found = step
                     break
-                damaged[step] = damage
-            for step, damage in damaged.items():
-                _log.warning("%s is damaged: %s", self.directory / str(step), damage)
+                corrupt[step] = reason
+            for step, reason in corrupt.items():
+                _log.warning("%s is corrupt: %s", self.directory / str(step), reason)
                 if found >= 0 and not self._read_only:
-                    (self.directory / str(step)).rename(self.directory / f"damaged-{step}-{time.time_ns()}")
+                    (self.directory / str(step)).rename(self.directory / f"corrupt-{step}-{time.time_ns()}")
         if jax.process_count() > 1:
             found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
-        check(found >= 0 or not steps, f"{self.directory}: every checkpoint here is damaged; move it away to start from scratch")
+        check(
+            found >= 0 or not steps,
+            f"{self.directory}: every checkpoint here is corrupt; move the folder away to start from scratch",
+        )
         self._manager.reload()
         return found if found >= 0 else None
 
     def best(self) -> int | None:
-        """The undamaged checkpoint with the lowest validation loss, if any was evaluated. Damaged ones are told of."""
+        """The intact checkpoint with the lowest validation loss; None if none was evaluated. Corrupt ones are logged."""
         losses = {step: loss for step in self._manager.all_steps() if (loss := self.loss(step)) is not None}
         for step in sorted(losses, key=losses.__getitem__):
-            damage = _damage(self.directory / str(step))
-            if damage is None:
+            reason = _corruption(self.directory / str(step))
+            if reason is None:
                 return step
-            _log.warning("%s is damaged: %s", self.directory / str(step), damage)
+            _log.warning("%s is corrupt: %s", self.directory / str(step), reason)
         return None
 
     def chosen(self) -> int:
@@ -126,13 +130,16 @@ class Checkpoints:
             data: the fingerprint of this run's data.
 
         Raises:
-            ConfigError: lists the settings that differ, theirs and ours.
+            ConfigError: lists the settings that differ, with the checkpoint's value and this run's.
         """
         saved = self._run(step)
         check_not_renamed(saved["config"], str(self.directory / str(step)))
         config = self._config
-        ours, theirs = flatten(config), flatten(Config()) | saved["config"]  # what came later did what it does by default
-        for key in ("tokens", "tokenizer"):  # what else is in a fingerprint has a key of its own
+        ours, theirs = (
+            flatten(config),
+            flatten(Config()) | saved["config"],
+        )  # settings that are newer than the checkpoint: defaults
+        for key in ("tokens", "tokenizer"):  # the rest of a fingerprint has config keys of its own
             ours[f"fingerprint.{key}"], theirs[f"fingerprint.{key}"] = data[key], saved["data"].get(key)
         differing = [
             f"{key} was {theirs.get(key)}, is {ours.get(key)}"
@@ -148,11 +155,11 @@ class Checkpoints:
         )
 
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState[Array], dict[str, Any]]:
-        """The state, laid on this run's mesh, and the position of its data iterator.
+        """The state, sharded over this run's mesh, and the position of its data iterator.
 
         Args:
             step: of the checkpoint.
-            shapes: what is expected, with shardings; a plan's shapes.
+            shapes: the expected shapes and dtypes, with shardings: Program.state.
 
         Raises:
             ConfigError: it cannot be read, or holds other arrays.
@@ -164,16 +171,16 @@ class Checkpoints:
         return restored["state"], self._run(step)["position"]
 
     def save(self, state: TrainState[Array], position: dict[str, Any], data: dict[str, Any], loss: float | None) -> None:
-        """Starts to save; a step that is there already is left alone.
+        """Starts saving in the background; does nothing if the step is saved already.
 
         Args:
             state: of the run; copied before this returns.
             position: of the data iterator.
             data: the fingerprint of the data.
-            loss: on validation, if known at this step; decides which checkpoints are the best.
+            loss: on validation, if this step was evaluated; decides which checkpoints are the best.
 
         Raises:
-            ConfigError: this save or the one before failed.
+            ConfigError: this save or the previous one failed.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -183,23 +190,23 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss}))
 
     def poll(self) -> None:
-        """Raises ConfigError if a save in the background has failed."""
+        """Raises ConfigError if a background save has failed."""
         self._guard(self._manager.check_for_errors)
 
     def stop_requested(self, step: int) -> bool:
-        """Whether the scheduler of a multi-process job has sent SIGTERM; all processes agree on the step."""
+        """Whether the scheduler of a multi-process job sent SIGTERM to a process; all processes agree on the step."""
         return self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Returns when all is on disk. Raises ConfigError if saving failed."""
+        """Returns when everything is on disk. Raises ConfigError if saving failed."""
         self._guard(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """Ends the background work; wait() first to hear of its errors."""
+        """Ends the background work. Call wait() first to surface pending errors."""
         self._manager.close()
 
     def _run(self, step: int) -> dict[str, Any]:
-        """What stands beside the state: config, data, position."""
+        """What is saved beside the state: config, data fingerprint, position."""
         try:
             run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
             assert isinstance(run["config"], dict) and isinstance(run["data"], dict)
@@ -214,39 +221,39 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.directory}: saving a checkpoint failed: {_first_line(error)}") from None
 
-    def _seal(self) -> None:
+    def _write_checksums(self) -> None:
         """Called by Orbax, in its thread, when all files of a checkpoint are written and before it gets its final name."""
         if jax.process_index() == 0:
             for folder in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                (folder / SEAL).write_text(json.dumps(_hashes(folder)), encoding="utf-8")
+                (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder)), encoding="utf-8")
 
 
 def _loss_of(metrics: dict[str, float]) -> float:
     return metrics["loss"]
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    hashes = {}
+def _checksums(folder: Path) -> dict[str, str]:
+    checksums = {}
     for path in sorted(folder.rglob("*")):
-        if not path.is_file() or path.relative_to(folder).as_posix() in UNSEALED:
+        if not path.is_file() or path.relative_to(folder).as_posix() in NOT_CHECKED:
             continue
         with path.open("rb") as file:
-            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+            checksums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return checksums
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if nothing is to be seen."""
+def _corruption(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if it is intact."""
     missing = [item for item in ITEMS if not (folder / item).is_dir()]
     if missing:
         return f"lacks {', '.join(missing)}"
     try:
-        told = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        found = _hashes(folder)
-        differing = sorted(name for name in told if found.get(name) != told[name])
+        expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        actual = _checksums(folder)
+        differing = sorted(name for name in expected if actual.get(name) != expected[name])
     except (OSError, ValueError, TypeError) as error:
         return _first_line(error)
-    return f"{differing[0]} is not as it was written" if differing else None
+    return f"{differing[0]}: checksum mismatch" if differing else None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
-"""What a person sees and what a program reads of a run: console, metrics.jsonl, TensorBoard, Weights & Biases, profiler traces.
+"""The outputs of a run: console, metrics.jsonl, TensorBoard, Weights & Biases.
 
-Scalars come while the device computes them and are read one step late, so that the loop never waits. Only process 0 writes.
+Scalars arrive while the device still computes them and are read one step late, so the loop never waits. Only process 0 writes.
 """
 
 import contextlib
@@ -34,24 +34,24 @@ _BAR = {"train/loss": "loss {:.4f}", "validation/loss": "val {:.4f}"}
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss of a step, or the weights behind it, are NaN or infinite."""
+    """The loss of a step, or the weights after it, are NaN or infinite."""
 
 
 def setup_logging(level: int = logging.INFO) -> None:
     """Prints the package's log messages on rich.get_console(), above a running bar. Does not start JAX."""
     logger = logging.getLogger("mutransformer")
     logger.setLevel(level)
-    logger.propagate = False  # libraries put handlers of their own on the root
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what its caller asked for
+    logger.propagate = False  # libraries add handlers to the root logger
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about options that are set on purpose
     if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
         logger.addHandler(_ConsoleHandler())
 
 
 class Metrics:
-    """Gives a run's numbers to the console, metrics.jsonl and the services that the config asks for, by the same tags everywhere.
+    """Writes a run's scalars, with the same tags, to the console, metrics.jsonl and the services that the config names.
 
-    A context manager: leaving it closes all files. Due for logging are the first step after start_step, multiples of log.every
-    and the last step. Rates are taken from one logged step to the next, so that compilation, in the first, does not count.
+    A context manager: leaving it closes all files. Logged are the first step after start_step, multiples of log.every and the
+    last step. Rates are measured from one logged step to the next, so compilation, in the first step, does not count.
     """
 
     def __init__(
@@ -64,22 +64,23 @@ class Metrics:
         clock: Callable[[], float] = time.perf_counter,
         console: Console | None = None,
     ) -> None:
-        """Opens the files in config.rundir and drops what an earlier process wrote beyond start_step.
+        """Opens the files in config.rundir and drops what an earlier process wrote after start_step.
 
         Args:
             config: of the run.
             flops_per_token: of the model, forward and backward.
             n_device: in all processes.
-            start_step: updates completed already.
-            clock, console: gives seconds; is printed on (None: rich.get_console(), standard output).
+            start_step: updates completed so far.
+            clock: returns seconds.
+            console: None: rich.get_console(), standard output.
 
         Raises:
             ConfigError: log.wandb is set and the package is missing.
         """
         self._config, self._flops_per_token, self._start_step, self._clock = config, flops_per_token, start_step, clock
-        self._peak = (peak_flops(jax.devices()[0].device_kind) or 0) * n_device  # 0: not known
+        self._peak = (peak_flops(jax.devices()[0].device_kind) or 0) * n_device  # 0: unknown
         self._pending: tuple[int, Mapping[str, SupportsFloat], float | None] | None = None
-        self._mark: tuple[int, float] | None = None  # the last logged step and when it was done
+        self._mark: tuple[int, float] | None = None  # the last logged step and the time of its end
         self._step, self._latest = start_step, dict[str, float]()
         self._sinks: list[_WeightsAndBiases | _JsonLines | _TensorBoard] = []
         self._writes = jax.process_index() == 0
@@ -89,7 +90,7 @@ class Metrics:
         self._task = self._bar.add_task(f"{self._at(start_step)}  compiling", total=config.steps, completed=start_step)
         if self._writes:
             config.rundir.mkdir(parents=True, exist_ok=True)
-            if config.log.wandb is not None:  # first, since the package may be missing
+            if config.log.wandb is not None:  # first: the package may be missing
                 self._sinks.append(_WeightsAndBiases(config, start_step))
             self._sinks.append(_JsonLines(config.rundir / "metrics.jsonl", start_step))
             if config.log.tensorboard:
@@ -108,32 +109,32 @@ class Metrics:
             self._release({})
 
     def note(self, text: str) -> None:
-        """Prints a line that belongs to no step."""
+        """Prints text that belongs to no step."""
         _say(self._console, text)
 
     def record(self, step: int, device_scalars: Mapping[str, SupportsFloat]) -> None:
-        """Takes the scalars of a step just dispatched and writes those of the step before, if that is due.
+        """Takes the scalars of a step just dispatched, and writes those of the previous step if it is to be logged.
 
         Args:
-            step: updates completed once this one is done.
-            device_scalars: arrays of shape [], the same in all processes: loss (mean nats per target) and whatever else to log.
+            step: updates completed after this step.
+            device_scalars: arrays of shape [], the same in all processes: loss (mean nats per target) and others to log.
 
         Raises:
-            NonFiniteLoss: the loss that was due, or the weights' norm, is NaN or infinite; it is written all the same.
+            NonFiniteLoss: the loss or the norm of the weights of a logged step is NaN or infinite; it is written nevertheless.
         """
-        # A device may be done by now, as a CPU that computes while it dispatches: then the step ended here, not when it is read.
+        # The device may be done already, as a CPU that computes while it dispatches: then the step ended here, not when read.
         done = self._clock() if getattr(device_scalars["loss"], "is_ready", lambda: True)() else None
         before, self._pending = self._pending, (step, device_scalars, done)
         if before and self._due(before[0]):
             self._read(*before)
-        if step == self._start_step + 1:  # compiling took longer than waiting will, and the first loss tells whether all is well
+        if step == self._start_step + 1:  # compilation took longer than this wait, and the first loss is worth seeing at once
             self.flush()
 
     def flush(self) -> None:
-        """Waits for the last recorded step and writes it if it is due: before an evaluation, a checkpoint, the exit.
+        """Waits for the last recorded step and writes it if it is to be logged: before an evaluation, a checkpoint, the exit.
 
         Raises:
-            NonFiniteLoss: its loss or its weights are NaN or infinite, even if it is not due: they must not become a checkpoint.
+            NonFiniteLoss: its loss or weights are NaN or infinite, even if it is not logged: they must not become a checkpoint.
         """
         before, self._pending = self._pending, None
         if before:
@@ -141,7 +142,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Flushes, and leaves the time within out of the rates: for evaluations and checkpoints. Raises as flush does."""
+        """Flushes, and excludes the time within from the rates: for evaluations and checkpoints. Raises as flush does."""
         self.flush()
         start = self._clock()
         yield
@@ -149,7 +150,7 @@ class Metrics:
             self._mark = self._mark[0], self._mark[1] + self._clock() - start
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes results at hand, such as an evaluation's, by tag: {"validation/loss": 3.2}. step: updates completed."""
+        """Writes host values, such as an evaluation's results, by tag: {"validation/loss": 3.2}. step: updates completed."""
         self._write(step, values)
         group = next(iter(values)).partition("/")[0]
         named = (f"{tag.removeprefix(group + '/').replace('_', ' ')} {value:.5g}" for tag, value in values.items())
@@ -159,7 +160,7 @@ class Metrics:
     def close(self, final: Mapping[str, float]) -> None:
         """Flushes, writes settings and final results (by tag) for tables that compare runs, and closes. Raises as flush does.
 
-        A result that scalars was not given before is written as by scalars, at the last step.
+        Results that were not passed to scalars before are written as by scalars, at the last step.
         """
         self.flush()
         if not final.items() <= self._latest.items():
@@ -170,7 +171,7 @@ class Metrics:
         return step in (self._start_step + 1, self._config.steps) or step % self._config.log.every == 0
 
     def _read(self, step: int, device_scalars: Mapping[str, SupportsFloat], done: float | None) -> None:
-        # All processes look at the loss: if one alone stopped for it, the others would wait in a collective for ever.
+        # All processes check the loss: if one alone stopped, the others would wait in a collective for ever.
         loss = float(device_scalars["loss"])
         if self._writes and self._due(step):
             values = {_TAGS.get(key, f"train/{key}"): float(value) for key, value in device_scalars.items() if key != "loss"}
@@ -183,10 +184,10 @@ class Metrics:
                 self.note(f"step {self._text(step, values, _LINE)}")
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"step {step}: the loss is {loss}")
-        # The loss is from before the update: the weights behind it may have none.
+        # The loss is from before the update: the weights after it may not be finite.
         size = float(device_scalars.get("parameter_norm", 0.0))
         if not math.isfinite(size):
-            raise NonFiniteLoss(f"step {step}: the norm of the weights behind the update is {size}")
+            raise NonFiniteLoss(f"step {step}: the norm of the weights after the update is {size}")
 
     def _rates(self, step: int, now: float) -> dict[str, float]:
         before, self._mark = self._mark, (step, now)
@@ -224,11 +225,11 @@ class Metrics:
 
 
 class _JsonLines:
-    """metrics.jsonl: one line a step, steps ascending. What comes later for the same step goes into its line."""
+    """metrics.jsonl: one line per step, steps ascending. Later values of the same step are added to its line."""
 
     def __init__(self, path: Path, start_step: int) -> None:
-        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""  # a killed process may leave half a line
-        kept = [line + b"\n" for line in whole.splitlines() if _step_of(line) <= start_step]
+        complete = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""  # a killed process may leave half a line
+        kept = [line + b"\n" for line in complete.splitlines() if _step_of(line) <= start_step]
         new = path.with_suffix(".new")
         new.write_bytes(b"".join(kept))
         os.replace(new, path)
@@ -251,7 +252,7 @@ class _JsonLines:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line of metrics.jsonl; infinite for what is no such line."""
+    """The step of a line of metrics.jsonl; infinite if it is no such line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -260,7 +261,7 @@ def _step_of(line: bytes) -> float:
 
 class _TensorBoard:
     def __init__(self, config: Config, start_step: int) -> None:
-        folder, own = str(config.rundir / "tensorboard"), f".{start_step}"  # one started in the same second has a file of its own
+        folder, own = str(config.rundir / "tensorboard"), f".{start_step}"  # unique among runs that start in the same second
         self._writer = SummaryWriter(folder, purge_step=start_step + 1, flush_secs=10, filename_suffix=own)
         self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", start_step)
         self._settings = {key: value for key, value in flatten(config).items() if isinstance(value, bool | int | float | str)}
@@ -270,7 +271,7 @@ class _TensorBoard:
             self._writer.add_scalar(tag, value, step)
 
     def close(self, final: Mapping[str, float]) -> None:
-        if final:  # not add_hparams, which makes a second run of it in a folder below; the values are those of the tags' curves
+        if final:  # not add_hparams, which would create a second run in a subfolder; the values are those of the tags' curves
             for summary in hparams(self._settings, dict(final)):
                 self._writer._get_file_writer().add_summary(summary)
         self._writer.close()
@@ -295,7 +296,7 @@ class _WeightsAndBiases:
 
     def close(self, final: Mapping[str, float]) -> None:
         self._run.summary.update(dict(final))
-        self._run.finish(exit_code=int(not final))  # no results: the run was cut short
+        self._run.finish(exit_code=int(not final))  # no results: the run did not finish
 
 
 class _ConsoleHandler(logging.Handler):

@@ -157,15 +157,21 @@ def build(
     return Program(config, Vocabulary(found.n_vocab, found.bos_id, found.eos_id), mesh, scaling, forward, optimizer, state)
 
 
-def build_with_data(config: Config) -> tuple[Program, Corpus]:
-    """The program of a config on all devices, and its tokenized data, prepared if need be by all processes of the run.
+def prepare_data(config: Config) -> Corpus:
+    """The tokenized data of a config, prepared if need be by all processes of the run.
 
     Raises:
-        ConfigError: as build and prepare raise; processes of the run have different data.
+        ConfigError: as prepare raises; processes of the run have different data.
     """
-    mesh = make_mesh(config.mesh)  # before text is tokenized: a wrong mesh is reported at once
     corpus = prepare(config.data, jax.process_count(), jax.process_index())
     assert_equal_across_processes("data", corpus.fingerprints)
+    return corpus
+
+
+def build_with_data(config: Config) -> tuple[Program, Corpus]:
+    """The program of a config on all devices, and its tokenized data. Raises ConfigError as build and prepare_data raise."""
+    mesh = make_mesh(config.mesh)  # before text is tokenized: a mesh that does not fit is reported at once
+    corpus = prepare_data(config)
     return build(config, mesh, corpus.tokenizer), corpus
 
 
