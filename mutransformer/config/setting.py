@@ -24,7 +24,7 @@ def setting(
     *,
     path: Literal["local", "url"] | None = None,
     resume: Literal["fixed", "free"] | None = None,
-    **bounds: float | int,
+    **bounds: int | float,
 ) -> Any:
     """Declares a field of a config dataclass.
 
@@ -112,7 +112,7 @@ def _wrap(text: str) -> str:
     return textwrap.fill(text, 110, initial_indent="    ", subsequent_indent="    ", break_long_words=False)
 
 
-def _limits(bounds: dict[str, float]) -> str:
+def _limits(bounds: dict[str, int | float]) -> str:
     return " and ".join(f"{_BOUNDS[name][0]} {limit}" for name, limit in bounds.items())
 
 
