@@ -8,10 +8,7 @@ from mutransformer.mup.rules import (
     RULES,
     Init,
     Parameter,
-    Parametrization,
-    Powers,
     Role,
-    Row,
     Scaling,
     betas,
     decay_multiplier,
@@ -21,22 +18,3 @@ from mutransformer.mup.rules import (
     lr_multiplier,
     uses_muon,
 )
-
-__all__ = [
-    "RULES",
-    "Init",
-    "Parameter",
-    "Parametrization",
-    "Powers",
-    "Role",
-    "Row",
-    "Scaling",
-    "betas",
-    "decay_multiplier",
-    "eps_multiplier",
-    "forward_multiplier",
-    "init_std",
-    "init_weights",
-    "lr_multiplier",
-    "uses_muon",
-]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from mutransformer import mup
 from mutransformer.config.schema import Config
 from mutransformer.data.cache.prepare import Corpus, prepare, prepare_tokenizer
+from mutransformer.data.tokenizers.sentencepiece import Tokenizer
 from mutransformer.errors import check
 from mutransformer.model import execution
 from mutransformer.model.execution import Execution
@@ -24,18 +25,6 @@ from mutransformer.sharding.processes import assert_equal_across_processes
 from mutransformer.sharding.spec import Weight
 from mutransformer.training.optim import Optimizer, make_optimizer
 from mutransformer.training.state import TrainState, abstract_state, initial_state
-
-
-@runtime_checkable
-class VocabularyLike(Protocol):
-    """What a program needs of a tokenizer."""
-
-    @property
-    def n_vocab(self) -> int: ...
-    @property
-    def bos_id(self) -> int: ...
-    @property
-    def eos_id(self) -> int: ...
 
 
 class Vocabulary(NamedTuple):
@@ -123,7 +112,7 @@ class Program:
 
 
 def build(
-    config: Config, devices: Sequence[Any] | Mesh | AbstractMesh | None = None, vocabulary: VocabularyLike | None = None
+    config: Config, devices: Sequence[Any] | Mesh | AbstractMesh | None = None, vocabulary: Tokenizer | Vocabulary | None = None
 ) -> Program:
     """Resolves a config for devices.
 
