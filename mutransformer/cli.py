@@ -18,6 +18,7 @@ from mutransformer.config import setting
 from mutransformer.config.load import describe, load, shipped_configs, to_yaml
 from mutransformer.config.schema import all_settings
 from mutransformer.errors import FAILED, FINISHED, INTERRUPTED, USAGE_ERROR, ConfigError
+from mutransformer.sharding.processes import announce_failure
 
 COMMANDS = ("train", "evaluate", "generate", "sweep", "report", "coord-check", "plan", "prepare-data", "inspect-data")
 COMMANDS += ("train-tokenizer", "benchmark")
@@ -47,7 +48,8 @@ def run_cli(run: Callable[[], int]) -> int:
         finite or a device that is out of memory; INTERRUPTED for Ctrl-C outside of training.
     """
     try:
-        return run()
+        with announce_failure():
+            return run()
     except ConfigError as error:
         return _fail(error, USAGE_ERROR)
     except OSError as error:  # a full disk, missing permissions

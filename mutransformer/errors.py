@@ -1,5 +1,7 @@
 """User-correctable errors, the checks that raise them, and the exit codes of the command line."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 FINISHED = 0
@@ -43,3 +45,25 @@ def check_path(key: str, path: str, urls: bool = False) -> None:
         Path(path).expanduser()
     except RuntimeError:
         raise ConfigError(f"{key} = {path}: there is no such user") from None
+
+
+def first_line(error: BaseException) -> str:
+    """The message of an error in one line: an OSError's reason, else the first line, else the name of its class."""
+    if isinstance(error, OSError) and error.strerror:
+        return str(error.strerror)
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def translate_errors(
+    prefix: str,
+    kinds: type[Exception] | tuple[type[Exception], ...] = Exception,
+    describe: Callable[[BaseException], str] = first_line,
+) -> Iterator[None]:
+    """Turns errors of these kinds, raised by other libraries, into ConfigError("prefix: description"). A ConfigError passes."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except kinds as error:
+        raise ConfigError(f"{prefix}: {describe(error)}") from error

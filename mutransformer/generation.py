@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from mutransformer.config.schema import Config
-from mutransformer.data.tokenizers.registry import kept_tokenizer
-from mutransformer.data.tokenizers.sentencepiece import Tokenizer
+from mutransformer.data.tokenizers.registry import saved_tokenizer
+from mutransformer.data.tokenizers.tokenizer import Tokenizer
 from mutransformer.errors import check
 from mutransformer.model.attention import DecodeState, KVCache
 from mutransformer.model.ops import shift_right
@@ -76,7 +76,7 @@ def generate(config: Config, prompt: str, sampling: Sampling) -> dict[str, Any]:
     Raises:
         ConfigError: the run or its checkpoint is missing or does not fit the config; the text does not fit data.seq_len.
     """
-    tokenizer = kept_tokenizer(config.data, config.rundir)
+    tokenizer = saved_tokenizer(config.data, config.rundir)
     program = build(config, vocabulary=tokenizer)
     prefix, T = prompt_tokens(prompt, tokenizer, config), config.data.seq_len
     n, room = len(prefix), T - len(prefix)

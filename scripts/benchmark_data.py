@@ -56,10 +56,10 @@ def run(args: Namespace) -> int:
 def write_text(folder: Path, megabytes: float, n_files: int) -> list[str]:
     """Writes documents of about two thousand characters, like a web page, to files of equal size."""
     from mutransformer.data.sources.registry import SOURCES
-    from mutransformer.data.sources.splits import Shares
+    from mutransformer.data.sources.splits import Fractions
 
-    parts = SOURCES["stdlib"](SourceConfig(), "data", Shares(0.05, 0.05))
-    texts = [record.text.decode() for part in parts for record in part.records() if record.text]
+    shards = SOURCES["stdlib"](SourceConfig(), "data", Fractions(0.05, 0.05))
+    texts = [record.text.decode() for shard in shards for record in shard.records() if record.text]
     rng, files = random.Random(0), [folder / f"{k}.jsonl" for k in range(n_files)]
     for path in files:
         left = megabytes * 1e6 / n_files

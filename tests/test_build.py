@@ -1,4 +1,4 @@
-"""Tokenising to a cache: killed at any moment, by many processes and hosts, on a full disk, in a folder or an object store."""
+"""Tokenizing to a cache: killed at any moment, by many processes and hosts, on a full disk, in a folder or an object store."""
 
 import json
 import os
@@ -331,7 +331,7 @@ def test_a_killed_process_of_the_pool_is_one_line(tmp_path: Path) -> None:
     busy = {int(path.name.split("~")[-2]) for path in tmp_path.glob("cache/.tokens*")} - {process.pid}
     os.kill(busy.pop(), signal.SIGKILL)
     err = finish(process, code=2)
-    assert err.strip().splitlines()[-1].startswith("error: data: a process that tokenised was killed")
+    assert err.strip().splitlines()[-1].startswith("error: data: a process that tokenized was killed")
     assert "Traceback" not in err and not list(tmp_path.glob("cache/*/manifest.json"))
 
 

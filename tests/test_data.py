@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 
 from mutransformer.config.data import DataConfig
-from mutransformer.data.cache import build
-from mutransformer.data.cache import prepare as corpus
+from mutransformer.data.cache import prepare as preparation
 from mutransformer.data.cache import store as cache
-from mutransformer.data.cache import tokenize_shard as job
-from mutransformer.data.cache.prepare import plan, prepare
+from mutransformer.data.cache import tokenize_shard
+from mutransformer.data.cache.prepare import dry_run, prepare
 from mutransformer.data.cache.store import Store
 from mutransformer.data.sources import hub
-from mutransformer.data.sources.files import cut
-from mutransformer.data.sources.readers import SPLITS, Document, DocumentPart
+from mutransformer.data.sources.cut import cut
 from mutransformer.data.sources.registry import open_source
-from mutransformer.data.sources.splits import assign, shares_of
-from mutransformer.data.tokenizers.sentencepiece import ByteTokenizer
+from mutransformer.data.sources.source import SPLITS
+from mutransformer.data.sources.splits import assign_splits, held_out_fractions
+from mutransformer.data.sources.text import Document, DocumentShard
+from mutransformer.data.tokenizers.byte import ByteTokenizer
 from mutransformer.errors import ConfigError
 
 PARAGRAPH = "Whan that Aprille with his shoures soote\r\n\tthe droghte of March hath perced — 😀\n\n"
@@ -46,8 +46,8 @@ def config(tmp_path: Path) -> DataConfig:
 
 
 def documents(config: DataConfig) -> list[Document]:
-    parts = open_source(config.mixture["data"], "data", shares_of(config)).parts()
-    return [d for part in parts if isinstance(part, DocumentPart) for d in part.documents]
+    shards = open_source(config.mixture["data"], "data", held_out_fractions(config)).shards()
+    return [d for shard in shards if isinstance(shard, DocumentShard) for d in shard.documents]
 
 
 def only_entry(config: DataConfig, kind: str = "tokens") -> Path:
@@ -77,12 +77,12 @@ def test_stdlib_is_python_without_tests_and_without_what_a_build_adds() -> None:
 
 def test_a_split_is_decided_by_the_name_alone() -> None:
     names = [f"{k}.txt" for k in range(400)]
-    splits = dict(zip(names, assign(names, 0.1, 0.2), strict=True))
+    splits = dict(zip(names, assign_splits(names, 0.1, 0.2), strict=True))
     # Written down, since another machine or version must come to the same.
     assert [name for name in names[:40] if splits[name] == "validation"] == ["1.txt", "18.txt", "20.txt", "27.txt", "39.txt"]
     assert [name for name in names[:40] if splits[name] == "test"] == ["2.txt", "24.txt", "28.txt", "34.txt"]
     fewer = names[100:][::-1]
-    assert dict(zip(fewer, assign(fewer, 0.1, 0.2), strict=True)) == {name: splits[name] for name in fewer}
+    assert dict(zip(fewer, assign_splits(fewer, 0.1, 0.2), strict=True)) == {name: splits[name] for name in fewer}
     counts = {split: list(splits.values()).count(split) for split in SPLITS}
     assert 20 < counts["validation"] < 60 and 50 < counts["test"] < 110
 
@@ -91,7 +91,7 @@ def test_a_split_is_decided_by_the_name_alone() -> None:
 @pytest.mark.parametrize("share", [0.001, 0.499])
 def test_no_split_is_empty_from_three_names_on(n: int, share: float) -> None:
     for start in range(20):
-        assert set(assign([f"{start + k}" for k in range(n)], share, share)) == set(SPLITS)
+        assert set(assign_splits([f"{start + k}" for k in range(n)], share, share)) == set(SPLITS)
 
 
 def test_names_and_splits_move_with_the_folder(config: DataConfig, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_names_and_splits_move_with_the_folder(config: DataConfig, tmp_path: Pat
 def test_identity_sees_contents_names_and_splits(config: DataConfig, tmp_path: Path) -> None:
     def identity(**settings: Any) -> str:
         changed = text_config(tmp_path, config.files, **settings)
-        return cache.digest(open_source(changed.mixture["data"], "data", shares_of(changed)).identity)
+        return cache.digest(open_source(changed.mixture["data"], "data", held_out_fractions(changed)).identity)
 
     prints = [identity(), identity(validation_fraction=0.4)]
     file = tmp_path / "text/a/1.txt"
@@ -186,8 +186,8 @@ def test_bad_files_are_one_line(tmp_path: Path, make: bytes, pattern: str, messa
 
 
 def test_tokens_are_the_documents_each_with_its_eos(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "_SEGMENT", 64)  # so that documents and calls are divided
-    monkeypatch.setattr(job, "_CHUNK", 200)
+    monkeypatch.setattr(tokenize_shard, "_SEGMENT", 64)  # so that documents and calls are divided
+    monkeypatch.setattr(tokenize_shard, "_CHUNK", 200)
     prepared = prepare(config)
     for split, text in prepared.splits.items():
         (file,) = text.sources
@@ -202,7 +202,7 @@ def test_tokens_are_the_documents_each_with_its_eos(config: DataConfig, monkeypa
 
 
 def test_a_bos_begins_each_document_once(config: DataConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(job, "_SEGMENT", 64)
+    monkeypatch.setattr(tokenize_shard, "_SEGMENT", 64)
     plain, framed = tokens_of(config), tokens_of(text_config(tmp_path, config.files, add_bos=True))
     for split, ids in framed.items():
         assert [i for i in ids if i != ByteTokenizer.bos_id] == plain[split]
@@ -250,13 +250,13 @@ def test_damage_is_found_and_mended(config: DataConfig, caplog: pytest.LogCaptur
     path = only_entry(config) / file
     intact = path.read_bytes()
     at = intact.find(b'"documents": ') + 13 if file == "manifest.json" else len(intact) // 2
-    damaged = {
+    corrupt = {
         "flip": intact[:at] + bytes([intact[at] ^ 1]) + intact[at + 1 :],
         "truncate": intact[:-2],
         "empty": b"",
         "remove": b"",
     }
-    path.unlink() if harm == "remove" else path.write_bytes(damaged[harm])
+    path.unlink() if harm == "remove" else path.write_bytes(corrupt[harm])
     assert tokens_of(config) == good
     assert path.read_bytes() == intact
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -264,7 +264,7 @@ def test_damage_is_found_and_mended(config: DataConfig, caplog: pytest.LogCaptur
         assert not lines  # the shards are there: a build that was killed just before its end looks the same
         return
     (line,) = lines
-    assert "damaged" in line and file in line
+    assert "corrupt" in line and file in line
     assert ("bytes instead of" in line) == (file.endswith(".bin") and harm in ("truncate", "empty"))
     assert sorted(p.name for p in path.parent.iterdir()) == ["00000-of-00001.bin", "00000-of-00001.json", "manifest.json"]
 
@@ -305,19 +305,19 @@ def test_entries_are_built_once_and_mended(tmp_path: Path) -> None:
         return {}
 
     store = Store(str(tmp_path / "cache"), str(tmp_path / "local"))
-    (path,) = cache.entry(store, "kind", [1], ["file"], write)
-    assert cache.entry(store, "kind", [1], ["file"], write) == [path] and path.read_text() == "contents"
+    (path,) = cache.cached_files(store, "kind", [1], ["file"], write)
+    assert cache.cached_files(store, "kind", [1], ["file"], write) == [path] and path.read_text() == "contents"
     assert len(calls) == 1 and not calls[0].exists()
     path.write_text("contentz")
-    assert cache.entry(store, "kind", [1], ["file"], write)[0].read_text() == "contents"
+    assert cache.cached_files(store, "kind", [1], ["file"], write)[0].read_text() == "contents"
     assert len(calls) == 2
-    assert cache.entry(store, "kind", [2], ["file"], write)[0] != path and len(calls) == 3
+    assert cache.cached_files(store, "kind", [2], ["file"], write)[0] != path and len(calls) == 3
 
 
 def test_processes_may_prepare_at_once(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("".join(f"a line with the number {k}\n" for k in range(3000)))
     program = (
-        "import sys; from mutransformer.config import DataConfig; from mutransformer.data.corpus import prepare\n"
+        "import sys; from mutransformer.config.schema import DataConfig; from mutransformer.data.cache.prepare import prepare\n"
         "c = DataConfig(source='text', files=[sys.argv[1]], cache_dir=sys.argv[2], vocab_size=300)\n"
         "sys.stdout.write(' '.join(f.fingerprint for f in prepare(c).splits.values()))"
     )
@@ -358,19 +358,19 @@ def test_a_cache_may_be_a_file_url(config: DataConfig, tmp_path: Path) -> None:
 
 def test_a_plan_tells_what_is_in_the_cache(config: DataConfig, tmp_path: Path) -> None:
     given = text_config(tmp_path, config.files, tokenizer="sentencepiece", vocab_size=300)
-    assert any(line.startswith("  1 shards to tokenise, ") and "cache" not in line for line in plan(given))
+    assert any(line.startswith("  1 shards to tokenize, ") and "cache" not in line for line in dry_run(given))
     assert not Path(given.cache_dir).exists()
     prepare(given)
     before = {path: path.stat().st_mtime_ns for path in Path(given.cache_dir).rglob("*")}
-    assert "  0 shards to tokenise; 1 are in the cache" in plan(given)
+    assert "  0 shards to tokenize; 1 are in the cache" in dry_run(given)
     assert {path: path.stat().st_mtime_ns for path in Path(given.cache_dir).rglob("*")} == before
 
 
 def test_a_plan_tells_of_files_that_are_held_out(config: DataConfig, tmp_path: Path) -> None:
     folder = f"{tmp_path}/text"
     own = text_config(tmp_path, [f"{folder}/a/*.txt"], validation_files=[f"{folder}/b/2.txt"], test_files=[f"{folder}/b/4.txt"])
-    assert "  splits: the source's own" in plan(own)
-    assert "  splits: by hash, validation 10.0000%, test 10.0000%" in plan(config)
+    assert "  splits: the source's own" in dry_run(own)
+    assert "  splits: by hash, validation 10.0000%, test 10.0000%" in dry_run(config)
 
 
 # Tokens made elsewhere
@@ -379,7 +379,7 @@ def test_a_plan_tells_of_files_that_are_held_out(config: DataConfig, tmp_path: P
 def test_what_is_no_folder_of_tokens_is_one_line(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(replace(config, tokenizer="sentencepiece", vocab_size=300))
     elsewhere = {"source": "tokens", "files": [], "tokenizer": "bytes"}
-    with pytest.raises(ConfigError, match=r"^data\.path = .*tokenizer-\w+: not a folder of tokens: its manifest\.json tells"):
+    with pytest.raises(ConfigError, match=r"^data\.path = .*tokenizer-\w+: not a folder of tokens: its manifest\.json lists"):
         prepare(replace(config, **elsewhere, path=str(only_entry(config, "tokenizer"))))
     prepare(replace(config, cache_dir=str(tmp_path / "other")))
     (made,) = (tmp_path / "other").glob("tokens-*")
@@ -397,19 +397,20 @@ def test_tokens_made_with_or_without_bos_are_told_apart(config: DataConfig, made
     assert prepare(elsewhere).splits["train"].n_tokens
     with pytest.raises(ConfigError, match=rf"^data\.add_bos = {not made_with}: .* with data\.add_bos = {made_with}$"):
         prepare(replace(elsewhere, add_bos=not made_with))
-    manifest = cache.unseal("", (folder / cache.MANIFEST).read_bytes())
+    manifest = cache.from_json("", (folder / cache.MANIFEST).read_bytes())
     del manifest["add_bos"]  # as it was written before
-    (folder / cache.MANIFEST).write_bytes(cache.seal(manifest))
+    (folder / cache.MANIFEST).write_bytes(cache.to_json(manifest))
     assert prepare(replace(elsewhere, add_bos=not made_with)).splits["train"].n_tokens
 
 
 def test_a_branch_is_the_commit_that_it_was_at_when_first_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, now = [], ["a" * 40]
-    monkeypatch.setattr(hub, "newest_commit", lambda path, key, revision: (asked.append(revision), now[0])[1])
+    monkeypatch.setattr(hub, "latest_commit", lambda path, key, revision: (asked.append(revision), now[0])[1])
     store, given = Store(str(tmp_path), str(tmp_path)), DataConfig(source="hub", path="org/name", tokenizer="bytes")
 
     def version(revision: str | None) -> Any:
-        source = corpus._source(replace(given, revision=revision), "data", store, build.Host())
+        config = replace(given, revision=revision)
+        (source,) = preparation._open_sources(config, preparation._pin_revisions(config, store)).values()
         assert source is not None and source.config.revision in source.identity
         return source.config.revision
 

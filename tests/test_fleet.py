@@ -14,7 +14,7 @@ import pytest
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config
 from mutransformer.data.batches.pipeline import Batch
-from mutransformer.data.cache.prepare import Mixture
+from mutransformer.data.cache.dataset import TokenSplit
 from mutransformer.sharding.mesh import make_mesh, put
 from mutransformer.study.sweep.parallel_runs import Fleet, Sharded
 from mutransformer.training.evaluate import evaluate
@@ -39,7 +39,7 @@ MODELS = {
     "in parts, bfloat16": ["optim.grad_accumulation_steps=2", "optim.weight_decay=0.01", "precision.compute=bfloat16"],
 }
 A, B = MODELS
-TOKENS = Mixture("validation", (), ())  # evaluate asks it for bytes a token only
+TOKENS = TokenSplit("validation", (), ())  # evaluate asks it for bytes a token only
 
 
 class Alone(NamedTuple):

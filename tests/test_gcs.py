@@ -51,7 +51,7 @@ def test_text_and_cache_in_a_bucket(bucket: str, tmp_path: Path) -> None:
         "tokenizer": "bytes",
         "local_dir": str(tmp_path / "other"),
     }
-    with pytest.raises(ConfigError, match=r"data\.path = gs://bucket/cache/.*: 1 of its shards are damaged or missing"):
+    with pytest.raises(ConfigError, match=r"data\.path = gs://bucket/cache/.*: 1 of its 12 shards are corrupt or missing"):
         prepare(DataConfig(**elsewhere))
 
 

@@ -19,9 +19,9 @@ from test_sharding import params
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
+from mutransformer.data.tokenizers.byte import ByteTokenizer
 from mutransformer.data.tokenizers.hf import convert
-from mutransformer.data.tokenizers.registry import kept_tokenizer
-from mutransformer.data.tokenizers.sentencepiece import ByteTokenizer
+from mutransformer.data.tokenizers.registry import saved_tokenizer
 from mutransformer.errors import FINISHED, USAGE_ERROR, ConfigError
 from mutransformer.generation import (
     Sampling,
@@ -255,13 +255,13 @@ def test_the_tokenizer_is_read_from_the_runs_folder(tmp_path: Path) -> None:
     hub = t5(tmp_path / "hub")
     config = load(["data.tokenizer=hf", f"data.tokenizer_file={hub}", f"workdir={tmp_path}", "name=run"])
     with pytest.raises(ConfigError, match="run: no run here"):
-        kept_tokenizer(config.data, config.rundir)
+        saved_tokenizer(config.data, config.rundir)
     (tmp_path / "run").mkdir()
     with pytest.raises(ConfigError, match=r"run: lacks the tokenizer's tokenizer\.json and special_ids\.json"):
-        kept_tokenizer(config.data, config.rundir)
+        saved_tokenizer(config.data, config.rundir)
     convert(str(hub), None, tmp_path / "run")
     shutil.rmtree(hub)
-    tokenizer = kept_tokenizer(config.data, config.rundir)
+    tokenizer = saved_tokenizer(config.data, config.rundir)
     given, new = (ids.tolist() for ids in tokenizer.encode(["the cat", "sat"]))
     assert tokenizer.decode([*given, *new]) == "the cat sat" and tokenizer.decode(new) == "sat"
     assert continuation(given, new, tokenizer)["text"] == " sat"

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from mutransformer.config.data import DataConfig
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.data.tokenizers.hf import HFTokenizer, convert
-from mutransformer.data.tokenizers.sentencepiece import Tokenizer
+from mutransformer.data.tokenizers.tokenizer import Tokenizer
 from mutransformer.errors import ConfigError
 
 TEXTS = ["the cat sat", "a naïve Ärger of 中文", "def f(x):\n\treturn x\n", " two  spaces ", ""]
@@ -90,7 +90,9 @@ def test_an_eos_that_is_missing_must_be_named(tmp_path: Path) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("eos_token")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"data\.tokenizer_file = .*hub: its eos token is missing; name one .* data\.eos_token"):
+    with pytest.raises(
+        ConfigError, match=r"data\.tokenizer_file = .*hub: its eos token is missing; name the token .* data\.eos_token"
+    ):
         converted(folder, tmp_path / "a")
     with pytest.raises(ConfigError, match=r"data\.eos_token = nothing is missing"):
         converted(folder, tmp_path / "b", "nothing")

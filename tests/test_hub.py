@@ -19,8 +19,8 @@ from test_sources import TEXTS, texts_of, write
 
 from mutransformer.config.data import DataConfig
 from mutransformer.data.cache.prepare import prepare
-from mutransformer.data.sources.readers import SPLITS
-from mutransformer.data.sources.splits import Shares, split_of
+from mutransformer.data.sources.source import SPLITS
+from mutransformer.data.sources.splits import Fractions, split_of
 from mutransformer.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def test_a_folder_in_the_hubs_layout_and_its_own_splits(tmp_path: Path) -> None:
     }
     assert texts_of(DataConfig(path=str(folder), **given)) == {split: sum(files, []) for split, files in own.items()}
     two = c4(tmp_path / "two", {key: own[key] for key in ("train", "validation")})
-    shares = Shares(0.05, 0.05)
+    shares = Fractions(0.05, 0.05)
     expected = {split: [text for text in TEXTS[:50] if split_of(text.encode(), shares) == split] for split in SPLITS}
     assert texts_of(DataConfig(path=str(two), **given)) == expected
     for settings, message in (
@@ -112,7 +112,7 @@ def test_c4_and_t5_as_the_papers_config_names_them(hub: Hub, tmp_path: Path) -> 
     dry = run(hub, tmp_path, "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert f"data: hub path allenai/c4, subset en, revision {COMMIT}, column text" in dry.stdout
-    assert "tokenizer: hf google-t5/t5-base" in dry.stdout and "2 shards to tokenise" in dry.stdout
+    assert "tokenizer: hf google-t5/t5-base" in dry.stdout and "2 shards to tokenize" in dry.stdout
     assert "rows: pad of 256 tokens" in dry.stdout and "splits: by hash, validation 20.0000%, test 0.0280%" in dry.stdout
     assert not (tmp_path / "cache").exists()
     done = run(hub, tmp_path)
@@ -124,7 +124,7 @@ def test_c4_and_t5_as_the_papers_config_names_them(hub: Hub, tmp_path: Path) -> 
     n_asked = len(hub.asked)
     offline = run(hub, tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "other home"))
     assert offline.returncode == 0 and len(hub.asked) == n_asked
-    assert done.stdout.endswith(offline.stdout) and "tokenised 80 documents" in done.stdout
+    assert done.stdout.endswith(offline.stdout) and "tokenized 80 documents" in done.stdout
 
 
 @pytest.mark.slow
@@ -149,9 +149,9 @@ def test_a_stand_in_trains_through_the_papers_config_by_one_override(hub: Hub, t
 @pytest.mark.parametrize(
     ("pattern", "status", "message"),
     [
-        (r"api/datasets", 404, r"data\.path = allenai/c4: the Hub has none of that name \(404\); .* HF_TOKEN .*"),
+        (r"api/datasets", 404, r"data\.path = allenai/c4: not found on the Hub \(404\); .* HF_TOKEN .*"),
         (r"api/datasets", 401, r"data\.path = allenai/c4: the Hub refuses access \(401\): .* HF_TOKEN .*"),
-        (r"", 429, r"data\.path = allenai/c4: the Hub asks to come back later \(429: too many requests\)"),
+        (r"", 429, r"data\.path = allenai/c4: rate-limited by the Hub \(429: too many requests\); try again later"),
         (r"google-t5", 404, r"data\.tokenizer_file = google-t5/t5-base: .*"),
     ],
 )
@@ -189,13 +189,13 @@ def test_a_hub_that_fails_for_a_moment(fault: str, hub: Hub, tmp_path: Path) -> 
 def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.parquet", TEXTS)
     write(tmp_path / "a.jsonl.zst", TEXTS)
-    for name in ("datasets", "pyarrow.ipc", "zstandard"):
+    for name in ("datasets", "pyarrow.ipc"):
         monkeypatch.setitem(sys.modules, name, None)
     cache: dict[str, Any] = {"tokenizer": "bytes", "cache_dir": str(tmp_path / "cache")}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"source": "hub", "path": str(tmp_path)}, r"data\.source = hub: needs datasets: pip install 'mutransformer\[hf\]'"),
         ({"source": "parquet", "files": [f"{tmp_path}/a.parquet"]}, r"a\.parquet: needs pyarrow: pip install .*\[data\]"),
-        ({"source": "jsonl", "files": [f"{tmp_path}/a.jsonl.zst"]}, r"a\.jsonl\.zst: needs zstandard: pip install .*\[data\]"),
+        ({"source": "jsonl", "files": [f"{tmp_path}/a.jsonl.zst"]}, r"a\.jsonl\.zst: needs pyarrow: pip install .*\[data\]"),
     ]
     for settings, message in cases:
         with pytest.raises(ConfigError, match=message):

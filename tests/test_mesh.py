@@ -146,7 +146,10 @@ def test_a_torus_is_split_where_it_must(y: int) -> None:
 @pytest.mark.parametrize(
     ("devices", "message"),
     [
-        (tpus(4, 4) + tpus(4, 4, slice_index=1), "^mesh of x = 16, y = 2: the devices belong to 2 TPU slices; set mesh.replicas=2$"),
+        (
+            tpus(4, 4) + tpus(4, 4, slice_index=1),
+            "^mesh of x = 16, y = 2: the devices belong to 2 TPU slices; set mesh.replicas=2$",
+        ),
         (tpus(4, 4)[:5] + tpus(4, 4)[6:7], "^mesh of x = 3, y = 2: JAX cannot lay it on these devices: [^\n]+$"),
     ],
 )

@@ -21,7 +21,7 @@ from tokens import source, whole_row
 from mutransformer.config.data import DataConfig
 from mutransformer.data.batches.pipeline import fingerprint, train_batches
 from mutransformer.data.batches.rows import rows_of
-from mutransformer.data.cache.prepare import Mixture
+from mutransformer.data.cache.dataset import TokenSplit
 from mutransformer.errors import ConfigError
 
 T, B, STEPS, N_VOCAB = 8, 8, 200, 10_000
@@ -34,12 +34,12 @@ def documents(n: int, first: int) -> list[list[int]]:
     return [list(range(20 * (first + k), 20 * (first + k) + 3 + k % 18)) for k in range(n)]
 
 
-def mixture(weights: dict[str, float] | None = None, drop: int = 0) -> Mixture:
+def mixture(weights: dict[str, float] | None = None, drop: int = 0) -> TokenSplit:
     """Three sources in several shards: 90, 140 and 50 documents."""
     weights = weights or WEIGHTS
     sizes = {"books": (90, 0, 2), "code": (140 - drop, 200, 3), "web": (50, 400, 1)}
     tokens = [source(documents(n, first), n_shards, name) for name, (n, first, n_shards) in sizes.items() if name in weights]
-    return Mixture("train", tuple(tokens), tuple(weights[t.source] for t in tokens))
+    return TokenSplit("train", tuple(tokens), tuple(weights[t.source] for t in tokens))
 
 
 def config(rows: str = "concat", **settings: Any) -> DataConfig:
@@ -48,7 +48,7 @@ def config(rows: str = "concat", **settings: Any) -> DataConfig:
     return dataclasses.replace(DataConfig(seq_len=T, batch_size=B, prefetch=0), **settings)
 
 
-def hashes(text: Mixture, c: DataConfig, n_process: int = 1, seed: int = 0, first: int = 0, steps: int = STEPS) -> list[str]:
+def hashes(text: TokenSplit, c: DataConfig, n_process: int = 1, seed: int = 0, first: int = 0, steps: int = STEPS) -> list[str]:
     """Of each global batch, the processes' rows joined."""
     drawing = [train_batches(text, c, seed, n_process, (p,), N_VOCAB) for p in range(n_process)]
     found = []

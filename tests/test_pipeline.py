@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokens import EOS, mixture, whole_row
+from tokens import EOS, loss_mask, mixture, whole_row
 
 from mutransformer.config.data import DataConfig
 from mutransformer.data.batches.pipeline import Batch, Batches, eval_batches, fingerprint, train_batches
-from mutransformer.data.batches.rows import ConcatRows, loss_mask
-from mutransformer.data.cache.prepare import Mixture
+from mutransformer.data.batches.rows import ConcatRows
+from mutransformer.data.cache.dataset import TokenSplit
 from mutransformer.errors import ConfigError
 
 T, B = 5, 4
@@ -19,7 +19,7 @@ N_ROWS = 37
 N_VOCAB = 1000
 
 
-def token_file(n_tokens: int = N_ROWS * T + 3) -> Mixture:
+def token_file(n_tokens: int = N_ROWS * T + 3) -> TokenSplit:
     """Token i is i, so that every token tells its place."""
     return mixture([list(range(n_tokens))])
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from programs import program
 from reference import KEYS, Case, read, settings
+from tokens import loss_mask
 
 from mutransformer.config.load import load
 from mutransformer.data.batches.pipeline import Batch
-from mutransformer.data.batches.rows import loss_mask
 from mutransformer.sharding.mesh import make_mesh, put_batch
 from mutransformer.training.state import TrainState
 from mutransformer.training.step import make_logits, make_loss_and_grads, make_train_step

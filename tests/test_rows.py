@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hf import FAMILIES
-from tokens import EOS, source, whole_row
+from tokens import EOS, loss_mask, source, whole_row
 from transformers import AutoTokenizer
 
 from mutransformer.config.data import DataConfig
-from mutransformer.data.batches.rows import ConcatRows, PadRows, Table, loss_mask
-from mutransformer.data.cache.shards import Tokens, Writer, sections
+from mutransformer.data.batches.rows import ConcatRows, PadRows, RowReader
+from mutransformer.data.cache.dataset import TokenDataset
+from mutransformer.data.cache.shards import ShardWriter, open_shard
 from mutransformer.data.tokenizers.hf import HFTokenizer, convert
 from mutransformer.errors import ConfigError
 
@@ -25,7 +26,7 @@ def test_rows_run_over_the_ends_of_shards(n_shards: int) -> None:
     tokens = source(documents, n_shards)
     flat = np.array(sum(documents, []))
     rows = ConcatRows(tokens, T)
-    assert (len(rows), rows.n_all, tokens.n_tokens) == (90 // T, 12, 90)
+    assert (len(rows), rows.n_eval, tokens.n_tokens) == (90 // T, 12, 90)
     for i in range(len(rows)):
         row = whole_row(rows, i, T)
         assert row.tokens.tolist() == flat[i * T : (i + 1) * T].tolist() and row.mask.all()
@@ -33,7 +34,7 @@ def test_rows_run_over_the_ends_of_shards(n_shards: int) -> None:
     assert last.tokens.tolist() == [*flat[88:], *[EOS] * 6] and last.mask.tolist() == [True] * 2 + [False] * 6
     assert [tokens.read(*tokens.document(k)).tolist() for k in range(len(documents))] == documents
     padded = PadRows(tokens, T, truncated_eos=False)
-    assert len(padded) == padded.n_all == len(lengths)
+    assert len(padded) == padded.n_eval == len(lengths)
     for k, document in enumerate(documents):
         assert whole_row(padded, k, T).tokens.tolist() == (document + [EOS] * T)[:T]
         assert whole_row(padded, k, T).mask.sum() == min(T, lengths[k])
@@ -49,7 +50,7 @@ def test_segments_are_the_documents_of_a_slow_reading(n_shards: int, seq_len: in
     tokens = source(documents, n_shards)
     document_of = [k for k, document in enumerate(documents) for _ in document]
     rows = ConcatRows(tokens, seq_len)
-    for i in range(rows.n_all):
+    for i in range(rows.n_eval):
         inside = [*document_of, *[len(documents)] * seq_len][i * seq_len : (i + 1) * seq_len]
         slow, segment = [], 0
         for t in range(seq_len):
@@ -86,13 +87,13 @@ def test_pad_rows_and_mask_are_the_references(family: str, truncated_eos: bool, 
         for t in range(1, seq_len):
             counts[row, t] = counts[row, t - 1] * (expected[row, t - 1] != theirs.eos_token_id)
 
-    writer = Writer(tmp_path / "shard", "<u2")
+    writer = ShardWriter(tmp_path / "shard", "<u2")
     for text, ids in zip(texts, ours.encode(texts), strict=True):
         writer.add("train", [ids, np.array([ours.eos_id])], len(text.encode()), ends=True)
-    found = sections(tmp_path / "shard", "<u2", writer.finish())["train"]
-    tokens = Tokens("data", "train", (found,), 0, "", "", ours.eos_id)
+    found = open_shard(tmp_path / "shard", "<u2", writer.finish())["train"]
+    tokens = TokenDataset("data", "train", (found,), 0, "", "", ours.eos_id)
     rows = PadRows(tokens, seq_len, truncated_eos)
-    found = Table([rows], [len(rows)], DataConfig(seq_len=seq_len, packing="pad"), ours.n_vocab).read(range(len(rows)))
+    found = RowReader([rows], [len(rows)], DataConfig(seq_len=seq_len, packing="pad"), ours.n_vocab).read(range(len(rows)))
     np.testing.assert_array_equal(found.tokens, expected)
     np.testing.assert_array_equal(found.mask, counts == 1)
     np.testing.assert_array_equal(loss_mask(expected, ours.eos_id, ours.eos_id), counts == 1)
@@ -104,7 +105,7 @@ def test_pad_rows_and_mask_are_the_references(family: str, truncated_eos: bool, 
 def test_an_id_outside_the_vocabulary_is_found_in_either_kind() -> None:
     tokens = source([[1, 2, 3, EOS], [4, 5, 1200, EOS]])
     for rows in (ConcatRows(tokens, 4), PadRows(tokens, 4, False)):
-        table = Table([rows, rows], [2, 2], DataConfig(seq_len=4), n_vocab=1000)
+        table = RowReader([rows, rows], [2, 2], DataConfig(seq_len=4), n_vocab=1000)
         assert table.read([0, 2, 4]).tokens.tolist() == [[1, 2, 3, EOS], [1, 2, 3, EOS], [EOS] * 4]
         with pytest.raises(ConfigError, match=r"shard, train token 6: id 1200 is outside the vocabulary of 1000"):
             table.read([0, 3, 1])

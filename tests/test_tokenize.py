@@ -9,13 +9,14 @@ import sentencepiece
 from hf import gpt2
 
 from mutransformer.config.data import DataConfig
-from mutransformer.data.cache.build import Host
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.data.cache.store import Store
 from mutransformer.data.sources.registry import open_source
-from mutransformer.data.sources.splits import shares_of
+from mutransformer.data.sources.splits import held_out_fractions
+from mutransformer.data.tokenizers.byte import ByteTokenizer
 from mutransformer.data.tokenizers.registry import open_tokenizer, training_texts
-from mutransformer.data.tokenizers.sentencepiece import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from mutransformer.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from mutransformer.data.tokenizers.tokenizer import Tokenizer
 from mutransformer.errors import ConfigError
 
 SOURCE = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text(encoding="utf-8")
@@ -90,7 +91,7 @@ def test_a_trained_tokenizer_sees_the_train_split_only(tmp_path: Path) -> None:
     assert isinstance(tokenizer, SentencePieceTokenizer)
     texts = {split: tokenizer.decode(text.first(text.n_tokens)) for split, text in corpus.splits.items()}
     assert sum(map(len, texts.values())) == len(SOURCE)
-    train = training_texts(config, [open_source(config.mixture["data"], "data", shares_of(config))])
+    train = training_texts(config, [open_source(config.mixture["data"], "data", held_out_fractions(config))])
     assert sorted(map(len, train)) and sum(map(len, train)) == len(texts["train"]) < len(SOURCE)
     train_sentencepiece(train, 500, tmp_path / "expected.model")
     assert (tmp_path / "expected.model").read_bytes() == tokenizer.model_file.read_bytes()
@@ -140,7 +141,7 @@ def test_weights_beside_a_tokenizer_are_not_read(tmp_path: Path) -> None:
 
     def entries(name: str, contents: str) -> int:
         (folder / name).write_text(contents)
-        open_tokenizer(config, Store(str(cached), str(cached)), Host(), [])
+        open_tokenizer(config, Store(str(cached), str(cached)), [])
         return len(list(cached.glob("tokenizer-*")))
 
     assert [entries("model.safetensors", "1"), entries("model.safetensors", "2"), entries("pytorch_model.bin", "3")] == [1] * 3

@@ -29,8 +29,9 @@ def run(args: Namespace) -> int:
     from mutransformer.data.batches.pipeline import train_batches
     from mutransformer.data.batches.rows import rows_of
     from mutransformer.data.cache.prepare import prepare
+    from mutransformer.sharding.processes import all_processes
 
-    corpus = prepare(config.data)
+    corpus = prepare(config.data, all_processes())
     tokenizer = corpus.tokenizer
     print(f"vocabulary: {tokenizer.n_vocab:,} ids; bos {tokenizer.bos_id}, eos {tokenizer.eos_id}, pad {tokenizer.pad_id}")
     for split, text in corpus.splits.items():

@@ -19,15 +19,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     config = start(args.settings)
-    import jax
-
-    from mutransformer.data.cache.prepare import plan, prepare
+    from mutransformer.data.cache.prepare import dry_run, prepare
+    from mutransformer.sharding.processes import all_processes
 
     if args.dry_run:
-        print("\n".join(plan(config.data)))
+        print("\n".join(dry_run(config.data)))
         return FINISHED
-    several = jax.distributed.is_initialized()
-    corpus = prepare(config.data, *((jax.process_count(), jax.process_index()) if several else ()))
+    corpus = prepare(config.data, all_processes())
     for split, text in corpus.splits.items():
         for tokens in text.sources:
             print(

@@ -79,6 +79,7 @@ class DataConfig(SourceConfig):
     seq_len: int = setting(256, "tokens per row", min=2, resume="fixed")
     batch_size: int = setting(16, "rows per step, over all devices and processes", min=1, resume="fixed")
     cache_dir: str = setting("~/.cache/mutransformer", "tokenizers and tokens: a folder, or a URL all hosts reach", path="url")
+    cache_is_shared: bool = setting(True, "all processes of the run see the same cache_dir; false: each fills its own")
     local_dir: str = setting("~/.cache/mutransformer/local", "local copies of what is read from a URL", path="local")
     tokenize_workers: Optional[int] = setting(None, "processes that tokenize; null: one per core", min=1)
     threads: int = setting(2, "threads that read ahead, in each process that reads ahead", min=1)

@@ -6,18 +6,71 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from mutransformer.config.run import DistributedConfig
-from mutransformer.errors import ConfigError
+from mutransformer.errors import ConfigError, first_line
 
 _PATIENCE = 24 * 3600  # seconds: one host may have to tokenize everything while others wait; JAX notices a dead host much earlier
 
+_FAILED = "mutransformer/failed"  # the folder of keys by which processes announce that they failed
 _calls = itertools.count()  # of assert_equal_across_processes: no key of the service is written twice
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run that divide work.
+
+    Attributes:
+        count: how many there are.
+        index: of this one, from 0.
+        barrier: returns once each of them has called it; all call it in the same order. The name is for messages.
+    """
+
+    count: int = 1
+    index: int = 0
+    barrier: Callable[[str], None] = lambda name: None
+
+    @contextmanager
+    def first_in_process_0(self, name: str) -> Iterator[None]:
+        """Runs the body in process 0 and then, unless it failed, in the others, which find what it made."""
+        if self.index:
+            self.barrier(name)
+        yield
+        if not self.index:
+            self.barrier(name)
+
+
+SINGLE_PROCESS = Processes()
+
+
+def all_processes() -> Processes:
+    """The processes of this run; a single one if jax.distributed is not initialized."""
+    import jax
+
+    return Processes(jax.process_count(), jax.process_index(), barrier) if jax.distributed.is_initialized() else SINGLE_PROCESS
+
+
+@contextmanager
+def announce_failure() -> Iterator[None]:
+    """If the body fails, ends the processes that wait for this one in assert_equal_across_processes or in barrier."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if "jax" in sys.modules:
+            import jax
+            from jax._src import distributed  # the key-value store has no public interface
+
+            if client := distributed.global_state.client:
+                failure = f"process {jax.process_index()} failed: {first_line(error)}"
+                with suppress(RuntimeError):  # the coordinator has ended already, and with it every process that waits
+                    client.key_value_set(f"{_FAILED}/{jax.process_index()}", failure)
+        raise
 
 
 def simulate_devices(n: int) -> None:
@@ -103,7 +156,7 @@ def assert_equal_across_processes(what: str, parts: Mapping[str, str]) -> None:
         parts: the values to compare, by name.
 
     Raises:
-        ConfigError: processes disagree (raised on all), or one did not arrive within 24 h.
+        ConfigError: processes disagree (raised on all), one failed, or one did not arrive within 24 h.
     """
     import jax
 
@@ -122,6 +175,8 @@ def assert_equal_across_processes(what: str, parts: Mapping[str, str]) -> None:
             except RuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
+            if failures := client.key_value_dir_get(_FAILED):
+                raise ConfigError(f"{what}: {failures[0][1]}")
             if time.monotonic() > until:
                 raise ConfigError(f"{what}: process {process} of {n} is not ready after {_PATIENCE // 3600} hours")
 
@@ -135,6 +190,15 @@ def assert_equal_across_processes(what: str, parts: Mapping[str, str]) -> None:
                 f"{what} differs between process 0 and {process}: {', '.join(differ)} (process 0 has "
                 f"{differ[0]} {first[differ[0]][:8]}, process {process} {other.get(differ[0], 'none')[:8]}); they must agree"
             )
+
+
+def barrier(name: str) -> None:
+    """Returns once all processes of the run have called it, in the same order of calls; at once if there is only one.
+
+    Raises:
+        ConfigError: a process failed, or one did not arrive within 24 h.
+    """
+    assert_equal_across_processes(name, {})
 
 
 def _wait_for(coordinator: str, timeout: int) -> None:

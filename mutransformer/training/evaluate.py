@@ -13,7 +13,7 @@ from jaxtyping import Integer
 
 from mutransformer.data.batches import pipeline
 from mutransformer.data.batches.batch import Batch
-from mutransformer.data.cache.prepare import Corpus, Mixture
+from mutransformer.data.cache.dataset import Corpus, TokenSplit
 from mutransformer.model.weights import Transformer
 from mutransformer.sharding.mesh import data_share, put_batch
 from mutransformer.training.checkpoint import Checkpoints
@@ -42,7 +42,7 @@ def evaluate(
     params: Transformer[Array],
     batches: Iterable[Batch],
     mesh: Mesh,
-    split: Mixture,
+    split: TokenSplit,
     stop: Callable[[], bool] = lambda: False,
 ) -> Scored:
     """The mean loss over the batches' targets.
@@ -76,7 +76,7 @@ def evaluate(
     return Scored(loss_metrics(math.fsum(nats) / sum(counts), split), sum(counts))
 
 
-def loss_metrics(loss: float, split: Mixture) -> dict[str, float]:
+def loss_metrics(loss: float, split: TokenSplit) -> dict[str, float]:
     """Loss in nats per token, its perplexity, and bits per byte of the split's text."""
     bits = loss / math.log(2) * split.n_tokens / max(1, split.n_bytes)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}

@@ -12,7 +12,7 @@ from mutransformer import __version__
 from mutransformer.config.load import to_yaml
 from mutransformer.data.batches import pipeline
 from mutransformer.data.batches.pipeline import Batches
-from mutransformer.data.cache.prepare import Corpus
+from mutransformer.data.cache.dataset import Corpus
 from mutransformer.errors import FINISHED, STOPPED, check
 from mutransformer.sharding.mesh import data_share, put_batch
 from mutransformer.sharding.processes import StopRequest, stop_on_signals

@@ -128,9 +128,9 @@ def _direction(c: OptimConfig, mu_dtype: str, specs: Transformer[Weight], scalin
 def scale_by_adam(beta1: float, beta2: float, eps: Any, mu_dtype: str) -> optax.GradientTransformation:
     """optax.scale_by_adam (Kingma and Ba, arXiv 1412.6980) with an eps for each weight: eps is a tree of floats."""
 
-    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
-        mu = optax.tree.update_moment(grads, state.mu, beta1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, beta2, 2)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        mu = optax.tree.update_moment(updates, state.mu, beta1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, beta2, 2)
         count = optax.safe_increment(state.count)
         mu_hat, nu_hat = optax.tree.bias_correction(mu, beta1, count), optax.tree.bias_correction(nu, beta2, count)
         updates = jax.tree.map(lambda m, v, e: m / (jnp.sqrt(v) + e), mu_hat, nu_hat, eps)
@@ -144,12 +144,12 @@ def _split(
 ) -> optax.GradientTransformation:
     """The first transformation where a tree of bools is true, the second elsewhere. In each one's trees the others are None."""
 
-    def init(params: Any) -> tuple[Any, Any]:
+    def init(params: Any) -> Any:
         ours, theirs = eqx.partition(params, condition)
         return first.init(ours), second.init(theirs)
 
-    def update(grads: Any, state: tuple[Any, Any], params: Any = None) -> tuple[Any, tuple[Any, Any]]:
-        ours, theirs = eqx.partition(grads, condition)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        ours, theirs = eqx.partition(updates, condition)
         (ours, first_state), (theirs, second_state) = first.update(ours, state[0]), second.update(theirs, state[1])
         return eqx.combine(ours, theirs), (first_state, second_state)
 

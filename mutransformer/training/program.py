@@ -12,8 +12,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mutransformer import mup
 from mutransformer.config.schema import Config
-from mutransformer.data.cache.prepare import Corpus, prepare, prepare_tokenizer
-from mutransformer.data.tokenizers.sentencepiece import Tokenizer
+from mutransformer.data.cache.dataset import Corpus
+from mutransformer.data.cache.prepare import prepare, prepare_tokenizer
+from mutransformer.data.tokenizers.tokenizer import Tokenizer
 from mutransformer.errors import check
 from mutransformer.model import execution
 from mutransformer.model.execution import Execution
@@ -21,7 +22,7 @@ from mutransformer.model.matmul import MatmulPolicy
 from mutransformer.model.transformer import Forward
 from mutransformer.model.weights import Transformer, block_specs, flops_per_token, transformer_specs
 from mutransformer.sharding.mesh import AnyMesh, batch_pspec, make_mesh, n_row_groups
-from mutransformer.sharding.processes import assert_equal_across_processes
+from mutransformer.sharding.processes import all_processes, assert_equal_across_processes
 from mutransformer.sharding.spec import Weight
 from mutransformer.training.optim import Optimizer, make_optimizer
 from mutransformer.training.state import TrainState, abstract_state, initial_state
@@ -152,7 +153,7 @@ def prepare_data(config: Config) -> Corpus:
     Raises:
         ConfigError: as prepare raises; processes of the run have different data.
     """
-    corpus = prepare(config.data, jax.process_count(), jax.process_index())
+    corpus = prepare(config.data, all_processes())
     assert_equal_across_processes("data", corpus.fingerprints)
     return corpus
 

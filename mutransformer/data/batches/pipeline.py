@@ -1,64 +1,65 @@
-"""Batches of rows of tokens, by Grain for training and in order for evaluation.
+"""Batches of rows of tokens: shuffled and mixed by Grain for training, in order for evaluation.
 
-Shuffling and mixing are defined on global rows: with any number of processes, devices, threads and workers, and after any
-restart, batch k holds the same rows.
+Shuffling and mixing are defined on global rows: batch k holds the same rows with any number of processes, devices, threads and
+workers, and after any restart.
 """
 
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import grain
 from absl import flags
 
 from mutransformer.config.data import DataConfig
 from mutransformer.data.batches.batch import Batch
-from mutransformer.data.batches.rows import Table, rows_of
-from mutransformer.data.cache.prepare import Mixture
+from mutransformer.data.batches.rows import RowReader, rows_of
+from mutransformer.data.cache.dataset import TokenSplit
 from mutransformer.errors import ConfigError, check
 
 
 class Batches(Iterator[Batch]):
-    """Batches without end. close() ends the threads or processes that read ahead."""
+    """An endless iterator of batches. close() ends the threads or processes that read ahead."""
 
     def __init__(self, batches: grain.MapDataset[Batch], config: DataConfig):
         self._batches, self._config = batches, config
         self._next = 0
-        self._ahead: Optional[grain.DatasetIterator[Batch]] = None
+        self._iterator: grain.DatasetIterator[Batch] | None = None
 
     def __next__(self) -> Batch:
-        self._ahead = self._ahead or self._start()
+        self._iterator = self._iterator or self._start()
         try:
-            batch = next(self._ahead)
+            batch = next(self._iterator)
         except RuntimeError as error:
             if not (self._config.workers and "terminated unexpectedly" in str(error)):
                 raise
-            told = f"data.workers = {self._config.workers}: a process that reads ahead was killed, for memory?"
-            raise ConfigError(told) from error
+            raise ConfigError(
+                f"data.workers = {self._config.workers}: a process that reads ahead was killed, perhaps for memory"
+            ) from error
         self._next += 1
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """{"next_index": k}, k the number of batches drawn. What else decides the sequence is in fingerprint()."""
+        """{"next_index": k} after k batches. Everything else that determines the sequence is in fingerprint()."""
         return {"next_index": self._next}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes on from there, whatever number of threads, workers and processes drew the batches before."""
+        """Continues at that index, with whatever number of threads, workers and processes."""
         self.close()
         self._next = state["next_index"]
 
     def close(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
-        self._ahead = None
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
 
     def _start(self) -> grain.DatasetIterator[Batch]:
         c = self._config
         options = grain.ReadOptions(num_threads=c.threads, prefetch_buffer_size=c.prefetch)
         batches = self._batches[self._next :].to_iter_dataset(options)
         if c.workers:
-            if not flags.FLAGS.is_parsed():  # Grain asks for flags that only a program of absl's parses
+            if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which only an absl program parses
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=c.workers, per_worker_buffer_size=max(1, c.prefetch))
@@ -66,24 +67,24 @@ class Batches(Iterator[Batch]):
         return iter(batches)
 
 
-def train_batches(text: Mixture, config: DataConfig, seed: int, n_blocks: int, blocks: Sequence[int], n_vocab: int) -> Batches:
-    """Batches without end: every epoch of a source has each of its whole rows once, in an order of its own.
+def train_batches(text: TokenSplit, config: DataConfig, seed: int, n_blocks: int, blocks: Sequence[int], n_vocab: int) -> Batches:
+    """An endless iterator: every epoch of a source has each of its complete rows once, in a new order.
 
-    Rows run on over epochs, so a batch may hold rows of two.
+    A batch may hold rows of two epochs.
 
     Args:
         text: the split to train on.
-        config: seq_len T, batch_size B over all processes, rows, threads, workers and prefetch.
+        config: seq_len T, batch_size B over all processes, packing, threads, workers and prefetch.
         seed: of the order, in 0 ... 2^32 - 1.
-        n_blocks: equal blocks of rows that a batch is read in.
-        blocks: those of this process, as of mesh.data_share.
-        n_vocab: ids must lie below.
+        n_blocks: equal blocks of rows into which a batch is divided.
+        blocks: the blocks of this process, from mesh.data_share.
+        n_vocab: upper bound of the token ids.
 
     Raises:
         ConfigError: the split has fewer rows than a batch, a source has none, or the batch does not divide into the blocks.
-        ConfigError: from next(), a token id lies outside the vocabulary.
+        ConfigError: from next(): a token id lies outside the vocabulary.
     """
-    rows_here = _rows_here(config, n_blocks, blocks)
+    local_rows = _local_rows(config, n_blocks, blocks)
     sources = {tokens.source: rows_of(tokens, config) for tokens in text.sources}
     what = f"data.batch_size = {config.batch_size}, data.seq_len = {config.seq_len}: the {text.split} split"
     check(
@@ -94,63 +95,63 @@ def train_batches(text: Mixture, config: DataConfig, seed: int, n_blocks: int, b
     )
     empty = [name for name, rows in sources.items() if not len(rows)]
     check(not empty, f"data.sources.{''.join(empty[:1])}: its {text.split} split has not even one row; leave it out, or add text")
-    # Of indices and not of rows: what Grain tells of each element it passes on takes longer than to read a row.
-    table = Table(list(sources.values()), [len(rows) for rows in sources.values()], config, n_vocab)
+    # Grain passes indices and not rows: its bookkeeping for an element takes longer than reading a row.
+    reader = RowReader(list(sources.values()), [len(rows) for rows in sources.values()], config, n_vocab)
     shuffled = [
         grain.MapDataset.range(first, stop).seed(_seed(seed, name, len(sources))).shuffle().repeat()
-        for name, first, stop in zip(sources, table.before[:-1], table.before[1:], strict=True)
+        for name, first, stop in zip(sources, reader.before[:-1], reader.before[1:], strict=True)
     ]
     mixed = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, text.weights)
-    draw = _Draw(table, mixed, config.batch_size, rows_here)
-    return Batches(grain.MapDataset.range(sys.maxsize // config.batch_size).map(draw), config)
+    read = _ReadBatch(reader, mixed, config.batch_size, local_rows)
+    return Batches(grain.MapDataset.range(sys.maxsize // config.batch_size).map(read), config)
 
 
-class _Draw:
-    """Batch k of global rows, the rows of one process. A class, since worker processes are sent it."""
+class _ReadBatch:
+    """The rows of batch k that belong to this process. A class, since it is pickled for worker processes."""
 
-    def __init__(self, table: Table, order: Any, batch_size: int, here: list[int]):
-        self._table, self._order, self._batch_size, self._here = table, order, batch_size, here
+    def __init__(self, reader: RowReader, order: Any, batch_size: int, local_rows: list[int]):
+        self._reader, self._order, self._batch_size, self._local_rows = reader, order, batch_size, local_rows
 
     def __call__(self, k: int) -> Batch:
         first = k * self._batch_size
-        return self._table.read([self._order[first + i] for i in self._here])
+        return self._reader.read([self._order[first + i] for i in self._local_rows])
 
 
 def eval_batches(
-    text: Mixture, config: DataConfig, n_batches: Optional[int], n_blocks: int, blocks: Sequence[int], n_vocab: int
+    text: TokenSplit, config: DataConfig, n_batches: int | None, n_blocks: int, blocks: Sequence[int], n_vocab: int
 ) -> Iterator[Batch]:
     """n_batches batches of rows evenly spread over the split, or all rows: then every token counts in exactly one batch.
 
-    Always the same rows, the sources' one after another. All batches have the same shape: beyond the end of the split rows are
-    filled with eos and masked out. A split with less than n_batches gives what it has, at least one; every process gets the same
-    number. With packing=pad only what is within the rows counts.
+    Always the same rows, source after source. All batches have the same shape: rows beyond the end of the split are filled with
+    eos and masked out. A split with fewer batches gives those it has, at least one; every process gets the same number. With
+    packing=pad tokens that are truncated do not count.
 
     Args:
         text: the split to evaluate on.
-        config: seq_len T and batch_size B over all processes, rows.
+        config: seq_len T, batch_size B over all processes, packing.
         n_batches: None for the whole split.
-        n_blocks: equal blocks of rows that a batch is read in.
-        blocks: those of this process, as of mesh.data_share.
-        n_vocab: ids must lie below.
+        n_blocks: equal blocks of rows into which a batch is divided.
+        blocks: the blocks of this process, from mesh.data_share.
+        n_vocab: upper bound of the token ids.
 
     Raises:
         ConfigError: the split has no token, or the batch does not divide into the blocks.
-        ConfigError: from next(), a token id lies outside the vocabulary.
+        ConfigError: from next(): a token id lies outside the vocabulary.
     """
-    rows_here = _rows_here(config, n_blocks, blocks)
-    check(text.n_tokens > 0, f"data: the {text.split} split has no tokens; raise data.{text.split}_share, or add text")
+    local_rows = _local_rows(config, n_blocks, blocks)
+    check(text.n_tokens > 0, f"data: the {text.split} split has no tokens; raise data.{text.split}_fraction, or add text")
     sources = [rows_of(tokens, config) for tokens in text.sources]
-    table = Table(sources, [rows.n_all for rows in sources], config, n_vocab)
-    n_rows = table.before[-1]
+    reader = RowReader(sources, [rows.n_eval for rows in sources], config, n_vocab)
+    n_rows = reader.before[-1]
     in_split = -(-n_rows // config.batch_size)
     n = in_split if n_batches is None else min(n_batches, in_split)
     every = 1.0 if n == in_split else n_rows / (n * config.batch_size)
     first_rows = range(0, n * config.batch_size, config.batch_size)
-    return (table.read([int((first + i) * every) for i in rows_here]) for first in first_rows)
+    return (reader.read([int((first + i) * every) for i in local_rows]) for first in first_rows)
 
 
-def fingerprint(text: Mixture, config: DataConfig, seed: int) -> dict[str, Any]:
-    """What decides the sequence of training batches beside their number: to be saved with a checkpoint, and compared."""
+def fingerprint(text: TokenSplit, config: DataConfig, seed: int) -> dict[str, Any]:
+    """What determines the sequence of training batches: saved with a checkpoint, and compared when it is resumed."""
     return {
         "tokens": text.fingerprint,
         "tokenizer": text.tokenizer_fingerprint,
@@ -164,12 +165,12 @@ def fingerprint(text: Mixture, config: DataConfig, seed: int) -> dict[str, Any]:
 
 
 def _seed(seed: int, name: str, n_sources: int) -> int:
-    """Of a source's order: its own, that it keeps when others come and go."""
+    """The seed of a source's order, which does not depend on the other sources of a mixture."""
     return seed if n_sources == 1 else int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "big")
 
 
-def _rows_here(config: DataConfig, n_blocks: int, blocks: Sequence[int]) -> list[int]:
-    """Of a batch's rows 0 ... B - 1 those in the blocks."""
+def _local_rows(config: DataConfig, n_blocks: int, blocks: Sequence[int]) -> list[int]:
+    """The indices 0 ... B - 1 of a batch's rows that are in the blocks."""
     assert blocks and all(0 <= block < n_blocks for block in blocks)
     check(
         config.batch_size % n_blocks == 0,

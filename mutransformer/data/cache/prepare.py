@@ -1,313 +1,274 @@
-"""What a run trains and is evaluated on: its tokenizer, and the tokens of its sources, from the cache or made now."""
+"""The data of a run: opens its sources and its tokenizer, and takes its tokens from the cache or puts them there."""
 
 import logging
 import os
 import re
 import resource
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Integer
-
 from mutransformer.config.data import DataConfig, MixedSourceConfig
-from mutransformer.data.cache import build
-from mutransformer.data.cache import store as cache
-from mutransformer.data.cache.build import Host
-from mutransformer.data.cache.shards import Tokens, dtype_for, first_outside, join, sections
-from mutransformer.data.cache.store import MANIFEST, Damaged, Store, seal, unseal
-from mutransformer.data.cache.tokenize_shard import Job
+from mutransformer.data.cache.build import build, collect
+from mutransformer.data.cache.dataset import Corpus, TokenDataset, TokenSplit, combine_checksums
+from mutransformer.data.cache.shards import dtype_for, first_invalid_id, open_shard
+from mutransformer.data.cache.store import MANIFEST, Corrupt, Store, cache_key, digest, from_json, to_json
+from mutransformer.data.cache.tokenize_shard import TokenShards
 from mutransformer.data.sources import hub
-from mutransformer.data.sources.readers import SPLITS, Part, Split
-from mutransformer.data.sources.registry import Source, open_source
-from mutransformer.data.sources.splits import shares_of
+from mutransformer.data.sources.registry import open_source
+from mutransformer.data.sources.source import SPLITS, Source, SourceShard, Split
+from mutransformer.data.sources.splits import held_out_fractions
 from mutransformer.data.tokenizers.registry import open_tokenizer, training_texts
-from mutransformer.data.tokenizers.sentencepiece import Tokenizer, train_sentencepiece
+from mutransformer.data.tokenizers.sentencepiece import train_sentencepiece
+from mutransformer.data.tokenizers.tokenizer import Tokenizer
 from mutransformer.errors import ConfigError, check
+from mutransformer.sharding.processes import SINGLE_PROCESS, Processes
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """A split: that of each source, in the order of their names."""
-
-    split: Split
-    sources: tuple[Tokens, ...]
-    weights: tuple[float, ...]  # of the sources' rows in training
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(tokens.n_tokens for tokens in self.sources)
-
-    @property
-    def n_documents(self) -> int:
-        return sum(tokens.n_documents for tokens in self.sources)
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(tokens.n_bytes for tokens in self.sources)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the tokens, and where there are several sources of their names and weights."""
-        if len(self.sources) == 1:
-            return self.sources[0].fingerprint
-        return cache.digest([[t.source, w, t.fingerprint] for t, w in zip(self.sources, self.weights, strict=True)])
-
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        return self.sources[0].tokenizer_fingerprint
-
-    def first(self, n: int) -> Integer[np.ndarray, " m"]:
-        """The first n tokens, or what there is, of the sources one after another."""
-        parts = []
-        for tokens in self.sources:
-            parts.append(tokens.read(0, n))
-            n -= len(parts[-1])
-        return np.concatenate(parts)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What a run trains and is evaluated on."""
-
-    tokenizer: Tokenizer
-    splits: dict[Split, Mixture]
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """Of all that a process trains on: another process with the same has the same tokens."""
-        return {"tokenizer": self.tokenizer.fingerprint} | {split: text.fingerprint for split, text in self.splits.items()}
-
-
-def prepare(config: DataConfig, n_process: int = 1, process: int = 0) -> Corpus:
+def prepare(config: DataConfig, processes: Processes = SINGLE_PROCESS) -> Corpus:
     """The tokenizer and the tokens for config, from data.cache_dir or put there.
 
-    Any number of processes may call it at once; those of one job share the work if they say which they are. Reads all local text
-    each time, to notice a change, and all tokens, to notice damage.
+    Reads all local text each time, to notice a change, and all tokens, to notice corruption. Several runs may call it at once.
 
     Args:
         config: of the data.
-        n_process: hosts of the job.
-        process: the index of this one.
+        processes: of the run; all of them call it. They share the work unless data.cache_is_shared is false.
 
     Raises:
-        ConfigError: something is wrong with the sources, the tokenizer, its size, or the cache.
+        ConfigError: the sources, the tokenizer, its size, or the cache cannot be used.
     """
-    host, store = Host(n_process, process), Store(config.cache_dir, config.local_dir)
-    sources = {name: _source(config, name, store, host) for name in config.mixture}
-    tokenizer = open_tokenizer(config, store, host, [s for s in sources.values() if s])
+    if not config.cache_is_shared:
+        processes = SINGLE_PROCESS
+    store = Store(config.cache_dir, config.local_dir)
+    with processes.first_in_process_0("the commits of data sets"):
+        settings = _pin_revisions(config, store)
+    sources = _open_sources(config, settings)
+    with processes.first_in_process_0("the tokenizer"):
+        tokenizer = open_tokenizer(config, store, [source for source in sources.values() if source])
     opened = {
-        name: _made_elsewhere(config, name, tokenizer)
-        if source is None
-        else _tokens(config, name, source, tokenizer, store, host)
+        name: _tokens(config, name, source, tokenizer, store, processes)
+        if source
+        else _tokens_made_elsewhere(config, name, tokenizer)
         for name, source in sources.items()
     }
     weights = tuple(source.weight for source in config.mixture.values())
-    return Corpus(tokenizer, {split: Mixture(split, tuple(t[split] for t in opened.values()), weights) for split in SPLITS})
+    return Corpus(tokenizer, {split: TokenSplit(split, tuple(t[split] for t in opened.values()), weights) for split in SPLITS})
 
 
-def prepare_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer of a config, from data.cache_dir or put there. Tokenizes no text.
-
-    Raises:
-        ConfigError: as prepare().
-    """
+def prepare_tokenizer(config: DataConfig, processes: Processes = SINGLE_PROCESS) -> Tokenizer:
+    """The tokenizer for config, from data.cache_dir or put there. Tokenizes nothing. Raises ConfigError as prepare() does."""
     store = Store(config.cache_dir, config.local_dir)
-    sources = [source for name in config.mixture if (source := _source(config, name, store, Host()))]
-    return open_tokenizer(config, store, Host(), sources)
+    with processes.first_in_process_0("the tokenizer"):
+        sources = _open_sources(config, _pin_revisions(config, store))
+        return open_tokenizer(config, store, [source for source in sources.values() if source])
 
 
 def train_tokenizer(config: DataConfig, path: Path) -> None:
     """Trains a SentencePiece model of data.vocab_size pieces on the train splits, and writes it to path.
 
     Raises:
-        ConfigError: something is wrong with the sources or the vocabulary's size.
+        ConfigError: the sources cannot be used, or the size of the vocabulary does not fit them.
         OSError: path cannot be written.
     """
-    store = Store(config.cache_dir, config.local_dir)
-    sources = [source for name in config.mixture if (source := _source(config, name, store, Host()))]
-    train_sentencepiece(training_texts(config, sources), config.vocab_size, path)
+    sources = _open_sources(config, _pin_revisions(config, Store(config.cache_dir, config.local_dir)))
+    train_sentencepiece(training_texts(config, [s for s in sources.values() if s]), config.vocab_size, path)
 
 
-def plan(config: DataConfig) -> list[str]:
-    """Lines that tell what prepare() would do, without doing it but for reading what there is.
+def dry_run(config: DataConfig) -> list[str]:
+    """Lines that describe what prepare() would do. Reads what prepare() would read first, and writes nothing.
 
     Raises:
         ConfigError: as prepare().
     """
-    store, lines = Store(config.cache_dir, config.local_dir, read_only=True), []
-    sources = {name: _source(config, name, store, Host(), pin=False) for name in config.mixture}
+    store = Store(config.cache_dir, config.local_dir, read_only=True)
+    settings = _pin_revisions(config, store)
+    sources = _open_sources(config, settings)
     trained = config.tokenizer == "sentencepiece" and config.tokenizer_file is None
     what = f"trained here, {config.vocab_size} pieces" if trained else config.tokenizer_file or ""
-    lines.append(f"tokenizer: {config.tokenizer} {what}".rstrip())
+    lines = [f"tokenizer: {config.tokenizer} {what}".rstrip()]
     try:
-        tokenizer = open_tokenizer(config, store, Host(), [source for source in sources.values() if source])
-    except Damaged:
-        tokenizer = None  # it is still to be made, and so are all tokens
+        tokenizer = open_tokenizer(config, store, [source for source in sources.values() if source])
+    except Corrupt:
+        tokenizer = None  # not made yet, and so are all tokens
     for name, source in sources.items():
-        settings = config.mixture[name] if source is None else source.config
-        told = {key: getattr(settings, key) for key in ("path", "subset", "revision", "files", "max_parts", "column")}
-        lines.append(f"{config.key(name)}: {settings.source} " + ", ".join(f"{k} {v}" for k, v in told.items() if v))
+        c = settings[name]
+        shown = {key: getattr(c, key) for key in ("path", "subset", "revision", "files", "max_parts", "column")}
+        lines.append(f"{config.key(name)}: {c.source} " + ", ".join(f"{key} {value}" for key, value in shown.items() if value))
         if source is not None:
-            parts = source.parts()
-            done = _job(config, name, source, tokenizer, store, parts).done() if tokenizer else set()
-            size = sum(part.size for i, part in enumerate(parts) if i not in done)
-            own = bool(settings.validation_files) or (bool(parts) and isinstance(getattr(parts[0], "split", None), str))
-            lines.append(f"  {len(parts) - len(done)} shards to tokenise" + (f", {size:,} bytes of text" if size else ""))
+            shards = source.shards()
+            done = _token_shards(config, name, source, tokenizer, store, len(shards)).present() if tokenizer else set()
+            size = sum(shard.size for i, shard in enumerate(shards) if i not in done)
+            lines.append(f"  {len(shards) - len(done)} shards to tokenize" + (f", {size:,} bytes of text" if size else ""))
             if done:
                 lines[-1] += f"; {len(done)} are in the cache"
-            lines.append("  splits: the source's own" if own else f"  splits: by hash, {_percent(config)}")
-    lines.append(f"cache: {config.cache_dir}, copies in {config.local_dir}" if store.remote else f"cache: {config.cache_dir}")
-    lines.append(f"rows: {config.packing} of {config.seq_len} tokens; {config.tokenize_workers or _cores()} processes")
+            own = bool(c.validation_files) or (bool(shards) and isinstance(getattr(shards[0], "split", None), str))
+            hashed = f"by hash, validation {config.validation_fraction:.4%}, test {config.test_fraction:.4%}"
+            lines.append("  splits: " + ("the source's own" if own else hashed))
+    lines.append(f"cache: {config.cache_dir}" + (f", copies in {config.local_dir}" if store.remote else ""))
+    lines.append(f"rows: {config.packing} of {config.seq_len} tokens; {_workers(config)} processes")
     return lines
 
 
-def _percent(config: DataConfig) -> str:
-    return f"validation {config.validation_fraction:.4%}, test {config.test_fraction:.4%}"
+def _workers(config: DataConfig) -> int:
+    return config.tokenize_workers or len(os.sched_getaffinity(0))
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _pin_revisions(config: DataConfig, store: Store) -> dict[str, MixedSourceConfig]:
+    """The settings of the sources; for a branch or tag of a Hub data set the commit that this cache is pinned to.
+
+    The cache keeps the commit of the first use, so that a run never changes its data and needs no network later.
+    """
+
+    def pinned(settings: MixedSourceConfig, key: str) -> MixedSourceConfig:
+        path, commit = settings.path or "", re.fullmatch("[0-9a-f]{40}", settings.revision or "")
+        if settings.source != "hub" or commit or hub.is_folder(path):
+            return settings
+        name = f"pins/{cache_key([path] if settings.revision is None else [path, settings.revision])}.json"
+        try:
+            pin = from_json(name, store.read(name))
+        except Corrupt:
+            commit = hub.latest_commit(path, key, settings.revision)
+            pin = {"path": path, "revision": settings.revision, "commit": commit}
+            if not store.read_only:
+                store.write(name, to_json(pin))
+        return replace(settings, revision=pin["commit"])
+
+    return {name: pinned(settings, config.key(name)) for name, settings in config.mixture.items()}
 
 
-def _source(config: DataConfig, name: str, store: Store, host: Host, pin: bool = True) -> Source | None:
-    """None for tokens made elsewhere. pin: the commit that a data set's branch or tag is at is written down."""
-    settings, key = config.mixture[name], config.key(name)
-    if settings.source == "tokens":
-        return None
-    commit = re.fullmatch("[0-9a-f]{40}", settings.revision or "")
-    if settings.source == "hub" and not commit and not hub.is_folder(settings.path or ""):
-        settings = replace(settings, revision=_pinned(settings, key, store, host, pin))
-    return open_source(settings, key, shares_of(config))
-
-
-def _pinned(settings: MixedSourceConfig, key: str, store: Store, host: Host, pin: bool) -> str:
-    """The commit of a data set that this cache holds on to, so that a run never changes its data and needs no network later."""
-    assert settings.path is not None
-    of = [settings.path] if settings.revision is None else [settings.path, settings.revision]
-    name = f"pins/{cache.name_of(of)}.json"
-    host.after_first(lambda: store.read(name) is not None)
-    try:
-        return unseal(name, store.read(name))["commit"]
-    except Damaged:
-        commit = hub.newest_commit(settings.path, key, settings.revision)
-        if pin:
-            store.write(name, seal({"path": settings.path, "revision": settings.revision, "commit": commit}))
-        return commit
+def _open_sources(config: DataConfig, settings: dict[str, MixedSourceConfig]) -> dict[str, Source | None]:
+    """The sources by name; None for tokens made elsewhere."""
+    fractions = held_out_fractions(config)
+    return {
+        name: None if source.source == "tokens" else open_source(source, config.key(name), fractions)
+        for name, source in settings.items()
+    }
 
 
 def _folder(config: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
-    decides = [source.identity, tokenizer.fingerprint, config.add_bos, *shares_of(config), config.on_bad_record]
-    return f"tokens-{cache.name_of(decides)}"
+    fractions = held_out_fractions(config)
+    return f"tokens-{cache_key([source.identity, tokenizer.fingerprint, config.add_bos, *fractions, config.on_bad_record])}"
 
 
-def _job(config: DataConfig, name: str, source: Source, tokenizer: Tokenizer, store: Store, parts: list[Part]) -> Job:
-    folder, shares = _folder(config, source, tokenizer), shares_of(config)
-    return Job(store, folder, config.key(name), len(parts), tokenizer, config.add_bos, shares, config.on_bad_record)
+def _token_shards(config: DataConfig, name: str, source: Source, tokenizer: Tokenizer, store: Store, n: int) -> TokenShards:
+    folder, fractions = _folder(config, source, tokenizer), held_out_fractions(config)
+    return TokenShards(store, folder, config.key(name), n, tokenizer, config.add_bos, fractions, config.on_bad_record)
 
 
-def _tokens(config: DataConfig, name: str, source: Source, tokenizer: Tokenizer, store: Store, host: Host) -> dict[Split, Tokens]:
-    folder, listed, damaged = _folder(config, source, tokenizer), list[Part](), set[int]()
-    for _ in range(3):
-        manifest = _manifest(store, folder)
-        if manifest is None or damaged:
-            listed = listed or source.parts()
-            job = _job(config, name, source, tokenizer, store, listed)
-            manifest = build.build(job, listed, damaged, config.tokenize_workers or _cores(), host.n_process, host.process)
-            manifest |= {
-                "source": config.mixture[name].source,
-                "identity": cache.digest(source.identity),
-                "tokenizer": tokenizer.fingerprint,
-                "add_bos": config.add_bos,
-                "n_vocab": tokenizer.n_vocab,
-                "dtype": dtype_for(tokenizer.n_vocab),
-            }
-            store.write(f"{folder}/{MANIFEST}", seal(manifest))
-        tokens, damaged = _open(store, folder, name, manifest, tokenizer.eos_id)
-        if not damaged:
-            return tokens
-    raise ConfigError(f"data.cache_dir = {store.root}: what was just written there, {folder}, is damaged")
+def _tokens(
+    config: DataConfig, name: str, source: Source, tokenizer: Tokenizer, store: Store, processes: Processes
+) -> dict[Split, TokenDataset]:
+    """The tokens of a source, made if they are missing or corrupt.
 
-
-def _manifest(store: Store, folder: str) -> dict[str, Any] | None:
-    data = store.read(f"{folder}/{MANIFEST}")
+    Whatever a process finds, it passes the same three barriers, so that none waits for one that is already done.
+    """
+    folder = _folder(config, source, tokenizer)
+    place = f"{folder}/{MANIFEST}"
+    where = f"the cache {store.root}/{folder}"
+    tokens = None
     try:
-        return None if data is None and not store.names(folder) else unseal(MANIFEST, data)
-    except Damaged as error:
-        if data is not None:
-            _log.warning("the cache %s/%s is damaged and is built again: %s", store.root, folder, error)
-        return None
+        if (data := store.read(place)) is not None:
+            tokens = _open(store, folder, name, from_json(MANIFEST, data), tokenizer.eos_id)
+    except Corrupt as error:
+        _log.warning("%s is corrupt and is built again: %s", where, error)
+        store.remove(place)
+    processes.barrier(f"{where}: checked")  # from here on a manifest means that nothing is to be made
+    target = None
+    if store.read(place) is None:
+        shards: list[SourceShard] = source.shards()
+        target = _token_shards(config, name, source, tokenizer, store, len(shards))
+        build(target, shards, _workers(config), processes)
+    processes.barrier(f"{where}: tokenized")
+    if target and processes.index == 0:
+        manifest = {
+            "shards": collect(target),
+            "source": config.mixture[name].source,
+            "identity": digest(source.identity),
+            "tokenizer": tokenizer.fingerprint,
+            "add_bos": config.add_bos,
+            "n_vocab": tokenizer.n_vocab,
+            "dtype": dtype_for(tokenizer.n_vocab),
+        }
+        store.write(place, to_json(manifest))
+    processes.barrier(f"{where}: complete")
+    try:
+        return tokens or _open(store, folder, name, from_json(MANIFEST, store.read(place)), tokenizer.eos_id)
+    except Corrupt as error:
+        hint = "; data.cache_is_shared=false is for processes that do not see the same folder" if processes.index else ""
+        raise ConfigError(f"data.cache_dir = {store.root}: {folder} is corrupt after it was built: {error}{hint}") from None
 
 
-def _open(store: Store, folder: str, name: str, manifest: dict[str, Any], eos_id: int) -> tuple[dict[Split, Tokens], set[int]]:
-    """The tokens in a folder; and which of its shards are damaged, of which the first is told of."""
+def _open(store: Store, folder: str, name: str, manifest: dict[str, Any], eos_id: int) -> dict[Split, TokenDataset]:
+    """The tokens in a folder.
+
+    Raises:
+        Corrupt: a shard is missing or corrupt; says how many are.
+    """
     shards: list[dict[str, Any]] = manifest["shards"]
 
-    def fetch(shard: dict[str, Any]) -> Path | Damaged:
+    def fetch(shard: dict[str, Any]) -> Path | Corrupt:
         try:
             return store.fetch(f"{folder}/{shard['file']}", shard["bytes"], shard["sha256"])
-        except Damaged as error:
+        except Corrupt as error:
             return error
 
-    with ThreadPoolExecutor(4) as pool:  # hashing and copying leave Python
+    with ThreadPoolExecutor(4) as pool:  # checksums and copies are made outside of Python
         fetched = list(pool.map(fetch, shards))
-    damaged = {i: found for i, found in enumerate(fetched) if isinstance(found, Damaged)}
-    if damaged:
-        first = next(iter(damaged.values()))
-        _log.warning("the cache %s/%s is damaged and is built again: %s", store.root, folder, first)
-        return {}, set(damaged)
+    if corrupt := [error for error in fetched if isinstance(error, Corrupt)]:
+        raise Corrupt(f"{len(corrupt)} of its {len(shards)} shards are corrupt or missing, the first: {corrupt[0]}")
     paths = [path for path in fetched if isinstance(path, Path)]
     _allow_open_files(len(paths))
-    opened = [sections(path, manifest["dtype"], shard["splits"]) for path, shard in zip(paths, shards, strict=True)]
-    tokens: dict[Split, Tokens] = {
-        split: Tokens(
+    opened = [open_shard(path, manifest["dtype"], shard["splits"]) for path, shard in zip(paths, shards, strict=True)]
+    return {
+        split: TokenDataset(
             source=name,
             split=split,
             sections=tuple(shard[split] for shard in opened),
             n_bytes=sum(shard["splits"][split]["bytes"] for shard in shards),
-            fingerprint=join([shard["splits"][split]["sha256"] for shard in shards]),
+            fingerprint=combine_checksums([shard["splits"][split]["sha256"] for shard in shards]),
             tokenizer_fingerprint=manifest["tokenizer"],
             eos_id=eos_id,
         )
         for split in SPLITS
     }
-    return tokens, set()
 
 
 def _allow_open_files(more: int) -> None:
-    """Raises the soft limit where many shards would reach it."""
+    """Raises the soft limit of open files where many shards would reach it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = len(os.listdir("/proc/self/fd")) + more + 256 if os.path.isdir("/proc/self/fd") else more + 1024
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted, hard))
 
 
-def _made_elsewhere(config: DataConfig, name: str, tokenizer: Tokenizer) -> dict[Split, Tokens]:
-    """The tokens in a folder that the settings name; every id is looked at."""
+def _tokens_made_elsewhere(config: DataConfig, name: str, tokenizer: Tokenizer) -> dict[Split, TokenDataset]:
+    """The tokens in the folder that the settings name, after every id was compared with the size of the vocabulary."""
     path, key = config.mixture[name].path or "", f"{config.key(name)}.path"
+    where = f"{key} = {path}"
     root, _, folder = path.rstrip("/").rpartition("/")
     store = Store(root or ("/" if path.startswith("/") else "."), config.local_dir)
     try:
-        manifest = unseal(MANIFEST, store.read(f"{folder}/{MANIFEST}"))
-    except Damaged as error:
-        raise ConfigError(f"{key} = {path}: not a folder of tokens: {error}") from None
-    check({"tokenizer", "shards"} <= set(manifest), f"{key} = {path}: not a folder of tokens: its {MANIFEST} tells of none")
+        manifest = from_json(MANIFEST, store.read(f"{folder}/{MANIFEST}"))
+    except Corrupt as error:
+        raise ConfigError(f"{where}: not a folder of tokens: {error}") from None
+    check({"tokenizer", "shards"} <= set(manifest), f"{where}: not a folder of tokens: its {MANIFEST} lists none")
     check(
         manifest["tokenizer"] == tokenizer.fingerprint,
-        f"{key} = {path}: made with another tokenizer than data.tokenizer = {config.tokenizer} "
+        f"{where}: made with another tokenizer than data.tokenizer = {config.tokenizer} "
         f"({manifest['n_vocab']} ids, fingerprint {manifest['tokenizer'][:8]} and not {tokenizer.fingerprint[:8]})",
     )
-    bos = manifest.get("add_bos", config.add_bos)  # older ones do not tell
-    check(bos == config.add_bos, f"data.add_bos = {config.add_bos}: {key} = {path} was made with data.add_bos = {bos}")
-    tokens, damaged = _open(store, folder, name, manifest, tokenizer.eos_id)
-    check(not damaged, f"{key} = {path}: {len(damaged)} of its shards are damaged or missing; copy or make them again")
+    bos = manifest.get("add_bos", config.add_bos)  # old manifests do not have it
+    check(bos == config.add_bos, f"data.add_bos = {config.add_bos}: {where} was made with data.add_bos = {bos}")
+    try:
+        tokens = _open(store, folder, name, manifest, tokenizer.eos_id)
+    except Corrupt as error:
+        raise ConfigError(f"{where}: {error}; copy or make them again") from None
     for split in SPLITS:
         for section in tokens[split].sections:
-            if found := first_outside(section, tokenizer.n_vocab):
-                where = f"{section.reader.path}, {split} token {found[0]}"
-                raise ConfigError(f"{key}: {where}: id {found[1]} is outside the vocabulary of {tokenizer.n_vocab}")
+            if found := first_invalid_id(section, tokenizer.n_vocab):
+                place = f"{section.reader.path}, {split} token {found[0]}"
+                raise ConfigError(f"{key}: {place}: id {found[1]} is outside the vocabulary of {tokenizer.n_vocab}")
     return tokens

@@ -1,7 +1,7 @@
-"""Where tokens and tokenizers are kept: a folder, or an object store behind a URL, that any number of processes use at once.
+"""The cache of tokens and tokenizers: a folder, or an object store behind a URL, that any number of processes use at once.
 
-An object appears whole or not at all, and what is written under a name is the same whoever writes it: so nobody needs a lock, and
-the slower of two writers does no harm. Whatever is read is checked against a hash first.
+An object appears complete or not at all, and whoever writes a name writes the same bytes: so no lock is needed, and the slower of
+two writers does no harm. Everything that is read is checked against a checksum first.
 """
 
 import hashlib
@@ -11,15 +11,15 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from mutransformer.errors import ConfigError, is_url
+from mutransformer.errors import ConfigError, is_url, translate_errors
 
 FORMAT = 2  # of what is written; another number builds everything again
 MANIFEST = "manifest.json"
@@ -27,18 +27,18 @@ MANIFEST = "manifest.json"
 _log = logging.getLogger(__name__)
 
 
-class Damaged(Exception):
-    """Something in the cache is missing, or is not as it was written."""
+class Corrupt(Exception):
+    """An object of the cache is missing or differs from what was written."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """Objects by name, e.g. "folder/file", below a local folder or a URL. Can be sent to another process.
+    """Objects by name, e.g. "folder/file", below a local folder or a URL. Can be pickled.
 
     Attributes:
-        root: a folder, or a URL of anything that fsspec can write whole objects to; neither rename nor append is needed.
-        local_dir: for copies of what lies at a URL, named by their hashes.
-        read_only: what is missing is not made.
+        root: a folder, or a URL of anything that fsspec can write complete objects to; renaming and appending are not needed.
+        local_dir: for copies of objects at a URL, named by their checksums.
+        read_only: missing objects are not made.
     """
 
     root: str
@@ -51,15 +51,15 @@ class Store:
 
     def read(self, name: str) -> bytes | None:
         """The object; None if there is none."""
-        with self._told("read"):
+        with self._errors("read"):
             try:
                 return self._fs().cat_file(self._url(name)) if self.remote else self._path(name).read_bytes()
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
     def names(self, folder: str) -> set[str]:
-        """The objects right below a folder; none if it does not exist."""
-        with self._told("read"):
+        """The objects directly below a folder; none if it does not exist."""
+        with self._errors("read"):
             try:
                 if self.remote:
                     self._fs().invalidate_cache()
@@ -68,30 +68,31 @@ class Store:
             except (FileNotFoundError, NotADirectoryError):
                 return set()
 
+    def remove(self, name: str) -> None:
+        """Removes an object if it exists."""
+        with self._errors("write"), suppress(FileNotFoundError):
+            self._fs().rm_file(self._url(name)) if self.remote else self._path(name).unlink()
+
     def scratch(self, name: str) -> Path:
-        """A new path for put() to take a file from. What processes that were killed left there is cleared away."""
-        with self._told("write"):
+        """A new path from which put() can take a file. Removes scratch files of killed processes."""
+        with self._errors("write"):
             self._scratch.mkdir(parents=True, exist_ok=True)
             self.clear()
             return self._scratch / f".{name.replace('/', '+')}~{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
 
     def clear(self) -> None:
-        """Removes what processes that were killed left of scratch()."""
-        for left in self._scratch.glob(f".*~{socket.gethostname()}~*"):
-            if not _alive(left.name.split("~")[-2]):
-                _remove(left)
+        """Removes scratch files of processes of this machine that have ended."""
+        for path in self._scratch.glob(f".*~{socket.gethostname()}~*"):
+            if not _alive(path.name.split("~")[-2]):
+                _remove(path)
 
     @property
     def _scratch(self) -> Path:
-        return Path(self.local_dir).expanduser() if self.remote else self._folder
-
-    @property
-    def _folder(self) -> Path:
-        return Path(self.root.removeprefix("file://")).expanduser()
+        return Path(self.local_dir).expanduser() if self.remote else self._path("")
 
     def put(self, name: str, file: Path) -> None:
-        """Publishes a file, which is moved away or removed."""
-        with self._told("write"):
+        """Publishes a file, which is moved or removed."""
+        with self._errors("write"):
             try:
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
@@ -107,33 +108,28 @@ class Store:
     def write(self, name: str, data: bytes) -> None:
         """Publishes a small object."""
         file = self.scratch(name)
-        with self._told("write"):
+        with self._errors("write"):
             file.write_bytes(data)
         self.put(name, file)
 
     def fetch(self, name: str, size: int, sha256: str) -> Path:
-        """A local file with the object's contents, every byte checked: the object itself, or its copy.
+        """A local file with the object's contents, of which every byte was checked: the object itself, or a copy.
 
         Raises:
-            Damaged: it is missing or differs.
+            Corrupt: it is missing or differs.
         """
         if not self.remote:
-            check_file(self._path(name), size, sha256)
-            return self._path(name)
+            return check_file(self._path(name), size, sha256)
         copy = Path(self.local_dir).expanduser() / sha256[:2] / sha256
-        with suppress(Damaged):
-            check_file(copy, size, sha256)
-            return copy
+        with suppress(Corrupt):
+            return check_file(copy, size, sha256)
         file = self.scratch(name)
         try:
-            with self._told("read"):
+            with self._errors("read"), suppress(FileNotFoundError):  # then check_file finds no file
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    self._fs().get_file(self._url(name), str(file))
-                except FileNotFoundError:
-                    raise Damaged(f"{name.rsplit('/', 1)[-1]}: No such file or directory") from None
-                check_file(file, size, sha256, name)
-                os.replace(file, copy)
+                self._fs().get_file(self._url(name), str(file))
+            check_file(file, size, sha256, name)
+            os.replace(file, copy)
         finally:
             file.unlink(missing_ok=True)
         return copy
@@ -145,114 +141,32 @@ class Store:
         return f"{self.root.rstrip('/')}/{name}"
 
     def _path(self, name: str) -> Path:
-        return self._folder / name
+        return Path(self.root.removeprefix("file://")).expanduser() / name
 
-    @contextmanager
-    def _told(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except (ConfigError, Damaged, FileNotFoundError, NotADirectoryError) as error:
-            if doing == "write" and isinstance(error, OSError):
-                raise ConfigError(f"data.cache_dir = {self.root}: cannot write there: {error.strerror}") from None
-            raise
-        except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"data.cache_dir = {self.root}: cannot {doing} there: {first_line(error)}") from None
-        except Exception as error:  # each file system of fsspec has its own
-            if not self.remote:
-                raise
-            raise ConfigError(f"data.cache_dir = {self.root}: cannot {doing} there: {first_line(error)}") from error
+    def _errors(self, action: str) -> AbstractContextManager[None]:
+        kinds = Exception if self.remote else (OSError, ValueError)  # each file system of fsspec has its own
+        return translate_errors(f"data.cache_dir = {self.root}: cannot {action} there", kinds)
 
 
-def check_file(path: Path, size: int, sha256: str, name: str = "") -> None:
-    """Raises Damaged unless the file has this size and hash."""
+def check_file(path: Path, size: int, sha256: str, name: str = "") -> Path:
+    """The path, if the file has this size and checksum. Raises Corrupt if not."""
     name = name.rsplit("/", 1)[-1] or path.name
     try:
         with open(path, "rb") as file:
             found = os.fstat(file.fileno()).st_size
             if found != size:
-                raise Damaged(f"{name}: {found} bytes instead of {size}")
+                raise Corrupt(f"{name}: {found} bytes instead of {size}")
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise Damaged(f"{name}: not as it was written")
+                raise Corrupt(f"{name}: wrong checksum")
     except OSError as error:
-        raise Damaged(f"{name}: {error.strerror}") from None
+        raise Corrupt(f"{name}: {error.strerror}") from None
+    return path
 
 
-def seal(facts: dict[str, Any]) -> bytes:
-    """JSON with its own hash."""
-    return json.dumps({"entry": facts, "sha256": digest(facts)}, indent=1).encode()
-
-
-def unseal(name: str, data: bytes | None) -> dict[str, Any]:
-    """What seal() was given.
-
-    Raises:
-        Damaged: data is None, unreadable or changed.
-    """
-    name = name.rsplit("/", 1)[-1]
-    if data is None:
-        raise Damaged(f"{name}: No such file or directory")
-    try:
-        read = json.loads(data)
-        facts, told = read["entry"], read["sha256"]
-    except (ValueError, KeyError, TypeError):
-        raise Damaged(f"{name}: unreadable") from None
-    if not isinstance(facts, dict) or told != digest(facts):
-        raise Damaged(f"{name}: not as it was written")
-    return facts
-
-
-def entry(store: Store, kind: str, settings: list[Any], files: list[str], write: Callable[[Path], dict[str, Any]]) -> list[Path]:
-    """Local paths of the files of a small entry, built if it is missing or damaged.
-
-    Args:
-        store: where it is kept.
-        kind: the first part of the entry's name.
-        settings: what decides the contents; they must decide every byte.
-        files: the names of the files that make an entry.
-        write: writes them to the folder that it is given and returns facts to keep with them, as JSON can hold.
-
-    Raises:
-        ConfigError: the store cannot be used.
-        Damaged: it is only to be read, and the entry is missing or damaged.
-    """
-    folder = f"{kind}-{name_of(settings)}"
-    try:
-        return _files(store, folder, files)
-    except Damaged as error:
-        if store.read_only:
-            raise
-        if MANIFEST in store.names(folder):
-            _log.warning("the cache %s/%s is damaged and is built again: %s", store.root, folder, error)
-    temporary = store.scratch(f"{folder}/new")
-    try:
-        with store._told("write"):
-            temporary.mkdir()
-            facts = write(temporary) | {"files": {name: describe(temporary / name) for name in files}}
-        for name in files:
-            store.put(f"{folder}/{name}", temporary / name)
-    finally:
-        _remove(temporary)
-    store.write(f"{folder}/{MANIFEST}", seal(facts))
-    try:
-        return _files(store, folder, files)
-    except Damaged as error:
-        raise ConfigError(f"data.cache_dir = {store.root}: what was just written there is damaged: {error}") from None
-
-
-def _files(store: Store, folder: str, files: list[str]) -> list[Path]:
-    told = unseal(MANIFEST, store.read(f"{folder}/{MANIFEST}"))["files"]
-    return [store.fetch(f"{folder}/{name}", told[name]["bytes"], told[name]["sha256"]) for name in files]
-
-
-def describe(file: Path) -> dict[str, Any]:
-    """The size and hash of a file, for a manifest."""
+def checksum(file: Path) -> dict[str, Any]:
+    """The size and checksum of a file, for a manifest."""
     with open(file, "rb") as handle:
         return {"bytes": os.fstat(handle.fileno()).st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
-
-
-def name_of(settings: list[Any]) -> str:
-    """A name for all that is decided by these settings."""
-    return hashlib.sha256(json.dumps([FORMAT, *settings]).encode()).hexdigest()[:32]
 
 
 def digest(value: Any) -> str:
@@ -260,11 +174,78 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return str(error.strerror)
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def cache_key(settings: list[Any]) -> str:
+    """A name for what these settings determine."""
+    return hashlib.sha256(json.dumps([FORMAT, *settings]).encode()).hexdigest()[:32]
+
+
+def to_json(facts: dict[str, Any]) -> bytes:
+    """JSON with its own checksum."""
+    return json.dumps({"entry": facts, "sha256": digest(facts)}, indent=1).encode()
+
+
+def from_json(name: str, data: bytes | None) -> dict[str, Any]:
+    """What to_json() was given.
+
+    Raises:
+        Corrupt: data is None, unreadable or changed.
+    """
+    name = name.rsplit("/", 1)[-1]
+    if data is None:
+        raise Corrupt(f"{name}: No such file or directory")
+    try:
+        read = json.loads(data)
+        facts, sha256 = read["entry"], read["sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise Corrupt(f"{name}: unreadable") from None
+    if not isinstance(facts, dict) or sha256 != digest(facts):
+        raise Corrupt(f"{name}: wrong checksum")
+    return facts
+
+
+def cached_files(
+    store: Store, kind: str, settings: list[Any], files: list[str], write: Callable[[Path], dict[str, Any]]
+) -> list[Path]:
+    """Local paths of small files that belong together, made if they are missing or corrupt.
+
+    Args:
+        store: where they are kept.
+        kind: the first part of their folder's name.
+        settings: what determines every byte of them, as JSON values.
+        files: their names.
+        write: writes them to the folder that it is given and returns facts to keep with them, as JSON values.
+
+    Raises:
+        ConfigError: the store cannot be used.
+        Corrupt: it is read-only, and a file is missing or corrupt.
+    """
+    folder = f"{kind}-{cache_key(settings)}"
+
+    def fetch() -> list[Path]:
+        stored = from_json(MANIFEST, store.read(f"{folder}/{MANIFEST}"))["files"]
+        return [store.fetch(f"{folder}/{name}", stored[name]["bytes"], stored[name]["sha256"]) for name in files]
+
+    try:
+        return fetch()
+    except Corrupt as error:
+        if store.read_only:
+            raise
+        if MANIFEST in store.names(folder):
+            _log.warning("the cache %s/%s is corrupt and is built again: %s", store.root, folder, error)
+    temporary = store.scratch(f"{folder}/new")
+    try:
+        with translate_errors(f"data.cache_dir = {store.root}: cannot write there", OSError):
+            temporary.mkdir()
+            facts = write(temporary) | {"files": {name: checksum(temporary / name) for name in files}}
+        for name in files:
+            store.put(f"{folder}/{name}", temporary / name)
+    finally:
+        _remove(temporary)
+    store.write(f"{folder}/{MANIFEST}", to_json(facts))
+    try:
+        return fetch()
+    except Corrupt as error:
+        raise ConfigError(f"data.cache_dir = {store.root}: corrupt directly after it was written there: {error}") from None
 
 
 def _alive(pid: str) -> bool:

@@ -1,126 +1,83 @@
-"""What makes one shard out of one part of a source.
+"""Tokenizes one shard of a source.
 
-A shard is a file and beside it a note with its hash, written last: without its note it is as good as not there.
+A token shard is a file and, written after it, its metadata with the checksum: without metadata it counts as missing.
 """
 
-import logging
-import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mutransformer.data.cache.shards import Writer, dtype_for
-from mutransformer.data.cache.store import Damaged, Store, describe, seal, unseal
-from mutransformer.data.sources.files import cut
-from mutransformer.data.sources.readers import Part, Split
-from mutransformer.data.sources.registry import Accepted, Unreadable
-from mutransformer.data.sources.splits import Shares
-from mutransformer.data.tokenizers.sentencepiece import Tokenizer
-from mutransformer.errors import ConfigError, check
+from mutransformer.data.cache.shards import ShardWriter, dtype_for
+from mutransformer.data.cache.store import Corrupt, Store, checksum, from_json, to_json
+from mutransformer.data.sources.cut import cut
+from mutransformer.data.sources.reader import RecordReader, with_retries
+from mutransformer.data.sources.source import SourceShard, Split
+from mutransformer.data.sources.splits import Fractions
+from mutransformer.data.tokenizers.tokenizer import Tokenizer
+from mutransformer.errors import check, translate_errors
 
-ATTEMPTS = 5  # at a part that is read over the network, with 1, 2, 4, 8 seconds between them
-
-_SEGMENT = 1 << 20  # bytes of a document tokenised in one piece: SentencePiece takes some fifty times as much memory
-_CHUNK = 128 << 10  # bytes of text that a thread tokenises in one call: what more gives in one does not fit a processor's cache
-
-_log = logging.getLogger(__name__)
+_SEGMENT = 1 << 20  # bytes of a document tokenized in one piece: SentencePiece takes about fifty times as much memory
+_CHUNK = 128 << 10  # bytes of text that a thread tokenizes in one call: more would not fit a processor's cache
 
 
 @dataclass(frozen=True)
-class Job:
-    """What makes shards out of parts. Can be sent to another process."""
+class TokenShards:
+    """Where the token shards of a source lie, and how they are made. Can be pickled."""
 
     store: Store
     folder: str  # in the store
     key: str  # of the source's settings
-    n_parts: int
+    n_shards: int
     tokenizer: Tokenizer
     add_bos: bool
-    shares: Shares
+    fractions: Fractions
     on_bad_record: Literal["error", "skip"]
 
     def name(self, index: int) -> str:
-        return f"{index:05d}-of-{self.n_parts:05d}"
+        return f"{index:05d}-of-{self.n_shards:05d}"
 
-    def note(self, index: int) -> dict[str, Any]:
-        """What is told of a shard.
+    def metadata(self, index: int) -> dict[str, Any]:
+        """File name, size, checksum and counts of a shard.
 
         Raises:
-            Damaged: it is not there, or not as it was written.
+            Corrupt: they are missing or differ from what was written.
         """
         name = f"{self.folder}/{self.name(index)}.json"
-        return unseal(name, self.store.read(name))
+        return from_json(name, self.store.read(name))
 
-    def whole(self, index: int) -> bool:
-        """Whether the note of a shard that is there can be relied on."""
+    def present(self) -> set[int]:
+        """The shards that exist; their checksums are not verified."""
+        names = self.store.names(self.folder)
+        return {i for i in range(self.n_shards) if {f"{self.name(i)}.json", f"{self.name(i)}.bin"} <= names}
+
+    def intact(self, index: int) -> bool:
+        """Whether a shard exists and has its checksum."""
         try:
-            return bool(self.note(index))
-        except Damaged:
+            stored = self.metadata(index)
+            self.store.fetch(f"{self.folder}/{stored['file']}", stored["bytes"], stored["sha256"])
+        except Corrupt:
             return False
-
-    def done(self) -> set[int]:
-        """The shards that are there."""
-        there = self.store.names(self.folder)
-        return {i for i in range(self.n_parts) if {f"{self.name(i)}.json", f"{self.name(i)}.bin"} <= there}
+        return True
 
 
-T = TypeVar("T")
-
-
-def retried(part: Part, key: str, action: Callable[[], T]) -> T:
-    """What action() gives that reads a part; tried again if the part is read over the network.
+def tokenize_shard(target: TokenShards, shard: SourceShard, index: int, threads: int) -> None:
+    """Writes a token shard and then its metadata.
 
     Raises:
-        ConfigError: the part cannot be read.
+        ConfigError: the shard cannot be read, the tokenizer is broken, or the cache cannot be written.
     """
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return action()
-        except Unreadable as error:
-            if attempt == ATTEMPTS or not part.remote:
-                raise ConfigError(f"{key}: {error}") from error.__cause__
-            _log.warning("%s: %s; trying again in %d s", key, error, 2 ** (attempt - 1))
-            time.sleep(2 ** (attempt - 1))
-    raise AssertionError
-
-
-def shard(job: Job, part: Part, index: int, threads: int) -> None:
-    """Makes a shard and then its note."""
-    name = f"{job.folder}/{job.name(index)}"
-    file = job.store.scratch(name)
+    name = f"{target.folder}/{target.name(index)}"
+    file = target.store.scratch(name)
     try:
-        facts = retried(part, job.key, lambda: _write(job, part, Writer(file, dtype_for(job.tokenizer.n_vocab)), threads))
-        facts |= {"file": f"{job.name(index)}.bin"} | describe(file)
-        job.store.put(f"{name}.bin", file)
-        job.store.write(f"{name}.json", seal(facts))
-    except OSError as error:
-        raise ConfigError(f"data.cache_dir = {job.store.root}: cannot write there: {error.strerror}") from None
+        with translate_errors(f"data.cache_dir = {target.store.root}: cannot write there", OSError):
+            facts = with_retries(shard, target.key, lambda: _write(target, shard, file, threads))
+            facts |= {"file": f"{target.name(index)}.bin"} | checksum(file)
+        target.store.put(f"{name}.bin", file)
+        target.store.write(f"{name}.json", to_json(facts))
     finally:
         file.unlink(missing_ok=True)
-
-
-def _write(job: Job, part: Part, writer: Writer, threads: int) -> dict[str, Any]:
-    """Tokenises a part. Returns what is to be noted of its shard."""
-    accepted = Accepted(part, job.key, job.on_bad_record, job.shares)
-    with closing(writer):
-        chunk: list[_Piece] = []
-        size = 0
-        for data, split in accepted:
-            start = 0
-            for segment in cut(data, _SEGMENT):
-                stop = start + len(segment)
-                chunk.append(_Piece(segment, split, start == 0, stop == len(data)))
-                start = stop
-                size += len(segment)
-                if size >= _CHUNK * threads:
-                    _tokenise(job, chunk, writer, threads)
-                    chunk, size = [], 0
-        if chunk:
-            _tokenise(job, chunk, writer, threads)
-        return {"splits": writer.finish(), "skipped": accepted.skipped, "first_skipped": accepted.first_skipped}
 
 
 class _Piece(NamedTuple):
@@ -130,16 +87,37 @@ class _Piece(NamedTuple):
     ends: bool
 
 
-def _tokenise(job: Job, chunk: list[_Piece], writer: Writer, threads: int) -> None:
-    tokenizer = job.tokenizer
+def _write(target: TokenShards, shard: SourceShard, path: Any, threads: int) -> dict[str, Any]:
+    """Tokenizes a shard to a file. Returns its counts by split and the bad records."""
+    reader = RecordReader(shard, target.key, target.on_bad_record, target.fractions)
+    with closing(ShardWriter(path, dtype_for(target.tokenizer.n_vocab))) as writer:
+        chunk: list[_Piece] = []
+        size = 0
+        for data, split in reader:
+            start = 0
+            for segment in cut(data, _SEGMENT):
+                stop = start + len(segment)
+                chunk.append(_Piece(segment, split, start == 0, stop == len(data)))
+                start = stop
+                size += len(segment)
+                if size >= _CHUNK * threads:
+                    _tokenize(target, chunk, writer, threads)
+                    chunk, size = [], 0
+        if chunk:
+            _tokenize(target, chunk, writer, threads)
+        return {"splits": writer.finish(), "skipped": reader.skipped, "first_skipped": reader.first_skipped}
+
+
+def _tokenize(target: TokenShards, chunk: list[_Piece], writer: ShardWriter, threads: int) -> None:
+    tokenizer = target.tokenizer
     bos, eos = (np.array([i], np.int32) for i in (tokenizer.bos_id, tokenizer.eos_id))
     encoded = tokenizer.encode([piece.data.decode() for piece in chunk], threads)
-    every = np.concatenate([eos, *([bos] if job.add_bos else []), *encoded])
-    low, high = int(every.min()), int(every.max())
+    joined = np.concatenate([eos, *([bos] if target.add_bos else []), *encoded])
+    low, high = int(joined.min()), int(joined.max())
     check(
         0 <= low and high < tokenizer.n_vocab,
         f"data.tokenizer: it gave the ids {low} ... {high}, outside its {tokenizer.n_vocab} ids",
     )
     for ids, piece in zip(encoded, chunk, strict=True):
-        before = [bos] if job.add_bos and piece.begins else []
+        before = [bos] if target.add_bos and piece.begins else []
         writer.add(piece.split, [*before, ids, eos] if piece.ends else [*before, ids], len(piece.data), piece.ends)

@@ -1,4 +1,4 @@
-"""Files by path, glob or URL: what there is, what version of it, and its bytes."""
+"""Files by path, glob or URL: which there are, the version of each, and their bytes."""
 
 import gzip
 import hashlib
@@ -9,185 +9,192 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import fsspec
 from fsspec.core import url_to_fs
 
-from mutransformer.data.cache.store import first_line
-from mutransformer.errors import ConfigError, check, is_url
+from mutransformer.config.data import SourceConfig
+from mutransformer.data.sources.source import Split
+from mutransformer.errors import ConfigError, check, first_line, is_url, translate_errors
 
-_ANY = set("*?[")
+T = TypeVar("T")
+
+_WILDCARDS = set("*?[")
 _HTTP = ("http://", "https://")  # where ? begins a query
 _BLOCK = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class File:
-    """A file that was found.
+    """A file that exists. Can be pickled.
 
     Attributes:
-        name: its path below the fixed part of the pattern that found it: the same wherever the folder lies.
-        path: where it is: a local path or a URL.
+        name: path below the fixed part of the pattern that matched it: independent of where the folder lies.
+        path: local path or URL.
         size: bytes.
-        version: another one if the contents change: their SHA-256, or what the store behind the URL tells.
+        version: changes with the contents: their SHA-256, or what the store behind the URL reports.
+        store: None for a local file; the fsspec file system that holds it, and the path there.
     """
 
     name: str
     path: str
     size: int
     version: str
+    store: tuple[Any, str] | None = None
 
     @property
     def remote(self) -> bool:
-        return is_url(self.path)
+        return self.store is not None
 
     def open(self) -> Any:
-        """A binary file of the bytes as they are stored, for `with`; seekable."""
-        return fsspec.open(self.path, "rb") if self.remote else open(self.path, "rb")
+        """A binary file of the stored bytes, for `with`; seekable."""
+        return open(self.path, "rb") if self.store is None else self.store[0].open(self.store[1], "rb")
 
     @contextmanager
     def decompressed(self) -> Iterator[Any]:
-        """A binary file of the contents, whether they are stored plain, as .gz or as .zst; those forward only.
+        """A binary file of the contents, stored as they are, as .gz or as .zst; compressed ones are read forward only.
 
-        Buffered, since the files of most stores fetch and copy a block or two for each line.
+        Buffered, since the files of most stores fetch and copy a block or two for each line. A truncated file is an OSError or
+        EOFError; several compressed frames, one after another, are read as one.
 
         Raises:
             ConfigError: .zst needs a package that is missing.
         """
         with self.open() as stored:
-            if self._ends(".gz"):
+            if self._has_suffix(".gz"):
                 with gzip.GzipFile(fileobj=stored) as file:
                     yield file
             elif self.compressed:
-                try:
-                    import zstandard
-                except ImportError:
-                    raise ConfigError(f"{self.path}: needs zstandard: pip install 'mutransformer[data]'") from None
-                yield io.BufferedReader(_Frames(stored, zstandard.ZstdDecompressor().decompressobj), _BLOCK)
+                if not self.size:
+                    raise EOFError("empty, not a Zstandard file")
+                pa = pyarrow(self.path)
+                yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), "zstd"), _BLOCK)
             else:
                 yield io.BufferedReader(stored, _BLOCK) if self.remote else stored
 
     @property
     def compressed(self) -> bool:
-        return self._ends(".gz", ".zst", ".zstd")
+        return self._has_suffix(".gz", ".zst", ".zstd")
 
-    def _ends(self, *suffixes: str) -> bool:
-        # The name that was given: a link may lead to a file that is named by its hash.
+    def _has_suffix(self, *suffixes: str) -> bool:
+        # Of the matched name: a symbolic link may lead to a file that is named by its hash.
         return (self.name.partition("?")[0] if self.path.startswith(_HTTP) else self.name).endswith(suffixes)
 
 
-class _Frames(io.RawIOBase):
-    """The contents of Zstandard's frames, one after another. The package's own reader takes a file that is cut off for whole."""
+@dataclass(frozen=True)
+class FileShard:
+    """What shards of a file with a column of texts have in common."""
 
-    def __init__(self, stored: Any, new: Callable[[], Any]):
-        self._stored, self._new = stored, new
-        self._frame = new()
-        self._read, self._left = b"", memoryview(b"")  # what is not yet decompressed, and what is
+    file: File
+    column: str
+    split: Split | None  # None: by a hash of each text
 
-    def readable(self) -> bool:
-        return True
+    @property
+    def remote(self) -> bool:
+        return self.file.remote
 
-    def readinto(self, buffer: Any) -> int:
-        while not self._left:
-            # No more at once, since little may stand for much.
-            self._read = self._read or self._stored.read(_BLOCK // 16)
-            if not self._read:
-                if not self._frame.eof:
-                    raise EOFError("it ends within a Zstandard frame")
-                return 0
-            if self._frame.eof:
-                self._frame = self._new()
-            self._left = memoryview(self._frame.decompress(self._read))
-            self._read = self._frame.unused_data
-        n = min(len(buffer), len(self._left))
-        buffer[:n], self._left = self._left[:n], self._left[n:]
-        return n
+    @property
+    def place(self) -> str:
+        return self.file.path
 
 
 def find(patterns: Iterable[str], key: str) -> list[File]:
-    """Every file that a pattern matches, once, in order of names. Local ones are read, to notice a change.
+    """Every file that a pattern matches, once, in order of names. Local files are read, to notice a change.
 
     Args:
         patterns: local paths, globs or URLs.
-        key: the setting that they are from.
+        key: the setting that holds them.
 
     Raises:
         ConfigError: a pattern matches nothing, names a folder, or a file cannot be read.
     """
-    found: dict[str, str] = {}
+    matches: dict[str, tuple[str, Any]] = {}
     for pattern in patterns:
-        for name, path in _remote(pattern, key) if is_url(pattern) else _local(pattern, key):
-            found.setdefault(path, name)
+        for name, path, store in _match_url(pattern, key) if is_url(pattern) else _match_local(pattern, key):
+            matches.setdefault(path, (name, store))
 
-    def file(path: str, name: str) -> File:
-        try:
-            if is_url(path):
-                fs, plain = url_to_fs(path)
-                size = fs.info(plain)["size"]
-                if size is None:
-                    raise ValueError("its size is not told")
-                return File(name, path, size, str(fs.ukey(plain)))
-            with open(path, "rb") as handle:
-                version = hashlib.file_digest(handle, "sha256").hexdigest()
-                return File(name, path, handle.tell(), version)
-        except Exception as error:  # each file system of fsspec has its own
-            raise ConfigError(f"{key}: cannot read {path}: {first_line(error)}") from error
+    def examine(path: str) -> File:
+        name, store = matches[path]
+        with translate_errors(f"{key}: cannot read {path}"):
+            if store is None:
+                with open(path, "rb") as file:
+                    version = hashlib.file_digest(file, "sha256").hexdigest()
+                    return File(name, path, file.tell(), version)
+            fs, path_there = store
+            size = fs.info(path_there)["size"]
+            check(size is not None, f"{key}: cannot read {path}: the server does not report its size")
+            return File(name, path, size, str(fs.ukey(path_there)), store)
 
-    with ThreadPoolExecutor(8) as pool:  # hashing and asking a store both leave Python
-        return sorted(pool.map(file, found.keys(), found.values()), key=lambda f: (f.name, f.path))
+    return sorted(map_parallel(examine, matches), key=lambda file: (file.name, file.path))
 
 
-def cut(data: bytes, size: int) -> Iterator[bytes]:
-    """UTF-8 text in pieces of size bytes or somewhat more, each to the next line end; a line of 2 * size is cut in itself."""
-    start = 0
-    while start < len(data):
-        end = data.find(b"\n", start + size - 1, start + 2 * size) + 1
-        if end == 0:
-            end = min(start + 2 * size, len(data))
-            while end < len(data) and data[end] & 0xC0 == 0x80:  # within a character
-                end += 1
-        yield data[start:end]
-        start = end
+def find_by_split(config: SourceConfig, key: str) -> list[tuple[Split | None, File]]:
+    """The files of a source, at most max_parts of each split; with the split None if documents are divided by a hash.
+
+    Raises:
+        ConfigError: as find(), or a file is named for two splits.
+    """
+    if not config.validation_files:
+        return [(None, file) for file in find(config.files, f"{key}.files")[: config.max_parts]]
+    named: dict[Split, str] = {"train": "files", "validation": "validation_files", "test": "test_files"}
+    found = {split: find(getattr(config, name), f"{key}.{name}") for split, name in named.items()}
+    seen: dict[str, str] = {}
+    for split, files in found.items():
+        for file in files:
+            check(file.path not in seen, f"{key}.{named[split]}: {file.path} is also one of {key}.{seen.get(file.path)}")
+            seen[file.path] = named[split]
+    return [(split, file) for split, files in found.items() for file in files[: config.max_parts]]
 
 
-def _local(pattern: str, key: str) -> list[tuple[str, str]]:
+def map_parallel(action: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
+    """The result of an action for each item, eight at a time: it waits for a disk or a store, or hashes outside of Python."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(action, items))
+
+
+def pyarrow(path: str) -> Any:
+    """The package pyarrow, an extra that the file at path needs."""
+    try:
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(f"{path}: needs pyarrow: pip install 'mutransformer[data]'") from None
+    return pyarrow
+
+
+def _match_local(pattern: str, key: str) -> list[tuple[str, str, None]]:
     expanded = Path(pattern).expanduser()
     check(not expanded.is_dir(), f"{key}: {pattern} is a folder; name its files, e.g. {expanded.as_posix()}/**/*.txt")
-    # A file of that very name comes first, since a name may hold a bracket.
+    # A file of exactly that name comes first, since a name may contain a bracket.
     matches = [expanded] if expanded.is_file() else [Path(p) for p in glob(str(expanded), recursive=True)]
     matches = [path for path in matches if path.is_file()]
     check(bool(matches), f"{key}: {pattern} matches no file")
     root = expanded.parent
-    while _ANY & set(str(root)) and not root.is_dir():
+    while _WILDCARDS & set(str(root)) and not root.is_dir():
         root = root.parent
-    return [(path.relative_to(root).as_posix(), str(path.resolve())) for path in matches]
+    return [(path.relative_to(root).as_posix(), str(path.resolve()), None) for path in matches]
 
 
-def _remote(pattern: str, key: str) -> list[tuple[str, str]]:
-    try:
+def _match_url(pattern: str, key: str) -> list[tuple[str, str, tuple[Any, str]]]:
+    with translate_errors(f"{key}: {pattern}"):  # raised by whatever package the URL needs
         fs, plain = url_to_fs(pattern)
-    except Exception as error:  # of whatever package it needs
-        raise ConfigError(f"{key}: {pattern}: {first_line(error)}") from error
-    magic = _ANY - {"?"} if pattern.startswith(_HTTP) else _ANY
-    named = bool(magic & set(plain))
+    wildcards = _WILDCARDS - {"?"} if pattern.startswith(_HTTP) else _WILDCARDS
     try:
-        found = fs.glob(plain, maxdepth=None, detail=True) if named else {plain: fs.info(plain)}
+        found = fs.glob(plain, maxdepth=None, detail=True) if wildcards & set(plain) else {plain: fs.info(plain)}
     except Exception as error:  # each file system of fsspec has its own
-        cause = error.__cause__  # of HTTP's error for all that fails, the status
+        cause = error.__cause__  # fsspec's HTTP turns every failure into FileNotFoundError; the cause has the status
         if not isinstance(error, FileNotFoundError) or (cause is not None and getattr(cause, "status", None) != 404):
             raise ConfigError(f"{key}: cannot list {pattern}: {first_line(cause or error)}") from error
         found = {}
     matches = [path for path, info in found.items() if info["type"] != "directory"]
     check(bool(matches), f"{key}: {pattern} matches no file")
-    root = (plain.partition("?")[0] if "?" not in magic else plain).rpartition("/")[0]
-    while magic & set(root):
+    root = (plain.partition("?")[0] if "?" not in wildcards else plain).rpartition("/")[0]
+    while wildcards & set(root):
         root = root.rpartition("/")[0]
-    # What else than a path tells the place, as the host of ftp://host/path or the archive of zip://path::archive, is kept.
+    # For messages the path of a match replaces that of the pattern: ftp://HOST/path, zip://path::ARCHIVE.
     head, chained, rest = pattern.partition("::")
-    kept = head.removesuffix(plain) if chained or fs._get_kwargs_from_urls(pattern) else None
 
     def url(path: str) -> str:
-        return fs.unstrip_protocol(path) if kept is None else f"{kept}{path}{chained}{rest}"
+        return (head.removesuffix(plain) + path if head.endswith(plain) else fs.unstrip_protocol(path)) + chained + rest
 
-    return [(path[len(root) :].lstrip("/") if root else path, url(path)) for path in matches]
+    return [(path[len(root) :].lstrip("/") if root else path, url(path), (fs, path)) for path in matches]

@@ -1,34 +1,33 @@
-"""The Hugging Face Hub: data sets in shards, tokenizers, and what went wrong with either in one line.
+"""The Hugging Face Hub: data sets in shards, and its errors as one line.
 
-Nothing is run that was downloaded, nobody is asked anything, and HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT mean what they mean to
-Hugging Face's own libraries. Those read a token from the environment; this code looks at it only to keep it out of messages.
+No downloaded code is run and no question is asked. HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT have the meaning that Hugging Face's
+libraries give them. Those read a token from the environment; this code reads it only to keep it out of messages.
 """
 
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from mutransformer.config.data import SourceConfig
-from mutransformer.data.cache.store import describe, first_line
-from mutransformer.data.sources.readers import SPLITS, Part, Record, Split, encoded
-from mutransformer.errors import ConfigError, check
+from mutransformer.data.cache.store import checksum
+from mutransformer.data.sources.source import SPLITS, Record, SourceShard, Split, text_record
+from mutransformer.errors import ConfigError, check, first_line, translate_errors
 
 
 @dataclass(frozen=True)
-class HubPart:
+class HubShard:
     """A shard of a data set, streamed."""
 
     shard: Any  # a datasets.IterableDataset
     index: int
     path: str
     column: str
-    split: Optional[Split]
+    split: Split | None
     key: str  # of the source's settings
     remote: bool
-    size: int = 0  # not known
+    size: int = 0  # unknown
 
     @property
     def place(self) -> str:
@@ -39,27 +38,27 @@ class HubPart:
 
     def records(self) -> Iterator[Record]:
         shard, names = self.shard, self.shard.column_names
-        if names is not None:  # known before a row is read; a broken image beside the text is then not looked at
+        if names is not None:  # known before a row is read; other columns, such as a broken image, are then not decoded
             self._check(names)
             shard = shard.select_columns([self.column])
         for row, fields in enumerate(shard):
             self._check(fields)
-            yield encoded(f"{self.place}, row {row}", self.column, fields[self.column], self.split)
+            yield text_record(f"{self.place}, row {row}", self.column, fields[self.column], self.split)
 
     def _check(self, names: Collection[str]) -> None:
         if self.column not in names:
             raise ConfigError(f"{self.key}.column = {self.column}: no such column; {self.path} has {', '.join(names)}")
 
 
-def newest_commit(path: str, key: str, revision: str | None = None) -> str:
-    """The commit that a branch or tag of a data set is at, None for its main branch.
+def latest_commit(path: str, key: str, revision: str | None = None) -> str:
+    """The present commit of a branch or tag of a data set; of its main branch if revision is None.
 
     Raises:
-        ConfigError: the Hub does not tell.
+        ConfigError: the Hub cannot be reached, or has no such data set or revision.
     """
     import huggingface_hub
 
-    with told(f"{key}.path = {path}"):
+    with translate_errors(f"{key}.path = {path}", describe=describe_error):
         commit = huggingface_hub.HfApi().dataset_info(path, revision=revision).sha
     assert commit is not None, "the Hub gave no commit"
     return commit
@@ -70,81 +69,59 @@ def is_folder(path: str) -> bool:
 
 
 def identity(config: SourceConfig) -> list[Any]:
-    """What decides the records of a data set, known without asking the Hub: its commit, or the files of the folder."""
+    """What determines the records of a data set, known without a request to the Hub: its commit, or the files of the folder."""
     assert config.path is not None
-    version: Any = config.revision
+    which: list[Any] = [config.path, config.subset, config.revision]
     if is_folder(config.path):
-        files = sorted(p for p in Path(config.path).expanduser().rglob("*") if p.is_file())
-        version = [[str(p.relative_to(Path(config.path).expanduser())), describe(p)] for p in files]
-    name = None if is_folder(config.path) else config.path
-    return ["hub", name, config.subset, version, config.split, config.column, config.max_parts]
+        root = Path(config.path).expanduser()
+        files = sorted(path for path in root.rglob("*") if path.is_file())
+        which = [None, config.subset, [[str(path.relative_to(root)), checksum(path)] for path in files]]
+    return ["hub", *which, config.split, config.column, config.max_parts]
 
 
-def parts(config: SourceConfig, key: str) -> list[Part]:
-    """The shards of a data set: of all three splits if it has them, else of config.split, to be divided by hash.
+def hub_shards(config: SourceConfig, key: str) -> list[SourceShard]:
+    """The shards of a data set: of all three splits if it has them, else of config.split, to be divided by a hash.
 
     Raises:
         ConfigError: there is no such data set, subset, split or revision, or the Hub cannot be reached.
     """
     path, folder = config.path or "", is_folder(config.path or "")
-    datasets = _datasets(key)
-    given: dict[str, Any] = {"path": str(Path(path).expanduser()) if folder else path, "name": config.subset, "streaming": True}
-    if not folder:
-        given["revision"] = config.revision
-    with told(f"{key}.path = {path}"):
-        loaded = datasets.load_dataset(**given)
-    own = set(SPLITS) <= set(loaded)
-    check(own or config.split in loaded, f"{key}.split = {config.split}: {path} has the splits {', '.join(loaded)}")
-    found: list[Part] = []
-    for split in SPLITS if own else (config.split,):
-        dataset = loaded[split]
-        n = dataset.num_shards
-        for i in range(min(n, config.max_parts or n)):
-            shard = dataset.shard(num_shards=n, index=i)
-            found.append(HubPart(shard, i, path, config.column, _split(split) if own else None, key, remote=not folder))
-    return found
-
-
-def _split(name: str) -> Split:
-    return next(split for split in SPLITS if split == name)
-
-
-def _datasets(key: str) -> Any:
     try:
         import datasets
     except ImportError:
         raise ConfigError(f"{key}.source = hub: needs datasets: pip install 'mutransformer[hf]'") from None
     datasets.disable_progress_bars()
-    return datasets
+    location = {"path": str(Path(path).expanduser())} if folder else {"path": path, "revision": config.revision}
+    with translate_errors(f"{key}.path = {path}", describe=describe_error):
+        loaded: Any = datasets.load_dataset(**location, name=config.subset, streaming=True)
+    own = set(SPLITS) <= set(loaded)
+    check(own or config.split in loaded, f"{key}.split = {config.split}: {path} has the splits {', '.join(loaded)}")
+    names: list[tuple[str, Split | None]] = [(split, split) for split in SPLITS] if own else [(config.split, None)]
+    shards: list[SourceShard] = []
+    for name, split in names:
+        n = loaded[name].num_shards
+        for i in range(min(n, config.max_parts or n)):
+            shard = loaded[name].shard(num_shards=n, index=i)
+            shards.append(HubShard(shard, i, path, config.column, split, key, remote=not folder))
+    return shards
 
 
-@contextmanager
-def told(what: str) -> Iterator[None]:
-    """Turns what the Hub's libraries raise into a ConfigError that begins with `what`."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # they raise errors of many packages, and ValueError among them
-        raise ConfigError(f"{what}: {reason(error)}") from error
-
-
-def reason(error: BaseException) -> str:
-    """One line, without a token."""
-    text, seen = first_line(error), error
-    while seen is not None:  # the cause is often more telling than what was made of it
-        status = getattr(getattr(seen, "response", None), "status_code", None)
+def describe_error(error: BaseException) -> str:
+    """What an error of the Hub's libraries means, in one line and without the access token."""
+    text, cause = first_line(error), error
+    while cause is not None:  # a cause further down is often more specific
+        status = getattr(getattr(cause, "response", None), "status_code", None)
         if status == 429:
-            text = "the Hub asks to come back later (429: too many requests)"
+            text = "rate-limited by the Hub (429: too many requests); try again later"
         elif status in (401, 403):
-            text = f"the Hub refuses access ({status}): a private or gated one needs HF_TOKEN in the environment"
+            text = f"the Hub refuses access ({status}): a private or gated repository needs HF_TOKEN in the environment"
         elif status == 404:
-            text = "the Hub has none of that name (404); a private one needs HF_TOKEN in the environment"
-        elif type(seen).__name__ == "OfflineModeIsEnabled":
+            text = "not found on the Hub (404); a private repository needs HF_TOKEN in the environment"
+        elif type(cause).__name__ == "OfflineModeIsEnabled":
             text = "HF_HUB_OFFLINE is set, and it is not in the cache"
-        elif type(seen).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError", "NameResolutionError"):
-            text = f"the Hub cannot be reached: {first_line(seen)}"
-        seen = seen.__cause__ or seen.__context__
+        elif type(cause).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError", "NameResolutionError"):
+            text = f"the Hub cannot be reached: {first_line(cause)}"
+        cause = cause.__cause__ or cause.__context__
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if token := os.environ.get(name):
             text = text.replace(token, "***")

@@ -1,49 +1,46 @@
-"""The tokenizer that a config names: given, fetched and kept, or trained here on the train split and kept."""
+"""The tokenizer that a config names: read from a file, fetched from the Hub, or trained on the train split and cached."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mutransformer.config.data import DataConfig
-from mutransformer.data.cache import store as cache
-from mutransformer.data.cache.build import Host
-from mutransformer.data.cache.store import Store
-from mutransformer.data.cache.tokenize_shard import retried
-from mutransformer.data.sources.readers import Part
-from mutransformer.data.sources.registry import Accepted, Source
-from mutransformer.data.sources.splits import shares_of
-from mutransformer.data.tokenizers import hf as hf_tokenizer
-from mutransformer.data.tokenizers.hf import HFTokenizer
-from mutransformer.data.tokenizers.sentencepiece import (
-    TRAINING_VERSION,
-    ByteTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    train_sentencepiece,
-)
+from mutransformer.data.cache.store import Store, cached_files, checksum
+from mutransformer.data.sources.reader import RecordReader, with_retries
+from mutransformer.data.sources.source import Source, SourceShard
+from mutransformer.data.sources.splits import held_out_fractions
+from mutransformer.data.tokenizers import hf
+from mutransformer.data.tokenizers.byte import ByteTokenizer
+from mutransformer.data.tokenizers.sentencepiece import TRAINING_VERSION, SentencePieceTokenizer, train_sentencepiece
+from mutransformer.data.tokenizers.tokenizer import Tokenizer
 from mutransformer.errors import check
 
 _SAMPLE_BYTES = 256 << 20  # of text up to which a tokenizer is trained on all of it
-_SAMPLE_PARTS, _SAMPLE_PART = 16, 1 << 20  # beyond: the first so many bytes of so many parts
+_SAMPLE_SHARDS, _SAMPLE_PER_SHARD = 16, 1 << 20  # beyond that: the first bytes of this many shards
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx"}
-
-Write = Callable[[Path], dict[str, Any]]
 
 _log = logging.getLogger(__name__)
 
 
-def open_tokenizer(config: DataConfig, store: Store, host: Host, sources: Sequence[Source]) -> Tokenizer:
-    """The tokenizer that config names, kept in store if it is fetched or trained.
+def open_tokenizer(config: DataConfig, store: Store, sources: Sequence[Source]) -> Tokenizer:
+    """The tokenizer that config names, cached in store if it is fetched or trained.
 
     Raises:
-        ConfigError: there is none, it is none, or it cannot be trained on the sources.
+        ConfigError: it is missing, is not a tokenizer, or cannot be trained on the sources.
+        Corrupt: the store is read-only, and the tokenizer is not in it.
     """
-    return TOKENIZERS[config.tokenizer](config, store, host, sources)
+    match config.tokenizer:
+        case "bytes":
+            return ByteTokenizer()
+        case "hf":
+            return _open_hf(config, store)
+        case "sentencepiece":
+            return _open_sentencepiece(config, store, sources)
 
 
-def kept_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
+def saved_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
     """The tokenizer of a run, from the copies of its files in the run's folder.
 
     Raises:
@@ -54,75 +51,57 @@ def kept_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
         return ByteTokenizer()
     if config.tokenizer == "sentencepiece":
         return SentencePieceTokenizer(folder / "tokenizer.model")
-    missing = [name for name in hf_tokenizer.FILES if not (folder / name).is_file()]
+    missing = [name for name in hf.FILES if not (folder / name).is_file()]
     check(not missing, f"{folder}: lacks the tokenizer's {' and '.join(missing)}, which a run copies to its folder")
-    return HFTokenizer(*(folder / name for name in hf_tokenizer.FILES))
+    return hf.HFTokenizer(*(folder / name for name in hf.FILES))
 
 
-def _sentencepiece(config: DataConfig, store: Store, host: Host, sources: Sequence[Source]) -> Tokenizer:
+def _open_sentencepiece(config: DataConfig, store: Store, sources: Sequence[Source]) -> Tokenizer:
     if config.tokenizer_file is not None:
         return SentencePieceTokenizer(Path(config.tokenizer_file).expanduser())
     check(bool(sources), "data.tokenizer_file is not set: a tokenizer cannot be trained on tokens")
 
-    def write(at: Path) -> dict[str, Any]:
+    def write(folder: Path) -> dict[str, Any]:
         _log.info("training a SentencePiece tokenizer (%d pieces)", config.vocab_size)
-        train_sentencepiece(training_texts(config, sources), config.vocab_size, at / "tokenizer.model")
+        train_sentencepiece(training_texts(config, sources), config.vocab_size, folder / "tokenizer.model")
         return {}
 
-    settings = [[s.identity for s in sources], *shares_of(config), config.on_bad_record, config.vocab_size, TRAINING_VERSION]
-    return SentencePieceTokenizer(_entry(store, host, settings, ["tokenizer.model"], write)[0])
+    fractions, identities = held_out_fractions(config), [source.identity for source in sources]
+    settings = [identities, *fractions, config.on_bad_record, config.vocab_size, TRAINING_VERSION]
+    return SentencePieceTokenizer(*cached_files(store, "tokenizer", settings, ["tokenizer.model"], write))
+
+
+def _open_hf(config: DataConfig, store: Store) -> Tokenizer:
+    """The Hub is asked once and its answer cached; a folder is read each time, without weights in it, to notice a change."""
+    name = config.tokenizer_file or ""
+    folder = Path(name).expanduser()
+    version: Any = name
+    if folder.is_dir():
+        files = sorted(path for path in folder.iterdir() if path.suffix not in _WEIGHTS and path.is_file())
+        version = [checksum(path)["sha256"] for path in files]
+    write = partial(hf.convert, name, config.eos_token)
+    return hf.HFTokenizer(*cached_files(store, "tokenizer", ["hf", version, config.eos_token], hf.FILES, write))
 
 
 def training_texts(config: DataConfig, sources: Sequence[Source]) -> list[str]:
-    """Texts of the train splits for a tokenizer to be trained on: all, or of much text a sample, always the same."""
+    """Texts of the train splits to train a tokenizer on: all of them, or of much text a sample, always the same."""
     texts: list[str] = []
     for source in sources:
-        parts = source.parts()
-        whole = all(part.size for part in parts) and sum(part.size for part in parts) <= _SAMPLE_BYTES
-        every = 1 if whole else max(1, len(parts) // _SAMPLE_PARTS)
-        most = _SAMPLE_BYTES if whole else _SAMPLE_PART
-        for part in parts[::every]:
-            texts += retried(part, source.key, partial(_train_texts, part, source.key, config, most))
+        shards = source.shards()
+        use_all = all(shard.size for shard in shards) and sum(shard.size for shard in shards) <= _SAMPLE_BYTES
+        every = 1 if use_all else max(1, len(shards) // _SAMPLE_SHARDS)
+        n_bytes = _SAMPLE_BYTES if use_all else _SAMPLE_PER_SHARD
+        for shard in shards[::every]:
+            texts += with_retries(shard, source.key, partial(_train_texts, shard, source.key, config, n_bytes))
     return texts
 
 
-def _train_texts(part: Part, key: str, config: DataConfig, n_bytes: int) -> list[str]:
+def _train_texts(shard: SourceShard, key: str, config: DataConfig, n_bytes: int) -> list[str]:
     texts: list[str] = []
-    for data, split in Accepted(part, key, config.on_bad_record, shares_of(config)):
+    for data, split in RecordReader(shard, key, config.on_bad_record, held_out_fractions(config)):
         if split == "train":
             texts.append(data.decode())
             n_bytes -= len(data)
         if n_bytes <= 0:
             break
     return texts
-
-
-def _bytes(config: DataConfig, store: Store, host: Host, sources: Sequence[Source]) -> Tokenizer:
-    return ByteTokenizer()
-
-
-def _hf(config: DataConfig, store: Store, host: Host, sources: Sequence[Source]) -> Tokenizer:
-    """The Hub is asked once, what it gave is kept; a folder is read each time, to notice a change: not the weights in it."""
-    name = config.tokenizer_file or ""
-    write = partial(hf_tokenizer.convert, name, config.eos_token)
-    folder = Path(name).expanduser()
-    files = None
-    if folder.is_dir():
-        read = sorted(path for path in folder.iterdir() if path.suffix not in _WEIGHTS and path.is_file())
-        files = [cache.describe(path)["sha256"] for path in read]
-    settings = ["hf", name if files is None else files, config.eos_token]
-    return HFTokenizer(*_entry(store, host, settings, hf_tokenizer.FILES, write))
-
-
-def _entry(
-    store: Store, host: Host, settings: list[Any], files: list[str], write: Callable[[Path], dict[str, Any]]
-) -> list[Path]:
-    host.after_first(lambda: store.read(f"tokenizer-{cache.name_of(settings)}/{cache.MANIFEST}") is not None)
-    return cache.entry(store, "tokenizer", settings, files, write)
-
-
-TOKENIZERS: dict[str, Callable[[DataConfig, Store, Host, Sequence[Source]], Tokenizer]] = {
-    "bytes": _bytes,
-    "sentencepiece": _sentencepiece,
-    "hf": _hf,
-}

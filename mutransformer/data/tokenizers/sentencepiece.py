@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back. They say nothing about where a trained model is kept; corpus.py does."""
+"""SentencePiece: a model read from a file, and the training of one."""
 
 import hashlib
 import io
@@ -6,81 +6,27 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import sentencepiece
 from jaxtyping import Int32, Integer
 
-from mutransformer.data.sources.files import cut
+from mutransformer.data.sources.cut import cut
 from mutransformer.errors import ConfigError, check
 
 TRAINING_VERSION = 1  # of train_sentencepiece; another number trains cached tokenizers again
 
 _TRAINING_BYTES = 3_000_000  # more text takes longer and gives the same compression within 0.2 %
-_SENTENCE_BYTES = 1024  # a training sentence: whole lines, below SentencePiece's limit of 4192 bytes
-_SPACE = "\u2581"  # SentencePiece's own sign for a space
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """Ids lie in 0 ... n_vocab - 1. pad_id may equal eos_id."""
-
-    @property
-    def n_vocab(self) -> int: ...
-
-    @property
-    def bos_id(self) -> int: ...
-
-    @property
-    def eos_id(self) -> int: ...
-
-    @property
-    def pad_id(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of all that decides the ids of a text."""
-        ...
-
-    def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
-        """The ids of each text, without bos and eos; a text that spells a special token gets ordinary ids."""
-        ...
-
-    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
-        """The text of the ids; special ids give nothing."""
-        ...
-
-    def files(self) -> dict[str, Path]:
-        """What it was read from by name, to be kept beside a run."""
-        ...
-
-
-class ByteTokenizer:
-    """UTF-8 bytes as ids, then bos, eos and pad."""
-
-    n_vocab = 259
-    bos_id = 256
-    eos_id = 257
-    pad_id = 258
-    fingerprint = hashlib.sha256(b"bytes bos eos pad").hexdigest()
-
-    def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
-        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
-
-    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
-        """As Tokenizer.decode; bytes that are not UTF-8 give U+FFFD."""
-        return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
-
-    def files(self) -> dict[str, Path]:
-        return {}
+_SENTENCE_BYTES = 1024  # a training sentence: complete lines, below SentencePiece's limit of 4192 bytes
+_SPACE = "\u2581"  # SentencePiece's own symbol for a space
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. bos and pad fall back on eos where the model has none.
+    """A SentencePiece model. If it has no bos or pad, eos takes their place.
 
     Raises:
-        ConfigError: the file cannot be read, is no SentencePiece model, or has no eos.
+        ConfigError: the file cannot be read, is not a SentencePiece model, or has no eos.
     """
 
     def __init__(self, model_file: Path):
@@ -102,14 +48,14 @@ class SentencePieceTokenizer:
         self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
         self.fingerprint = hashlib.sha256(proto).hexdigest()
         bytes_of_space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        spelled = all(map(self._model.is_byte, bytes_of_space))
-        self._space_ids = np.array(bytes_of_space, np.int32) if spelled else None
+        has_bytes = all(map(self._model.is_byte, bytes_of_space))
+        self._space_ids = np.array(bytes_of_space, np.int32) if has_bytes else None
 
-    def __reduce__(self) -> Any:  # by its file: a parent writes to its children one after another, each waits until it is read
+    def __reduce__(self) -> Any:  # the file name only: workers are started one after another, each waits for its data
         return SentencePieceTokenizer, (self.model_file,)
 
     def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
-        # SentencePiece would turn its sign for a space into a space; spelled in bytes the sign survives.
+        # SentencePiece would decode its symbol for a space as a space; spelled in bytes the symbol survives.
         split = [[text] if self._space_ids is None else text.split(_SPACE) for text in texts]
         flat = [part for parts in split for part in parts]
         encoded = iter(self._model.encode(flat, num_threads=threads, return_type="numpy"))
@@ -129,9 +75,9 @@ class SentencePieceTokenizer:
 
 
 def train_sentencepiece(texts: list[str], vocab_size: int, path: Path) -> None:
-    """Trains a byte-pair SentencePiece model that decodes to the very text, and writes it to path.
+    """Trains a byte-pair SentencePiece model whose decoding is exact, and writes it to path.
 
-    The same texts give the same model. Spaces, tabs and line ends are text like any other; a character outside the vocabulary is
+    The same texts give the same model. Spaces, tabs and line ends are ordinary text; characters outside the vocabulary are
     spelled in bytes. Text beyond a few megabytes is sampled evenly.
 
     Args:
@@ -159,7 +105,7 @@ def train_sentencepiece(texts: list[str], vocab_size: int, path: Path) -> None:
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,  # indentation
-            split_digits=True,  # so that all numbers are spelled alike
+            split_digits=True,  # so that every number is spelled the same way
             pad_id=3,
             num_threads=2,
             minloglevel=2,

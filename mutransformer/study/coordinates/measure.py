@@ -17,7 +17,7 @@ from jax import Array
 
 from mutransformer.config.schema import Config
 from mutransformer.data.batches import pipeline
-from mutransformer.data.cache.prepare import Corpus
+from mutransformer.data.cache.dataset import Corpus
 from mutransformer.model.ops import shift_right
 from mutransformer.model.transformer import Activations, Forward, Transformer
 from mutransformer.sharding.collectives import mean_xy

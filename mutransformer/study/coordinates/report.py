@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 
-import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
 from mutransformer.data.cache.prepare import prepare
+from mutransformer.sharding.processes import all_processes
 from mutransformer.study.coordinates.measure import Axis, Coordinate, measure
 from mutransformer.study.coordinates.slopes import KINDS, Limits, Line, judge, lines, table
 from mutransformer.study.sweep.grid import Job
@@ -47,7 +47,7 @@ def coordinate_check(
     found: list[Coordinate] = []
     for job in (*subject, *control):
         at = job.config.model.d_model if axis == "width" else job.config.model.n_layer
-        corpus = prepare(job.config.data, jax.process_count(), jax.process_index())
+        corpus = prepare(job.config.data, all_processes())
         job = Job(job.variant, job.config.with_vocab(corpus.tokenizer.n_vocab))
         found += measure(job, at, seeds, steps, corpus)
         _log.info("%s, %s %d: measured", job.variant, axis, at)

@@ -18,10 +18,11 @@ from jaxtyping import Float
 
 from mutransformer.config.schema import Config
 from mutransformer.data.batches import pipeline
-from mutransformer.data.cache.prepare import Corpus, prepare
+from mutransformer.data.cache.dataset import Corpus
+from mutransformer.data.cache.prepare import prepare
 from mutransformer.errors import FINISHED, STOPPED, check
 from mutransformer.sharding.devices import memory_limit
-from mutransformer.sharding.processes import StopRequest, stop_on_signals
+from mutransformer.sharding.processes import StopRequest, all_processes, stop_on_signals
 from mutransformer.study.sweep import records
 from mutransformer.study.sweep.grid import Job, changed
 from mutransformer.study.sweep.parallel_runs import Fleet, Sharded
@@ -58,7 +59,7 @@ def sweep(jobs: Sequence[Job], points: Sequence[Point], folder: Path, memory: Op
     _log.info("%d runs to train, %d are there; results: %s", n_todo, len(jobs) * len(points) - n_todo, path)
     with stop_on_signals() as stop:
         for job, missing in todo:
-            corpus = prepare(job.config.data, jax.process_count(), jax.process_index())
+            corpus = prepare(job.config.data, all_processes())
             job = Job(job.variant, job.config.with_vocab(corpus.tokenizer.n_vocab))
             for fleet, together in _groups(job.config, corpus, missing, memory):
                 runs = _train(job, fleet, together, corpus, folder, stop)

@@ -1,0 +1,163 @@
+"""Documents of plain text: files, cut in pieces where one holds much of the text, and Python's standard library.
+
+Whole files go to a split by a hash of their names. A file that holds much of the text is cut in pieces that are hashed one by
+one, so that a single long file can be trained on as well.
+"""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mutransformer.config.data import SourceConfig
+from mutransformer.data.sources.cut import cut_points
+from mutransformer.data.sources.files import File, find_by_split, map_parallel
+from mutransformer.data.sources.jsonl import count_newlines
+from mutransformer.data.sources.source import SHARD_BYTES, SPLITS, UTF8_BOM, Record, SourceShard, Split
+from mutransformer.data.sources.splits import Fractions, assign_splits
+from mutransformer.errors import check
+
+_SMALLEST_PIECE = 64  # bytes
+_STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file, or consecutive pieces of one file that are in the same split."""
+
+    name: str  # independent of where the folder lies; "file#k" for text that starts at piece k
+    file: File
+    start: int  # bytes of the file, without a byte-order mark
+    stop: int
+    split: Split | None = None
+
+    @property
+    def data(self) -> bytes:
+        with self.file.open() as file:
+            file.seek(self.start)
+            return file.read(self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class DocumentShard:
+    """Documents with their splits."""
+
+    documents: tuple[Document, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(d.stop - d.start for d in self.documents)
+
+    @property
+    def remote(self) -> bool:
+        return any(d.file.remote for d in self.documents)
+
+    @property
+    def place(self) -> str:
+        paths = [d.file.path for d in self.documents]
+        return paths[0] if len(set(paths)) == 1 else f"{paths[0]} ... {paths[-1]}"
+
+    def identity(self) -> list[Any]:
+        return [[d.name, d.split, d.file.version, d.start, d.stop] for d in self.documents]
+
+    def records(self) -> Iterator[Record]:
+        for d in self.documents:
+            data = d.data
+            try:
+                data.decode()
+                yield Record(d.file.path, data, d.split)
+            except UnicodeDecodeError as error:
+                line = data.count(b"\n", 0, error.start) + count_newlines(d.file, d.start) + 1
+                place = f"{d.file.path}, line {line}, byte {d.start + error.start}"
+                yield Record(place, None, reason=f"not UTF-8 ({error.reason})")
+
+
+def stdlib_shards(config: SourceConfig, key: str, fractions: Fractions) -> list[SourceShard]:
+    """Python's standard library without its tests: the same for every installation of one Python version. Files are not cut."""
+    root = Path(sysconfig.get_path("stdlib"))
+    documents: list[Document] = []
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in _STDLIB_SKIP and not name.startswith("config-")]
+        for file in files:
+            # The settings of the build contain paths of the machine that built it.
+            if not file.endswith(".py") or file.startswith("_sysconfigdata"):
+                continue
+            path = Path(folder, file)
+            data = path.read_bytes()
+            try:
+                text = data.decode("utf-8-sig")
+            except UnicodeDecodeError:  # fixtures in other encodings are part of the library
+                continue
+            if text:
+                name = path.relative_to(root).as_posix()
+                found = File(name, str(path), len(data), hashlib.sha256(data).hexdigest())
+                documents.append(Document(name, found, len(data) - len(text.encode()), len(data)))
+    return _group(_divide(sorted(documents, key=lambda d: d.name), key, fractions))
+
+
+def text_shards(config: SourceConfig, key: str, fractions: Fractions) -> list[SourceShard]:
+    """Files of text. One with more than about 1/100 of the text is cut in pieces of about 1/400 of the text or more.
+
+    So some hundred files of similar size are each in one split, and a single file is divided among the splits. The size is a
+    power of two, so that text added later seldom moves the cuts. A document is read into memory: it has at most about
+    SHARD_BYTES, or twice as much if it is a file that is not cut.
+    """
+    files = find_by_split(config, key)
+    if config.validation_files:
+        size = SHARD_BYTES // 4
+    else:
+        total = sum(file.size for _, file in files)
+        size = min(max(_SMALLEST_PIECE, 1 << max(0, (total // 256).bit_length() - 1)), SHARD_BYTES // 2)
+    found = map_parallel(lambda file: _pieces(file, size), [file for _, file in files])
+    pieces = [replace(piece, split=split) for (split, _), pieces in zip(files, found, strict=True) for piece in pieces]
+    return _group(pieces if config.validation_files else _divide(pieces, key, fractions, f", {key}.files = {config.files}"))
+
+
+def _pieces(file: File, size: int) -> list[Document]:
+    """A file as one document, or one of more than 4 * size bytes in pieces of size to 2 * size; none if it is empty."""
+    with file.open() as opened:
+
+        def read(first: int, last: int) -> bytes:
+            opened.seek(first)
+            return opened.read(last - first)
+
+        start = len(UTF8_BOM) if read(0, len(UTF8_BOM)) == UTF8_BOM else 0
+        if file.size - start <= 4 * size:
+            return [Document(file.name, file, start, file.size)] if file.size > start else []
+        cuts = [start, *cut_points(read, start, file.size, size)]
+        return [Document(f"{file.name}#{k}", file, *span) for k, span in enumerate(pairwise(cuts))]
+
+
+def _divide(pieces: list[Document], key: str, fractions: Fractions, files: str = "") -> list[Document]:
+    """Gives each piece its split by a hash of its name."""
+    size = sum(piece.stop - piece.start for piece in pieces)
+    check(
+        len(pieces) >= len(SPLITS),
+        f"{key}.source{files}: {size} bytes of text are too few for a train, a validation and a test split",
+    )
+    splits = assign_splits([piece.name for piece in pieces], *fractions)
+    return [replace(piece, split=split) for piece, split in zip(pieces, splits, strict=True)]
+
+
+def _group(pieces: Iterable[Document]) -> list[SourceShard]:
+    """Joins consecutive pieces of a file that are in the same split, and groups documents to shards of about SHARD_BYTES."""
+    documents: list[Document] = []
+    for piece in pieces:
+        last = documents[-1] if documents else None
+        if last and last.file is piece.file and last.split == piece.split and piece.stop - last.start <= SHARD_BYTES:
+            documents[-1] = replace(last, stop=piece.stop)
+        else:
+            documents.append(piece)
+    groups: list[list[Document]] = []
+    size = SHARD_BYTES
+    for document in documents:
+        if size >= SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(document)
+        size += document.stop - document.start
+    return [DocumentShard(tuple(group)) for group in groups]
