@@ -15,13 +15,13 @@ usage() {
   cat <<'EOF'
 usage: scripts/tpu_vm_setup.sh [options]
 
-Makes a virtual environment, installs this checkout into it, and checks that JAX sees the devices. What is there already is kept, so
-that it can be run again. On a slice of several hosts run it on all workers at the same time: the check waits for all of them.
+Creates a virtual environment, installs this checkout into it, and checks that JAX sees the devices. It keeps an existing environment, so
+it can be run again. On a slice of several hosts run it on all workers at the same time: the check waits for all of them.
 
   --venv DIR        the virtual environment (.venv in this checkout)
-  --extras LIST     extras of the package to install (tpu); tpu,gcs for a cache at gs://
+  --extras LIST     extras of the package to install (tpu); use tpu,gcs for a cache at gs://
   --python PATH     a Python, 3.11 or newer (the first found of python3.12, python3.11, python3.13, python3; else apt-get's python3.11)
-  --tmux            install tmux too, if it is missing
+  --tmux            also install tmux, if it is missing
   --no-check        do not start JAX
   --platform NAME   the platform that the check expects (tpu)
   --timeout S       seconds that the check may take (900)
@@ -48,13 +48,13 @@ while (($#)); do
 done
 [[ $timeout =~ ^[1-9][0-9]*$ ]] || die "--timeout $timeout: must be a number of seconds"
 
-install() { # with apt-get, which may be busy for the first minutes of a new VM
-  command -v apt-get > /dev/null || die "$* not found, nor apt-get to install it"
+install() { # by apt-get, which may be busy in the first minutes of a new VM
+  command -v apt-get > /dev/null || die "$* not found, and no apt-get to install it"
   sudo apt-get -o DPkg::Lock::Timeout=300 update -q
   sudo DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -q -y "$@"
 }
 
-fits() { # new enough, and able to make virtual environments (a package of its own on Debian and Ubuntu)
+fits() { # new enough, and able to create virtual environments (venv is a separate package on Debian and Ubuntu)
   "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null
 }
 
@@ -63,9 +63,9 @@ if [[ $tmux = yes ]] && ! command -v tmux > /dev/null; then
 fi
 
 if [[ -x $venv/bin/python ]]; then
-  fits "$venv/bin/python" || die "$venv: holds a Python that is broken or older than 3.11; remove it or choose another --venv"
+  fits "$venv/bin/python" || die "$venv: contains a Python that is broken or older than 3.11; remove it or choose another --venv"
 else
-  [[ ! -e $venv ]] || die "$venv: is in the way, and no virtual environment; remove it or choose another --venv"
+  [[ ! -e $venv ]] || die "$venv: exists and is not a virtual environment; remove it or choose another --venv"
   if [[ -n $python ]]; then
     fits "$python" || die "--python $python: must be Python 3.11 or newer, with the modules venv and ensurepip"
   else
@@ -78,7 +78,7 @@ else
     if [[ -z $python ]]; then
       install python3.11 python3.11-venv
       python=python3.11
-      fits "$python" || die "$python was installed, but cannot make virtual environments; give another with --python"
+      fits "$python" || die "$python was installed, but cannot create virtual environments; choose another with --python"
     fi
   fi
   "$python" -m venv "$venv"
@@ -91,13 +91,15 @@ if [[ $check = yes ]]; then
   timeout $((timeout + 60)) "$venv/bin/python" - "$platform" "$timeout" << 'EOF' || code=$?
 import sys
 
-from mutransformer.config import ConfigError, DistributedConfig
-from mutransformer.launch import connect, guarded
+from mutransformer.cli import run_cli
+from mutransformer.config.run import DistributedConfig
+from mutransformer.errors import ConfigError
+from mutransformer.sharding.processes import join_processes
 
 
 def check() -> int:
     platform, timeout = sys.argv[1:]
-    connect(DistributedConfig(enabled=True, timeout=int(timeout)))
+    join_processes(DistributedConfig(enabled=True, timeout=int(timeout)))
     import jax
 
     found = jax.devices()[0].platform
@@ -108,7 +110,7 @@ def check() -> int:
     return 0
 
 
-sys.exit(guarded(check))
+sys.exit(run_cli(check))
 EOF
   [[ $code -ne 124 ]] || die "the check took more than $timeout s; on a slice all workers must run it at the same time"
   exit "$code"

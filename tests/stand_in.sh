@@ -1,6 +1,6 @@
 #!/bin/bash
-# Stands in for the programs of docs/launch.md, by the name that it is called by: tells tests/test_docs.py what it was asked,
-# and runs on this machine what it would have run elsewhere. BOX is the test's folder, PYTHON a real Python.
+# Stands in for the programs of docs/launch.md, under the name by which it is called: it records its arguments for
+# tests/test_docs.py, and runs here what the program would run elsewhere. BOX is the test's folder, PYTHON a real Python.
 name=${0##*/}
 { printf '%s\0' "$name" "$@"; printf '\1\0'; } >> "$BOX/calls"
 last=${!#}
@@ -39,13 +39,13 @@ case $name in
     done
     SLURM_JOB_ID=77 bash "$@"
     ;;
-  srun) # only the first and the last of two tasks; the step ends with the largest exit code
+  srun) # two tasks, or none with a given exit code; the step ends with the larger exit code
+    [[ -v SRUN_CODE ]] && exit "$SRUN_CODE"
     while [[ $1 = --* ]]; do shift; done
     code=0
     for task in 0 1; do
       SLURM_PROCID=$task "$@" || code=$?
     done
-    [[ $code -gt 0 ]] || code=${SRUN_CODE:-0}
     exit "$code"
     ;;
   xpk)
@@ -57,6 +57,7 @@ case $name in
     [[ $1 != apply ]] || cat > "$BOX/applied.yaml"
     ;;
   mountpoint) exit 1 ;;
+  mutransformer) ;; # test_commands_resolve reads its command lines
   python*)
     case "$1 $2" in
       "-m venv")
@@ -69,13 +70,12 @@ case $name in
         if [[ -v CHECK ]]; then exec "$PYTHON" "$@"; else cat > /dev/null; fi
         ;;
       *scripts/train.py*)
-        if [[ -v MORE ]]; then # for real, on settings of the test's
+        if [[ -v MORE ]]; then # a real run, with the test's settings
           readarray -t more < "$MORE"
           exec "$PYTHON" "$@" "${more[@]}"
         fi
         "$PYTHON" "$@" --print-config > "$BOX/printed.$$" && mv "$BOX/printed.$$" "$BOX/config.$$"
         ;;
-      *scripts/prepare_data.py*) ;; # has no --print-config: its settings are resolved by another test
       *) echo "stand-in: python $*" >&2; exit 9 ;;
     esac
     ;;

@@ -1,8 +1,9 @@
-"""The commands of README and docs/: they parse, their settings and options exist, and the recipes do what they say, dry.
+"""The docs are true: commands parse, settings, files and links exist, and a dry run of the recipes does what they say.
 
-Nothing here reaches another machine: what a recipe calls (gcloud, ssh, srun, ...) is replaced by tests/stand_in.sh.
+Nothing here reaches another machine: tests/stand_in.sh replaces the programs that a recipe calls (gcloud, ssh, srun, ...).
 """
 
+import ast
 import os
 import re
 import runpy
@@ -10,8 +11,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
+import tomllib
 from argparse import ArgumentParser
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +25,19 @@ import yaml
 from jax._src.clusters import ClusterEnv
 from runs import ROOT, free_port, metrics
 from runs import settings as tiny
+from test_layers import FLOORS
 
+import mutransformer
+from mutransformer import cli
 from mutransformer.config import load as settings
-from mutransformer.config.schema import Config
+from mutransformer.config.schema import Config, all_settings
 from mutransformer.errors import STOPPED, USAGE_ERROR, ConfigError
 
 LAUNCH = ROOT / "docs/launch.md"
-PAGES = [ROOT / "README.md", ROOT / "results/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = "gcloud ssh tmux git sbatch srun scontrol xpk kubectl tensorboard pip sudo mountpoint pkill python python3.12".split()
+README, CHANGES = ROOT / "README.md", ROOT / "CHANGELOG.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", CHANGES, ROOT / "results/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = "gcloud ssh tmux git sbatch srun scontrol xpk kubectl tensorboard pip sudo mountpoint pkill".split()
+PROGRAMS += ["python", "python3.12", "mutransformer"]
 SET = {
     "REPO_URL": "https://git.example/mutransformer",
     "PROJECT": "project",
@@ -39,7 +49,7 @@ SET = {
     "CLAIM": "claim",
     "CLUSTER": "cluster",
 }
-# Of gcloud's TPU commands, as their --help lists them.
+# The options of gcloud's TPU commands, as their --help lists them.
 EVERYWHERE = {"--project", "--zone", "--quiet", "--format"}
 GCLOUD = {
     "create": EVERYWHERE | {"--accelerator-type", "--version", "--spot"},
@@ -52,56 +62,63 @@ GCLOUD = {
 def blocks(page: Path, language: str = "bash") -> list[tuple[str, str]]:
     """(heading, code) of each block in a language."""
     heading, found = "", []
-    for match in re.finditer(r"^#+ ([^\n]*)|^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(r"^#+ ([^\n]*)|^ *```(\w*)\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL):
         if match[1]:
             heading = match[1]
         elif match[2] == language:
-            found.append((heading, match[3]))
+            found.append((heading, textwrap.dedent(match[3])))
     return found
 
 
 def commands(page: Path) -> list[str]:
-    """The command lines that begin with `python scripts/...`, as they are written."""
+    """The command lines `mutransformer ...` and `python scripts/...` in the shell blocks, as they are written."""
     lines = "\n".join(code for _, code in blocks(page)).replace("\\\n", " ").splitlines()
-    return [found[0] for line in lines if (found := re.search(r"(?<![\w/'\"=.*])python (-u )?scripts/.*", line))]
+    written = re.compile(r"(?<![\w/'\"=.*])(mutransformer [a-z]|python (-u )?scripts/).*")
+    return [found[0] for line in lines if (found := written.search(line))]
 
 
 def resolve(command: str, monkeypatch: pytest.MonkeyPatch) -> Config | None:
-    """Lets the script's own parser read a command, and `settings.load` its settings; None if it takes none."""
+    """Has the program's own parser read a command, and `settings.load` its settings; None if it takes none."""
     words = shlex.split(re.sub(r"\$(\w+)", lambda m: {**SET, "SHARED": "/shared"}[m[1]], command), comments=True)
-    script = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
 
-    class Read(Exception):
+    class Parsed(Exception):
         pass
 
     def stopping(method: str) -> Any:
         real = getattr(ArgumentParser, method)
 
         def parse(self: ArgumentParser, *args: Any) -> None:
-            raise Read(real(self, *args))
+            raise Parsed(real(self, *args))
 
         return parse
 
     with monkeypatch.context() as patch:
         for method in ("parse_args", "parse_intermixed_args"):
             patch.setattr(ArgumentParser, method, stopping(method))
-        patch.setattr(sys, "argv", words[script:])
         patch.chdir(ROOT)
         try:
-            runpy.run_path(words[script], run_name="__main__")
-        except Read as read:
-            (given,) = read.args
+            code = None
+            if words[0] == "mutransformer":
+                code = cli.main(words[1:])
+            else:
+                script = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
+                patch.setattr(sys, "argv", words[script:])
+                runpy.run_path(words[script], run_name="__main__")
+        except Parsed as parsed:
+            (options,) = parsed.args
         except SystemExit as ended:
-            assert ended.code == 0 and "--help" in words, f"{command}: exit code {ended.code}"
+            assert ended.code == 0 and {"--help", "--help-config"} & set(words), f"{command}: exit code {ended.code}"
             return None
         else:
-            raise AssertionError(f"{command}: it reads no command line")
-        if not hasattr(given, "settings"):
+            raise AssertionError(f"{command}: exit code {code}, it reads no command line")
+        if not hasattr(options, "settings"):
             return None
-        return settings.load([arg for arg in given.settings if not re.fullmatch(r"runs/\w+/config.yaml", arg)])  # of a future run
+        future = re.compile(r"runs/\w+/config.yaml")  # of a run that is yet to come
+        return settings.load([arg for arg in options.settings if not future.fullmatch(arg)])
 
 
-@pytest.mark.parametrize("command", sorted({command for page in PAGES for command in commands(page)}))
+@pytest.mark.parametrize("command", sorted({command for page in PAGES for command in commands(page)}), ids=lambda c: c[:40])
 def test_commands_resolve(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     resolve(command, monkeypatch)
 
@@ -109,19 +126,22 @@ def test_commands_resolve(command: str, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     "command, error",
     [
-        ("python scripts/train.py configs/small.yaml optim.learning_rate=1", ConfigError),
+        ("mutransformer train small optim.learning_rate=1", ConfigError),
+        ("mutransformer trian small", AssertionError),
+        ("mutransformer sweep small --width 64 --lrs 0.1 --typo", AssertionError),
         ("python scripts/train.py configs/smal.yaml", ConfigError),
         ("python scripts/prepare_data.py configs/small.yaml --dryrun", AssertionError),
     ],
 )
-def test_a_wrong_command_would_be_found(command: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_command_is_found(command: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(error):
         resolve(command, monkeypatch)
 
 
 def test_commands_are_found() -> None:
-    assert len(commands(ROOT / "README.md")) >= 12 and len(commands(LAUNCH)) >= 2
-    assert all(blocks(page) for page in PAGES)
+    assert len(commands(README)) >= 9 and len(commands(LAUNCH)) >= 2
+    assert {command.split()[0] for command in commands(README)} == {"mutransformer", "python"}
+    assert all(blocks(page) for page in (README, LAUNCH, ROOT / "CONTRIBUTING.md", ROOT / "results/README.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -131,20 +151,133 @@ def test_shell_blocks_parse(page: Path) -> None:
         assert done.returncode == 0 and not done.stderr, f"{heading}: {done.stderr}"
 
 
-@pytest.mark.parametrize("script", ["scripts/tpu_vm_setup.sh", "docs/slurm.sbatch", "tests/stand_in.sh"])
+@pytest.mark.parametrize("script", ["scripts/tpu_vm_setup.sh", "docs/slurm.sbatch", "tests/stand_in.sh", ".ci/run", ".ci/newest"])
 def test_scripts_parse(script: str) -> None:
     done = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+def anchors(page: Path) -> set[str]:
+    """The fragments by which the headings of a page can be linked to."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            path, _, fragment = link.partition("#")
+            target = page.parent / path if path else page
+            assert link.startswith("https://") or target.exists(), f"{page.name}: {link}"
+            assert link.startswith("https://") or not fragment or fragment in anchors(target), f"{page.name}: {link}"
+
+
+def test_paths_exist() -> None:
+    """Every file of the repository that a page names, except in the list of old names."""
+    places = re.compile(r"`((?:mutransformer|tests|configs|scripts|docs)/[\w./-]*)`")
+    named = {path for page in PAGES if page != CHANGES for path in places.findall(page.read_text(encoding="utf-8"))}
+    assert len(named) > 20 and not [path for path in sorted(named) if not (ROOT / path).exists()]
+    table = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("|---|---|")[2]
+    inner = set(re.findall(r"`([\w/]+(?:\.py|/))`", table))
+    assert len(inner) > 20 and not [path for path in sorted(inner) if not (ROOT / "mutransformer" / path).exists()]
+
+
+def unknown_keys(text: str) -> set[str]:
+    sections = "model|data|optim|precision|mesh|distributed|eval|log|checkpoint|profile"
+    found = re.findall(rf"(?<![\w/.-])(?:{sections})\.[a-z_0-9]+(?:\.[a-z]+)?(?![\w(/])", text)
+    return {key for key in found if not key.endswith((".md", ".py", ".sources"))} - all_settings().keys()
+
+
+def test_settings_exist() -> None:
+    assert unknown_keys("set `optim.learning_rate=1`") == {"optim.learning_rate"} and not unknown_keys("`optim.lr`")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if page == CHANGES:  # the second column of a row
+            text = "\n".join(row.split("|")[2] for row in text.splitlines() if row.startswith("| `"))
+        assert not unknown_keys(text), page.name
+
+
+def renamed() -> list[str]:
+    """The old names of settings and weights, as CHANGELOG lists them."""
+    settings_, weights = (
+        re.findall(r"`([\w.]+)`", "\n".join(row.split("|")[1] for row in part.splitlines() if row.startswith("| `")))
+        for part in re.split(r"^### .*$", CHANGES.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:3]
+    )
+    return [name for name in (*settings_, *weights) if name != "eval.checkpoint"]
+
+
+TEXT = {".py", ".md", ".yaml", ".sh", ".json", ".jsonl", ".csv", ".txt"}
+MAY_NAME_OLD = {"mutransformer/config/load.py", "tests/reference.py"}  # the error that maps them; the reference system's names
+
+
+def test_old_names_are_gone() -> None:
+    names = renamed()
+    assert len(names) == 27
+    old = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, names))})\b")
+    for folder in ("mutransformer", "scripts", "tests", "configs", "docs", "results"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in TEXT and path.relative_to(ROOT).as_posix() not in MAY_NAME_OLD:
+                found = old.search(path.read_text(encoding="utf-8"))
+                assert found is None, f"{path.relative_to(ROOT)}: {found and found[0]}"
+
+
+def test_the_readme_answers_by_file_name() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    for name in ("mup/rules.py", "model/transformer.py", "sharding/collectives.py", "data/batches/", "training/checkpoint.py"):
+        assert f"`mutransformer/{name}`" in text
+    assert "`mutransformer/training/optim.py`" in text
+    first = text.partition("## Install")[0]
+    assert re.search(r"No TPU or GPU has run it yet", first) and "0.12 to 0.16 nats" in first
+
+
+def test_the_floors_are_those_of_the_imports() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    written = re.search(r"From the ground up: ([^.]*)\.", text)
+    assert written and re.findall(r"`(\w+)`", written[1]) == FLOORS
+    drawn = re.findall(r'font-size="15" font-weight="bold" [^>]*>(\w+)<', (ROOT / "docs/house.svg").read_text(encoding="utf-8"))
+    assert drawn == ["mutransformer", *reversed(FLOORS)]
+
+
+def test_the_python_example_names_what_exists() -> None:
+    ((_, code),) = blocks(README, "python")
+    used = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}
+    assert used and not [name for name in sorted(used) if not hasattr(mutransformer, name)]
+
+
+@pytest.mark.slow
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    ((_, code),) = blocks(README, "python")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_diffs_apply_to_the_code() -> None:
+    """Every line that a diff in CONTRIBUTING keeps or removes is in the package."""
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "mutransformer").rglob("*.py")))
+    lines = [line for _, block in blocks(ROOT / "CONTRIBUTING.md", "diff") for line in block.splitlines()]
+    kept = [line[1:].strip() for line in lines if line[0] in " -" and line.strip() != "..."]
+    assert len(kept) >= 7 and not [line for line in kept if line not in code]
+
+
+def test_citation_and_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (cited["cff-version"], cited["type"]) == ("1.2.0", "software") and cited["message"] and cited["title"]
+    assert cited["authors"] == [{"name": "The mutransformer contributors"}]
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+
+
+def test_hooks_are_local() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repo["repo"] for repo in hooks["repos"]] == ["local"]
+    assert [hook["id"] for hook in hooks["repos"][0]["hooks"]] == ["ruff-check", "ruff-format", "pyright"]
 
 
 class Box:
-    """A folder in which a shell block runs among the stand-ins: a home with the checkout and its .venv; two empty workers."""
+    """A folder in which a shell block runs with the stand-ins: a home with the checkout and its .venv, and two empty workers."""
 
     def __init__(self, folder: Path):
         self.folder, self.checkout, self.output = folder, folder / "home/mutransformer", ""
@@ -169,7 +302,7 @@ class Box:
         self.env = {**inherited, **SET, **mine}
 
     def run(self, code: str, expect: int = 0, env: dict[str, str] | None = None) -> None:
-        """Runs a block; a command of it that fails ends it."""
+        """Runs a block, until the first command that fails."""
         command = ["bash", "-euo", "pipefail", "-c", code]
         ran = subprocess.run(command, env=self.env | (env or {}), cwd=self.checkout, capture_output=True, text=True, timeout=120)
         self.output = ran.stdout + ran.stderr
@@ -183,7 +316,7 @@ class Box:
         return [args for name, *args in split if name == program and args[: len(first)] == list(first)]
 
     def configs(self) -> list[Config]:
-        """What each train.py resolved its settings to."""
+        """The resolved settings of each train.py."""
         found = [settings.load([str(path)]) for path in self.folder.glob("config.*")]
         return sorted(found, key=lambda config: config.distributed.process_id or 0)
 
@@ -197,19 +330,32 @@ def block(heading: str, i: int = 0) -> str:
     return [code for at, code in blocks(LAUNCH) if at == heading][i]
 
 
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Box]:
+    """The box in which a block of launch.md has run, by its code; each block runs once."""
+
+    @cache
+    def run(code: str) -> Box:
+        box = Box(tmp_path_factory.mktemp("box"))
+        box.run(code)
+        return box
+
+    return run
+
+
 @pytest.mark.parametrize("heading, code", [pytest.param(*b, id=f"{i}-{b[0]}") for i, b in enumerate(blocks(LAUNCH))])
-def test_recipes_run_dry(box: Box, heading: str, code: str) -> None:
-    box.run(code)
+def test_recipes_run_dry(dry_run: Callable[[str], Box], heading: str, code: str) -> None:
+    box = dry_run(code)
     for call in box.calls("gcloud"):
         assert call[:3] == ["compute", "tpus", "tpu-vm"]
-        given = [word.partition("=")[0] for word in call[4:] if word.startswith("--") and word != "--"]
-        assert set(given) <= GCLOUD[call[3]], f"gcloud {call[3]} has no {set(given) - GCLOUD[call[3]]}"
+        options = {word.partition("=")[0] for word in call[4:] if word.startswith("--") and word != "--"}
+        assert options <= GCLOUD[call[3]], f"gcloud {call[3]} has no {options - GCLOUD[call[3]]}"
         assert "tpu" in call and {"--project=project", "--zone=zone"} <= set(call)
     assert len(box.configs()) == len([call for call in box.calls("python") if "scripts/train.py" in call]), box.output
 
 
-def test_ssh(box: Box) -> None:
-    box.run(block("Several hosts, by ssh"))
+def test_ssh(dry_run: Callable[[str], Box]) -> None:
+    box = dry_run(block("Several hosts, by ssh"))
     assert [host for host, _ in box.calls("ssh")] == ["host0", "host1"]
     one, two = box.configs()
     assert (one.distributed.process_id, two.distributed.process_id) == (0, 1)
@@ -220,13 +366,9 @@ def test_ssh(box: Box) -> None:
     assert [(box.folder / f"shared/train.{i}.log").read_text() for i in (0, 1)] == ["exit code 0\n"] * 2
 
 
-def test_pkill_finds_the_run_and_nothing_else(box: Box) -> None:
-    patterns = {
-        call[-1]
-        for heading in ("Several hosts, by ssh", "A slice of several hosts")
-        for call in (box.run(block(heading, 1)), box.calls("pkill"))[1]
-    }
-    (pattern,) = patterns
+def test_pkill_finds_the_run_and_nothing_else(dry_run: Callable[[str], Box]) -> None:
+    boxes = [dry_run(block(heading, 1)) for heading in ("Several hosts, by ssh", "A slice of several hosts")]
+    (pattern,) = {call[-1] for box in boxes for call in box.calls("pkill")}
     run = ".venv/bin/python -u scripts/train.py configs/large.yaml"
     assert re.search(pattern, run)
     for other in (f"tmux new-session -d -s train {run}", f"sh -c {run}", f"bash -c pkill -TERM -f '{pattern}'"):
@@ -254,8 +396,8 @@ def test_ssh_processes_meet(box: Box) -> None:
     assert list(metrics(box.folder / "shared/runs/large")) == [1, 2, 3]
 
 
-def test_tpu_slice(box: Box) -> None:
-    box.run(block("A slice of several hosts"))
+def test_tpu_slice(dry_run: Callable[[str], Box]) -> None:
+    box = dry_run(block("A slice of several hosts"))
     (created,) = box.calls("gcloud", "compute", "tpus", "tpu-vm", "create")
     assert {"--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite", "--spot"} <= set(created)
     for worker in ("worker0", "worker1"):  # cloned, set up by the real script, run
@@ -270,17 +412,13 @@ def test_tpu_slice(box: Box) -> None:
     assert (one.name, one.workdir, one.data.cache_dir) == ("first", "/mnt/shared/runs", "gs://bucket/cache")
 
 
-def test_tpu_look(box: Box) -> None:
-    box.run(block("A slice of several hosts", 1))
-    asked = [call for call in box.calls("gcloud") if any(word.startswith("--command=") for word in call)]
-    assert [next(word for word in call if word.startswith("--worker")) for call in asked] == [
-        "--worker=0",
-        "--worker=all",
-        "--worker=0",
-    ]
+def test_tpu_look(dry_run: Callable[[str], Box]) -> None:
+    box = dry_run(block("A slice of several hosts", 1))
+    workers = [word for call in box.calls("gcloud") for word in call if word.startswith("--worker")]
+    assert workers == ["--worker=0", "--worker=all", "--worker=0"]
 
 
-def test_setup_keeps_what_is_there(box: Box) -> None:
+def test_setup_keeps_an_existing_environment(box: Box) -> None:
     venv = f"{box.checkout}/.venv"
     box.run("scripts/tpu_vm_setup.sh --no-check")
     assert not box.calls("python3.12", "-m", "venv") and len(box.calls("python", "-m", "pip")) == 1
@@ -296,18 +434,18 @@ def test_setup_keeps_what_is_there(box: Box) -> None:
         ("--bad", "--bad: no such option; see --help"),
         ("--venv", "--venv: needs a value"),
         ("--timeout soon", "--timeout soon: must be a number of seconds"),
-        ("--venv /dev/null", "/dev/null: is in the way, and no virtual environment"),
+        ("--venv /dev/null", "/dev/null: exists and is not a virtual environment"),
         ("--venv new --python /bin/false", "--python /bin/false: must be Python 3.11 or newer"),
     ],
 )
-def test_setup_tells_mistakes(box: Box, args: str, error: str) -> None:
+def test_setup_reports_mistakes(box: Box, args: str, error: str) -> None:
     box.run(f"scripts/tpu_vm_setup.sh {args}", expect=USAGE_ERROR)
     assert box.output.startswith(f"error: {error}") and box.output.count("\n") == 1
     assert not box.calls("python3.12", "-m", "venv")
 
 
 def test_setup_checks_the_devices(box: Box) -> None:
-    """The check joins through a cluster that JAX finds by itself, here a SLURM step of one task, and looks for the platform."""
+    """The check connects through a cluster that JAX detects, here a SLURM step of one task, and looks for the platform."""
     step = {"JOB_ID": f"{free_port()}", "STEP_NODELIST": "localhost", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
     env = {f"SLURM_{key}": value for key, value in step.items()} | {"CHECK": "1", "XLA_FLAGS": ""}
     box.run("scripts/tpu_vm_setup.sh --platform cpu", env=env)
@@ -316,22 +454,27 @@ def test_setup_checks_the_devices(box: Box) -> None:
     assert box.output.endswith("error: JAX sees 1 devices of cpu, none of tpu\n")
 
 
-@pytest.mark.parametrize("code", [0, USAGE_ERROR, STOPPED])
-def test_slurm_puts_back_what_was_stopped(box: Box, code: int) -> None:
-    box.run(block("SLURM"), expect=code, env={"SRUN_CODE": str(code)})
-    assert box.calls("scontrol") == ([["requeue", "77"]] if code == STOPPED else [])
+def test_slurm(dry_run: Callable[[str], Box]) -> None:
+    box = dry_run(block("SLURM"))
     one, two = box.configs()
     assert one == two and one.distributed.enabled and one.name == "first" and one.workdir == f"{box.folder}/shared/runs"
+    assert not box.calls("scontrol")
+
+
+@pytest.mark.parametrize("code", [USAGE_ERROR, STOPPED])
+def test_slurm_requeues_a_stopped_job(box: Box, code: int) -> None:
+    box.run(block("SLURM"), expect=code, env={"SRUN_CODE": str(code)})
+    assert box.calls("scontrol") == ([["requeue", "77"]] if code == STOPPED else [])
     box.run("unset SHARED; sbatch docs/slurm.sbatch configs/large.yaml", expect=1)
     assert "SHARED: must be a folder that all nodes see" in box.output
 
 
 def test_slurm_options(monkeypatch: pytest.MonkeyPatch) -> None:
     script = (ROOT / "docs/slurm.sbatch").read_text(encoding="utf-8")
-    given = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, re.MULTILINE))
-    assert given["signal"] == "TERM@120" and "requeue" in given and given["open-mode"] == "append"
-    assert given["ntasks-per-node"] == given["gpus-per-node"], "JAX gives a task the GPU of its local number, and no other"
-    nodes, tasks = int(given["nodes"]), int(given["ntasks-per-node"])
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, re.MULTILINE))
+    assert options["signal"] == "TERM@120" and "requeue" in options and options["open-mode"] == "append"
+    assert options["ntasks-per-node"] == options["gpus-per-node"], "JAX gives a task the GPU of its local number, and no other"
+    nodes, tasks = int(options["nodes"]), int(options["ntasks-per-node"])
     last = {"JOB_ID": 77, "STEP_NODELIST": "node[07-08]", "NTASKS": nodes * tasks, "PROCID": nodes * tasks - 1}
     for key, value in {**last, "LOCALID": tasks - 1}.items():
         monkeypatch.setenv(f"SLURM_{key}", str(value))
@@ -350,9 +493,9 @@ def test_jobsets(name: str) -> None:
     (container,) = pod["containers"]
     (rule,) = job["podFailurePolicy"]["rules"]
     on = {"containerName": container["name"], "operator": "In", "values": [USAGE_ERROR]}
-    assert rule == {"action": "FailJob", "onExitCodes": on}, "75 and the loss of a host start it anew"
+    assert rule == {"action": "FailJob", "onExitCodes": on}, "exit code 75 and the loss of a host restart it"
     assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"] and replicated["replicas"] == 1
-    assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0, "or the policy is refused, or a pod is started alone"
+    assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0, "else the policy is refused, or a pod restarts alone"
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
     assert container["command"] == ["python", "-u", "scripts/train.py"] and (ROOT / container["command"][-1]).exists()
@@ -373,17 +516,16 @@ def test_jobsets(name: str) -> None:
         assert int(x) * int(y) == n * job["completions"]
 
 
-def test_jobset_is_filled_in(box: Box) -> None:
-    box.run(block("Kubernetes").splitlines()[0])
-    (args,) = box.calls("kubectl")
-    assert args == ["apply", "-f", "-"]
+def test_jobset_is_filled_in(dry_run: Callable[[str], Box]) -> None:
+    box = dry_run(block("Kubernetes"))
+    assert box.calls("kubectl", "apply") == [["apply", "-f", "-"]]
     pod = yaml.safe_load((box.folder / "applied.yaml").read_text())["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
     assert pod["spec"]["containers"][0]["image"] == SET["IMAGE"]
     assert pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == SET["CLAIM"]
 
 
-def test_xpk(box: Box) -> None:
-    box.run(block("Kubernetes", 1))
+def test_xpk(dry_run: Callable[[str], Box]) -> None:
+    box = dry_run(block("Kubernetes", 1))
     (args,) = box.calls("xpk", "workload", "create")
     assert {"--tpu-type=v5litepod-16", f"--docker-image={SET['IMAGE']}", f"--restart-on-exit-codes={STOPPED}"} <= set(args)
     (config,) = box.configs()
