@@ -4,6 +4,7 @@ Nothing here reaches another machine: tests/stand_in.sh replaces the programs th
 """
 
 import ast
+import importlib
 import os
 import re
 import runpy
@@ -259,7 +260,15 @@ def test_the_diffs_apply_to_the_code() -> None:
     code = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "mutransformer").rglob("*.py")))
     lines = [line for _, block in blocks(ROOT / "CONTRIBUTING.md", "diff") for line in block.splitlines()]
     kept = [line[1:].strip() for line in lines if line[0] in " -" and line.strip() != "..."]
-    assert len(kept) >= 7 and not [line for line in kept if line not in code]
+    assert len(kept) >= 10 and not [line for line in kept if line not in code]
+
+
+def test_the_example_imports_what_exists() -> None:
+    ((_, code),) = blocks(ROOT / "CONTRIBUTING.md", "python")
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mutransformer"):
+            module = importlib.import_module(node.module)
+            assert not [alias.name for alias in node.names if not hasattr(module, alias.name)], node.module
 
 
 def test_citation_and_version() -> None:
