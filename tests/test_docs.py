@@ -208,7 +208,14 @@ def renamed() -> list[str]:
 
 
 TEXT = {".py", ".md", ".yaml", ".sh", ".json", ".jsonl", ".csv", ".txt"}
-MAY_NAME_OLD = {"mutransformer/config/load.py", "tests/reference.py"}  # the error that maps them; the reference system's names
+# The error that maps old names, its tests, and the reference system's own names.
+MAY_NAME_OLD = {"mutransformer/config/load.py", "tests/test_config.py", "tests/test_bad_input.py", "tests/reference.py"}
+
+
+def test_the_error_and_the_changelog_rename_alike() -> None:
+    section = CHANGES.read_text(encoding="utf-8").partition("### Renamed settings")[2].partition("###")[0]
+    rows = re.findall(r"^\| `([\w.]+)` \| `([\w.]+)`", section, re.MULTILINE)
+    assert rows and dict(rows) == {old: new.split()[0] for old, new in settings.RENAMED.items()}
 
 
 def test_old_names_are_gone() -> None:
