@@ -53,6 +53,9 @@ class ObjectStore(AbstractFileSystem):
     def mv(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError("an object cannot be renamed")
 
+    def rm_file(self, path: str) -> None:
+        self._file(path).unlink()
+
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         return None
 

@@ -1,8 +1,10 @@
-"""Tokenizing to a cache: killed at any moment, by many processes and hosts, on a full disk, in a folder or an object store."""
+"""Tokenizing to a cache: killed at any moment, by several processes, on a full disk, in a folder or an object store."""
 
+import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,29 +16,43 @@ from typing import Any
 import psutil
 import pytest
 from object_store import install
+from runs import free_port
 from test_sources import TEXTS, write
 
 from mutransformer.config.data import DataConfig
 from mutransformer.data.cache import build
-from mutransformer.data.cache import tokenize_shard as job
 from mutransformer.data.cache.prepare import prepare
-from mutransformer.data.cache.store import Store
+from mutransformer.data.cache.store import Corrupt, Store
+from mutransformer.data.sources.reader import ATTEMPTS
 from mutransformer.errors import ConfigError
+from mutransformer.sharding.processes import Processes
 
 ROOT = Path(__file__).parents[1]
 FILES = 12
 
-HOST = """
-import json, sys
-from mutransformer.data.cache import build
-from mutransformer.data.cache import prepare as corpus
+# A process of a run: its barrier waits for files, up to a limit.
+PROCESS = """
+import json, sys, time
+from pathlib import Path
 from mutransformer.config.load import load
+from mutransformer.data.cache import build
+from mutransformer.data.cache.prepare import prepare
+from mutransformer.sharding.processes import Processes
 if __name__ == "__main__":
-    n, i, silence, *args = sys.argv[1:]
-    build.SILENCE, make, made = float(silence), build.shard, []
-    build.shard = lambda job, part, index, threads: (made.append(index), make(job, part, index, threads))[1]
-    text = corpus.prepare(load(args).data, int(n), int(i)).splits["train"]
-    print(json.dumps({"made": made, "tokens": text.fingerprint}))
+    n, i, folder, *args = sys.argv[1:]
+    tokenize, made, met = build.tokenize_shard, [], []
+
+    def barrier(name):
+        met.append(name)
+        until = time.monotonic() + 60
+        (Path(folder) / f"{len(met)} {i}").touch()
+        while len(list(Path(folder).glob(f"{len(met)} *"))) < int(n):
+            assert time.monotonic() < until, f"nobody comes to {name}"
+            time.sleep(0.01)
+
+    build.tokenize_shard = lambda target, shard, index, threads: (made.append(index), tokenize(target, shard, index, threads))[1]
+    text = prepare(load(args).data, Processes(int(n), int(i), barrier)).splits["train"]
+    print(json.dumps({"made": made, "tokens": text.fingerprint, "barriers": len(met)}))
 """
 
 
@@ -54,7 +70,7 @@ def objects(root: str, tmp_path: Path) -> dict[str, bytes]:
     """What lies in the cache, by name. An upload to the stand-in that was cut off is a hidden file, and no object."""
     remote = "://" in root
     folder = tmp_path / ("store/objects/bucket/cache" if remote else "cache")
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "alive" not in path.name]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if not (remote and path.name.startswith("."))}
 
 
@@ -198,8 +214,8 @@ def test_a_shard_that_is_there_is_not_made_again(root: str, tmp_path: Path) -> N
     assert {path.name[:5] for path in before if after[path] != before[path]} == {"00003", "00007"}
 
 
-@pytest.mark.parametrize(("step", "first", "last"), [(10, "00:01:50", "00:00:10"), (10_000, "30:33:20", "02:46:40")])
-def test_progress_is_told_with_the_time_left(
+@pytest.mark.parametrize(("step", "first", "last"), [(10, "0:01:50", "0:00:10"), (10_000, "1 day, 6:33:20", "2:46:40")])
+def test_progress_has_the_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, step: int, first: str, last: str
 ) -> None:
     text(tmp_path)
@@ -208,15 +224,15 @@ def test_progress_is_told_with_the_time_left(
     monkeypatch.setattr(build.time, "monotonic", lambda: float(next(clock)))
     with caplog.at_level("INFO"):
         prepare(DataConfig(**config(tmp_path, str(tmp_path / "cache"))))
-    told = [r.getMessage() for r in caplog.records if " left" in r.getMessage()]
-    assert told[0] == f"data: 1 of 12 shards, about {first} left" and told[-1] == f"data: 11 of 12 shards, about {last} left"
+    lines = [r.getMessage() for r in caplog.records if " left" in r.getMessage()]
+    assert lines[0] == f"data: 1 of 12 shards, about {first} left" and lines[-1] == f"data: 11 of 12 shards, about {last} left"
 
 
-def test_the_store_is_asked_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Listed once a poll whatever is waited for, and its notes read several at once."""
+def test_the_store_is_queried_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listed once, and its metadata read several at a time."""
     text(tmp_path)
-    listed, polls, reading, most = list[str](), list[float](), set[str](), list[int]()
-    names, read, sleep = Store.names, Store.read, time.sleep
+    listed, reading, most = list[str](), set[str](), list[int]()
+    names, read = Store.names, Store.read
 
     def count_names(self: Store, folder: str) -> set[str]:
         listed.append(folder)
@@ -226,17 +242,14 @@ def test_the_store_is_asked_little(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         if name.endswith(".json"):
             reading.add(name)
             most.append(len(reading))
-            sleep(0.01)
+            time.sleep(0.01)
             reading.discard(name)
         return read(self, name)
 
     monkeypatch.setattr(Store, "names", count_names)
     monkeypatch.setattr(Store, "read", slow_read)
-    monkeypatch.setattr(build, "SILENCE", 0.6)
-    monkeypatch.setattr(build.time, "sleep", lambda seconds: (polls.append(seconds), sleep(seconds)))
-    prepare(DataConfig(**config(tmp_path, str(tmp_path / "cache"))), 2, 0)
-    assert len(polls) >= 3 and len(listed) <= len(polls) + 4
-    assert max(most) > 1
+    prepare(DataConfig(**config(tmp_path, str(tmp_path / "cache"))))
+    assert len(listed) == 1 and max(most) > 1 and len(most) == FILES + 3
 
 
 @pytest.mark.slow
@@ -250,74 +263,159 @@ def test_two_processes_may_prepare_the_same(root: str, tmp_path: Path) -> None:
     assert list(found.values()) == [p.read_bytes() for p in sorted((tmp_path / "alone").glob("*/*"))]
 
 
-def hosts(tmp_path: Path, roots: list[str], silence: float, started: list[int] | None = None) -> list[dict]:
-    n = len(roots)
-    running = [
-        start(
-            f"-c\0{HOST}", [str(n), str(i), str(silence), *arguments(tmp_path, roots[i], f"data.local_dir={tmp_path}/local{i}")]
-        )
-        for i in (range(n) if started is None else started)
+def run_processes(tmp_path: Path, roots: list[str], *more: str) -> list[dict[str, Any]]:
+    """What each process of a run printed: one for each root of a cache."""
+    (folder := tmp_path / "barriers").mkdir()
+    commands = [
+        [str(len(roots)), str(i), str(folder), *arguments(tmp_path, root, f"data.local_dir={tmp_path}/local{i}", *more)]
+        for i, root in enumerate(roots)
     ]
-    return [json.loads(finish(process).splitlines()[-1]) for process in running]
+    return [json.loads(finish(process).splitlines()[-1]) for process in [start(f"-c\0{PROCESS}", each) for each in commands]]
 
 
-def test_hosts_of_a_job_share_the_shards_out(root: str, tmp_path: Path) -> None:
+def test_processes_of_a_run_share_the_shards_out(root: str, tmp_path: Path) -> None:
     text(tmp_path)
-    one, two, three = hosts(tmp_path, [root] * 3, silence=20)
+    one, two, three = run_processes(tmp_path, [root] * 3)
     assert one["tokens"] == two["tokens"] == three["tokens"]
     assert [each["made"] for each in (one, two, three)] == [list(range(i, FILES, 3)) for i in range(3)]
+    assert one["barriers"] == two["barriers"] == three["barriers"] == 5
 
 
-def test_hosts_that_share_no_cache_make_each_all(tmp_path: Path) -> None:
+def test_processes_that_share_no_cache_make_all_shards(tmp_path: Path) -> None:
     text(tmp_path)
-    one, two = hosts(tmp_path, [str(tmp_path / "a"), str(tmp_path / "b")], silence=1.0)
-    assert one["tokens"] == two["tokens"]
-    assert sorted(one["made"]) == sorted(two["made"]) == list(range(FILES))
+    one, two = run_processes(tmp_path, [str(tmp_path / "a"), str(tmp_path / "b")], "data.cache_is_shared=false")
+    assert one["tokens"] == two["tokens"] and one["barriers"] == two["barriers"] == 0
+    assert one["made"] == two["made"] == list(range(FILES))
 
 
-def test_a_host_that_never_comes_is_done_without(root: str, tmp_path: Path) -> None:
+class Run:
+    """The processes of a run as threads of this one. After an error in one, the others' barriers fail, as JAX's do."""
+
+    def __init__(self, n: int, monkeypatch: pytest.MonkeyPatch):
+        self.n, self._barrier, self._tokenize = n, threading.Barrier(n, timeout=10), build.tokenize_shard
+        self.made: list[tuple[int, int]] = []  # process and shard
+        monkeypatch.setattr(build, "tokenize_shard", self._make)
+
+    def _make(self, target: Any, shard: Any, index: int, threads: int) -> None:
+        self.made.append((int(threading.current_thread().name), index))
+        self._tokenize(target, shard, index, threads)
+
+    def prepare(self, *configs: DataConfig) -> list[str | Exception]:
+        """The fingerprint, or the error, of each process."""
+        results: list[str | Exception] = [""] * self.n
+
+        def barrier(name: str) -> None:
+            try:
+                self._barrier.wait()
+            except threading.BrokenBarrierError:
+                raise ConfigError(f"{name}: another process failed") from None
+
+        def process(i: int) -> None:
+            try:
+                results[i] = prepare(configs[i], Processes(self.n, i, barrier)).splits["train"].fingerprint
+            except ConfigError as error:
+                results[i] = error
+                self._barrier.abort()
+
+        running = [threading.Thread(target=process, args=(i,), name=str(i), daemon=True) for i in range(self.n)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join(timeout=15)
+        return results
+
+
+@pytest.mark.parametrize("corrupt", [[1], [0, 1], [3, 7, 8]])
+def test_a_corrupt_shard_is_repaired_once(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corrupt: list[int]) -> None:
+    """By the process whose share it is in; the others wait."""
     text(tmp_path)
-    (one,) = hosts(tmp_path, [root] * 2, silence=1.0, started=[0])
-    assert sorted(one["made"]) == list(range(FILES))
-
-
-@pytest.mark.parametrize("damaged", [[1], [0, 1], [3, 7, 8]])
-def test_hosts_mend_each_its_own_damaged_shards(
-    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: list[int]
-) -> None:
-    """All find the damage before the first mends any, and nobody waits until another is thought gone."""
-    text(tmp_path)
-    n, threads, made, found = 3, list[threading.Thread](), list[tuple[str, int]](), list[str]()
     prepare(DataConfig(**config(tmp_path, root)))
-    whole = objects(root, tmp_path)
-    for i in damaged:
+    intact, run = objects(root, tmp_path), Run(3, monkeypatch)
+    for i in corrupt:
         (path,) = tmp_path.rglob(f"{i:05d}-of-*.bin")
         path.write_bytes(path.read_bytes()[:-1] + b"x")
-    met, make, construct = threading.Barrier(n), build.shard, build.build
+    found = run.prepare(*(DataConfig(**config(tmp_path, root, local_dir=f"{tmp_path}/local of {i}")) for i in range(3)))
+    assert len(set(found)) == 1 and isinstance(found[0], str) and found[0]
+    assert sorted(run.made, key=lambda each: each[1]) == [(i % 3, i) for i in corrupt]
+    assert objects(root, tmp_path) == intact
 
-    def shard(*args: Any, **more: Any) -> None:
-        made.append((threading.current_thread().name, args[2]))
-        make(*args, **more)
 
-    def build_together(*args: Any) -> dict[str, Any]:
-        met.wait(timeout=10)
-        return construct(*args)
+def test_corruption_that_one_process_sees_is_no_deadlock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others, which find all in order, pass the same barriers."""
+    text(tmp_path)
+    given = DataConfig(**config(tmp_path, str(tmp_path / "cache")))
+    good, run, fetch = prepare(given).splits["train"].fingerprint, Run(3, monkeypatch), Store.fetch
+    once = iter([True])
 
-    def host(i: int) -> None:
-        given = config(tmp_path, root, local_dir=f"{tmp_path}/local of {i}")
-        found.append(prepare(DataConfig(**given), n, i).splits["train"].fingerprint)
+    def fetch_badly(self: Store, name: str, size: int, sha256: str) -> Path:
+        if threading.current_thread().name != "1" and "00004" in name and next(once, False):
+            raise Corrupt("00004: wrong checksum")
+        return fetch(self, name, size, sha256)
 
-    monkeypatch.setattr(build, "SILENCE", 60.0)
-    monkeypatch.setattr(build, "shard", shard)
-    monkeypatch.setattr(build, "build", build_together)
-    for i in range(n):
-        threads.append(threading.Thread(target=host, args=(i,), name=str(i), daemon=True))
-        threads[-1].start()
-    for thread in threads:
-        thread.join(timeout=15)
-    assert len(found) == n and len(set(found)) == 1
-    assert sorted(made, key=lambda each: each[1]) == [(str(i % n), i) for i in damaged]
-    assert objects(root, tmp_path) == whole
+    monkeypatch.setattr(Store, "fetch", fetch_badly)
+    monkeypatch.setattr("mutransformer.data.cache.prepare.ThreadPoolExecutor", _InThisThread)
+    assert run.prepare(given, given, given) == [good] * 3 and not run.made and next(once, None) is None
+
+
+class _InThisThread:
+    """A pool of no threads, so that the name of the thread is that of the process."""
+
+    def __init__(self, _: int):
+        self.map = map
+
+    def __enter__(self) -> "_InThisThread":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        return None
+
+
+def test_a_process_that_fails_does_not_hang_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text(tmp_path)
+    bad = write_bad_line(tmp_path / "text/04.jsonl.gz")
+    found = Run(3, monkeypatch).prepare(*[DataConfig(**config(tmp_path, str(tmp_path / "cache")))] * 3)
+    assert re.search(rf"data: {bad}:1: not JSON", str(found[1]))
+    assert all("tokenized: another process failed" in str(found[i]) for i in (0, 2))
+    assert not list(tmp_path.glob("cache/*/manifest.json"))
+
+
+def write_bad_line(path: Path) -> Path:
+    path.write_bytes(gzip.compress(b"no json\n"))
+    return path
+
+
+def test_separate_caches_that_are_said_to_be_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text(tmp_path)
+    found = Run(2, monkeypatch).prepare(*(DataConfig(**config(tmp_path, f"{tmp_path}/cache{i}")) for i in range(2)))
+    assert "00001-of-00012.json: No such file or directory" in str(found[0]) and "data.cache_is_shared=false" in str(found[0])
+    assert isinstance(found[1], ConfigError)
+
+
+FAILING = """
+import sys, time
+from mutransformer.errors import ConfigError
+from mutransformer.config.run import DistributedConfig
+from mutransformer.sharding.processes import all_processes, connect, guarded
+def run():
+    connect(DistributedConfig(coordinator=sys.argv[1], n_process=2, process_id=int(sys.argv[2])))
+    processes = all_processes()
+    processes.barrier("met")
+    if processes.index == int(sys.argv[3]):
+        raise ConfigError("no text")
+    processes.barrier("tokenized")
+sys.exit(guarded(run))
+"""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_barrier_ends_when_a_process_fails(failing: int) -> None:
+    """JAX alone would let the other wait for five minutes, and then abort both with a stack trace."""
+    address, began = f"127.0.0.1:{free_port()}", time.monotonic()
+    running = [start(f"-c\0{FAILING}", [address, str(i), str(failing)]) for i in range(2)]
+    errors = [finish(process, code=2) for process in running]
+    assert "error: no text" in errors[failing] and "Traceback" not in "".join(errors)
+    assert f"error: tokenized: process {failing} failed: no text" in errors[1 - failing]
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.slow
@@ -382,4 +480,4 @@ def test_a_store_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: py
     )
     with pytest.raises(ConfigError, match=r"data\.cache_dir = objects://bucket/cache: cannot write there: 403 Forbidden"):
         prepare(DataConfig(**config(tmp_path, "objects://bucket/cache")))
-    assert not Store("objects://bucket/cache", str(tmp_path)).names("anything") and job.ATTEMPTS > 1
+    assert not Store("objects://bucket/cache", str(tmp_path)).names("anything") and ATTEMPTS > 1

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_build import FILES, config, finish, hosts, prepare_data, text
+from test_build import FILES, config, finish, prepare_data, run_processes, text
 
 from mutransformer.config.data import DataConfig
 from mutransformer.data.cache.prepare import prepare
@@ -55,9 +55,9 @@ def test_text_and_cache_in_a_bucket(bucket: str, tmp_path: Path) -> None:
         prepare(DataConfig(**elsewhere))
 
 
-def test_hosts_share_the_shards_out_in_a_bucket(bucket: str, tmp_path: Path) -> None:
+def test_processes_of_a_run_share_a_bucket(bucket: str, tmp_path: Path) -> None:
     text(tmp_path)
-    one, two = hosts(tmp_path, [f"{bucket}/cache"] * 2, silence=20)
+    one, two = run_processes(tmp_path, [f"{bucket}/cache"] * 2)
     assert one["tokens"] == two["tokens"] and [one["made"], two["made"]] == [list(range(i, FILES, 2)) for i in range(2)]
 
 
