@@ -165,7 +165,7 @@ def sweep(
     """
     from mutransformer.study.sweep import grid, records, run
 
-    configs = grid.jobs(args, sorted(widths), [])
+    configs = grid.configs(args, "width", sorted(widths))
     folder = Path(out) if out else configs[0].config.rundir.with_name(f"{configs[0].config.name}-sweep")
     run.sweep(configs, [(lr, seed) for lr in sorted(lrs) for seed in seeds], folder, None)
     return folder / records.FILE

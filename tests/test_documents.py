@@ -16,7 +16,8 @@ from mutransformer.config.load import load
 from mutransformer.config.schema import Config
 from mutransformer.data.batches.pipeline import Batch
 from mutransformer.sharding.mesh import make_mesh, put_batch
-from mutransformer.study.sweep.parallel_runs import Fleet
+from mutransformer.study.sweep.parallel_runs import ParallelRuns
+from mutransformer.training.program import Vocabulary
 from mutransformer.training.step import make_eval_step, make_logits, make_loss_and_grads
 
 BOS, EOS, T = 1, 2, 128  # T takes attention in two blocks
@@ -132,17 +133,17 @@ def test_runs_of_a_sweep_keep_them_apart_too(one_by_one: bool) -> None:
         [*TINY, f"data.seq_len={T}", "data.batch_size=2", "mesh.x=1", "data.intra_document_mask=true", "model.n_layer=1"]
     )
     batch, _ = rows("relu")
-    fleet = Fleet(config, BOS, [(0.01, 0), (0.02, 0)], jax.devices()[:1], one_by_one)
-    fleet.compile()
-    state = fleet.init()
+    runs = ParallelRuns(config, Vocabulary(250, BOS, EOS), [(0.01, 0), (0.02, 0)], jax.devices()[:1], one_by_one)
+    runs.compile()
+    state = runs.init()
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     score, weights = make_eval_step(program(config, mesh, BOS)), program(config, mesh).init_state().params
     apart, joined = (
         float(total) / int(count) for total, count in (score(weights, b) for b in (batch, batch._replace(segments=None)))
     )
-    assert fleet.evaluate(state, [batch]) == pytest.approx([apart] * 2, rel=1e-6)
-    _, losses = fleet.step(state, [batch])
-    assert fleet.read([losses])[0] == pytest.approx([apart] * 2, rel=1e-6)
+    assert runs.evaluate(state, [batch]) == pytest.approx([apart] * 2, rel=1e-6)
+    _, losses = runs.step(state, [batch])
+    assert runs.read([losses])[0] == pytest.approx([apart] * 2, rel=1e-6)
     assert abs(apart / joined - 1) > 1e-4
 
 

@@ -1,4 +1,4 @@
-"""The file of a sweep's runs: what is appended is read, a killed writer is mended, and what is no run is refused by its line."""
+"""runs.jsonl: appended runs are read back, a truncated file is repaired, and invalid lines are refused by file and line."""
 
 import dataclasses
 import json
@@ -8,58 +8,62 @@ import re
 import pytest
 from sweeps import make_run, sweep
 
-from mutransformer.errors import ConfigError
-from mutransformer.study.sweep.records import FILE, append, join, mend, read
+from mutransformer.config.schema import ConfigError
+from mutransformer.study.sweep.records import FILE, append, join, read, repair
 
 
-def test_what_is_appended_is_read(tmp_path):
+def test_appended_runs_are_read_back(tmp_path):
     path = tmp_path / "new" / FILE
     runs = [make_run("mup", 64, -6, 0, 4.1 + 1e-15), make_run("mup model.qk_scale=0.25", 128, -2, 1, math.inf)]
     append(path, runs[:1])
     append(path, runs[1:])
     assert read(path) == read(path.parent) == runs
     assert runs[0].loss == 4.1 + 1e-15 and runs[1].loss == math.inf and runs[1].validation_loss is None
-    assert not mend(path)
+    assert not repair(path)
 
 
-def test_a_line_cut_short_is_told_and_mended(tmp_path):
+def test_a_truncated_line_is_reported_and_repaired(tmp_path):
     path = tmp_path / FILE
-    assert not mend(path)
+    assert not repair(path)
     runs = sweep(widths=[64])
     append(path, runs)
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     for cut in (1, 2, 40):
-        path.write_bytes(whole[:-cut])
-        if cut > 1:  # without its newline alone the line is still a run
-            with pytest.raises(ConfigError, match=rf"{FILE}:{len(runs)}: cut short; the same sweep, run again, mends it"):
+        path.write_bytes(complete[:-cut])
+        if cut > 1:  # a line that lacks only its newline is still valid
+            with pytest.raises(ConfigError, match=rf"{FILE}:{len(runs)}: truncated line; re-run the sweep to repair it"):
                 read(path)
-        assert mend(path) and not mend(path)
+        assert repair(path) and not repair(path)
         assert read(path) == runs[:-1]
-    path.write_bytes(whole[:10])
-    assert mend(path) and path.read_bytes() == b""
+    path.write_bytes(complete[:10])
+    assert repair(path) and path.read_bytes() == b""
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": None}, "not the kind of value that it needs: width"),
-        ({"width": "64"}, "not the kind of value that it needs: width"),
-        ({"width": 0}, "not the kind of value that it needs: width"),
-        ({"seed": True}, "not the kind of value that it needs: seed"),
-        ({"lr": -1.0, "status": "lost"}, "not the kind of value that it needs: lr, status"),
-        ({"train_loss": ["a"] * 20}, "not the kind of value that it needs: train_loss"),
-        ({"logged": 3}, "not the kind of value that it needs: logged"),
-        ({"variant": 1, "settings": []}, "not the kind of value that it needs: settings, variant"),
-        ({"validation_loss": math.nan}, "not JSON: NaN is no number of JSON's"),
-        ({"diverged_at": 1.5, "seconds": "long"}, "not the kind of value that it needs: diverged_at, seconds"),
-        ({"train_loss": [1.0]}, "as many losses as logged steps"),
-        ({"logged": [], "train_loss": []}, "as many losses as logged steps, and at least one"),
+        ({"width": None}, "wrong type or out of range: width"),
+        ({"width": "64"}, "wrong type or out of range: width"),
+        ({"width": 0}, "wrong type or out of range: width"),
+        ({"seed": True}, "wrong type or out of range: seed"),
+        ({"lr": -1.0, "status": "lost"}, "wrong type or out of range: lr, status"),
+        ({"train_loss": ["a"] * 20}, "wrong type or out of range: train_loss"),
+        ({"logged": 3}, "wrong type or out of range: logged"),
+        ({"variant": 1, "settings": []}, "wrong type or out of range: settings, variant"),
+        ({"validation_loss": math.nan}, "wrong type or out of range: validation_loss"),
+        ({"train_loss": [1.0] * 19 + [math.inf]}, "wrong type or out of range: train_loss"),
+        ({"train_loss": [1.0] * 19 + [1]}, "wrong type or out of range: train_loss"),
+        ({"logged": [*range(19), 20.0]}, "wrong type or out of range: logged"),
+        ({"lr": 1, "seconds": 2}, "wrong type or out of range: lr, seconds"),
+        ({"diverged_at": 1.5, "seconds": "long"}, "wrong type or out of range: diverged_at, seconds"),
+        ({"train_loss": [1.0]}, "logged and train_loss must have equal lengths"),
+        ({"logged": [], "train_loss": []}, "logged and train_loss must have equal lengths, at least 1"),
         ({"logged": [2] * 20}, "logged: the steps must ascend"),
         ({"more": 1}, "not a run: needs exactly the keys diverged_at, "),
     ],
     ids=str,
 )
-def test_what_is_no_run(change, message, tmp_path):
+def test_invalid_runs_are_refused(change, message, tmp_path):
     good = dataclasses.asdict(make_run("mup", 64, -6, 0, 4.0))
     path = tmp_path / FILE
     path.write_text("\n".join(json.dumps(line) for line in (good, good | change, good)) + "\n")
@@ -67,9 +71,9 @@ def test_what_is_no_run(change, message, tmp_path):
         read(path)
 
 
-def test_what_is_no_number_of_json_is_no_run(tmp_path):
+def test_an_infinite_number_is_refused(tmp_path):
     (tmp_path / FILE).write_text(json.dumps(dataclasses.asdict(make_run("mup", 64, -6, 0, 4.0))).replace("4.0", "1e999"))
-    with pytest.raises(ConfigError, match="needs: train_loss, validation_loss"):
+    with pytest.raises(ConfigError, match="out of range: train_loss, validation_loss"):
         read(tmp_path)
 
 
@@ -83,7 +87,7 @@ def test_what_is_no_number_of_json_is_no_run(tmp_path):
         (b"{\n{}\n", ":1: not JSON"),
     ],
 )
-def test_what_is_no_file_of_runs(content, message, tmp_path):
+def test_invalid_files_are_refused(content, message, tmp_path):
     path = tmp_path / FILE
     if content is not None:
         path.write_bytes(content)
@@ -102,10 +106,10 @@ def test_files_are_joined(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"validation_loss": 1.0}, {"train_loss": [1.0] * 20}])
-def test_a_run_that_is_there_twice_must_have_the_same_losses(change, tmp_path):
+def test_a_repeated_run_must_have_the_same_losses(change, tmp_path):
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     run = make_run("mup", 64, -6, 3, 4.0)
     append(one, [run])
     append(two, [dataclasses.replace(run, **change)])
-    with pytest.raises(ConfigError, match=f"{two}: mup, width 64, lr 0.015625, seed 3 is there twice .*; the other is in {one}"):
+    with pytest.raises(ConfigError, match=f"{two}: mup, width 64, lr 0.015625, seed 3 is repeated .*; the other is in {one}"):
         join([one, two])

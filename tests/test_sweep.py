@@ -1,4 +1,4 @@
-"""The sweep as a user runs it: what it trains and writes, how it goes on after a stop, and what it refuses."""
+"""The sweep as a user runs it: what it trains and writes, how it resumes after a stop, and which mistakes it refuses."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from mutransformer.data.cache.prepare import prepare
 from mutransformer.errors import FINISHED, STOPPED, USAGE_ERROR, ConfigError
 from mutransformer.sharding import devices as hardware
 from mutransformer.study.sweep import grid, records
-from mutransformer.study.sweep.parallel_runs import Fleet, Sharded
+from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun
 from mutransformer.study.sweep.run import _groups
 from mutransformer.training.loop import train
 
@@ -45,7 +45,7 @@ def arguments(folder: Path, *more: str, steps: int = STEPS) -> list[str]:
 @pytest.fixture
 def sweep(monkeypatch: pytest.MonkeyPatch):
     """The command within this process, on its eight devices; gives the exit code."""
-    monkeypatch.setattr(hardware, "keep_freed_memory", lambda: None)  # a setting of the whole process
+    monkeypatch.setattr(hardware, "keep_freed_memory", lambda: None)  # a setting of the complete process
 
     def run(*args: str) -> int:
         return main(["sweep", *args])
@@ -53,14 +53,18 @@ def sweep(monkeypatch: pytest.MonkeyPatch):
     return run
 
 
+def n_runs(group: RunGroup) -> int:
+    return len(group.hyper.lr) if isinstance(group, ParallelRuns) else 1
+
+
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """Filled with (class, width, runs) of whatever is trained from now on."""
     found = []
-    for kind in (Fleet, Sharded):
+    for kind in (ParallelRuns, ShardedRun):
 
         def init(one: Any, kind: type = kind, own: Callable[[Any], Any] = kind.init) -> Any:
-            found.append((kind.__name__, one.config.model.d_model, len(one.hyper.lr) if isinstance(one, Fleet) else 1))
+            found.append((kind.__name__, one.config.model.d_model, n_runs(one)))
             return own(one)
 
         monkeypatch.setattr(kind, "init", init)
@@ -73,9 +77,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
-    """A sweep from start to end: four runs each of two widths on two devices."""
-    out = folder / "whole"
+def complete(folder: Path) -> Path:
+    """An uninterrupted sweep: four runs each of two widths, on two devices."""
+    out = folder / "complete"
     finish(start(SCRIPT, [*arguments(folder), *GRID, "--out", str(out)], devices=2, optimize=False))
     return out
 
@@ -96,159 +100,159 @@ def close(ours: records.Run, theirs: records.Run) -> bool:
     return bool(np.max(apart[:5]) <= 1e-5 and np.max(apart) <= 2e-4)
 
 
-# What it writes
+# Results
 
 
-def test_each_run_leaves_a_line(whole: Path, folder: Path) -> None:
-    runs = records.read(whole)
+def test_each_run_is_recorded(complete: Path, folder: Path) -> None:
+    runs = records.read(complete)
     assert [run.key for run in runs] == [("mup", width, lr, seed) for width in (32, 64) for lr, seed in POINTS]
     for run in runs:
         assert (run.status, run.steps, run.diverged_at) == ("finished", STEPS, None)
         assert run.logged == list(range(10, STEPS + 1, 10)) and len(run.train_loss) == 8
         losses = np.array([*run.train_loss, run.validation_loss], float)
         assert np.isfinite(losses).all() and losses[-2] < losses[0]
-        assert run.settings == grid.changed(load(arguments(folder, f"model.d_model={run.width}")))
+        assert run.settings == grid.non_defaults(load(arguments(folder, f"model.d_model={run.width}")))
     assert len({run.validation_loss for run in runs}) == len(runs)
-    assert not list((whole / "snapshots").glob("*")), "ended runs need no snapshot"
+    assert not list((complete / "snapshots").glob("*")), "snapshots are deleted when their runs have ended"
 
 
-def test_a_run_of_a_sweep_is_the_run_that_train_makes(whole: Path, folder: Path) -> None:
-    (ours,) = (run for run in records.read(whole) if run.key == ("mup", 32, 2**-6, 1))
+def test_a_run_of_a_sweep_equals_one_of_train(complete: Path, folder: Path) -> None:
+    (ours,) = (run for run in records.read(complete) if run.key == ("mup", 32, 2**-6, 1))
     more = ("model.d_model=32", "optim.lr=0.015625", "seed=1", "log.every=1", "name=alone", f"eval.every={STEPS}")
     config = load(arguments(folder, *more))
     assert train(config) == FINISHED
-    told = [json.loads(line) for line in (config.rundir / "metrics.jsonl").read_text().splitlines()]
-    means = np.mean(np.reshape([line["train/loss"] for line in told], (-1, 10)), axis=1)
-    theirs = dataclasses.replace(ours, train_loss=means.tolist(), validation_loss=told[-1]["validation/loss"])
+    logged = [json.loads(line) for line in (config.rundir / "metrics.jsonl").read_text().splitlines()]
+    means = np.mean(np.reshape([line["train/loss"] for line in logged], (-1, 10)), axis=1)
+    theirs = dataclasses.replace(ours, train_loss=means.tolist(), validation_loss=logged[-1]["validation/loss"])
     assert close(ours, theirs)
-    another = dataclasses.replace(records.read(whole)[2], seed=1)  # the control: a run of another seed
+    another = dataclasses.replace(records.read(complete)[2], seed=1)  # the control: a run of another seed
     assert another.lr == ours.lr and not close(ours, another)
 
 
-def test_tensorboard_has_a_curve_and_settings_of_each_run(whole: Path) -> None:
+def test_tensorboard_has_the_curve_and_settings_of_each_run(complete: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import metadata
 
-    runs = records.read(whole)
+    runs = records.read(complete)
     names = {f"{r.variant} width={r.width} lr={r.lr:.6g} seed={r.seed}": r for r in runs}
-    assert {path.name for path in (whole / "tensorboard").iterdir()} == set(names)
+    assert {path.name for path in (complete / "tensorboard").iterdir()} == set(names)
     for name, run in names.items():
-        board = EventAccumulator(str(whole / "tensorboard" / name)).Reload()
+        board = EventAccumulator(str(complete / "tensorboard" / name)).Reload()
         curve = {e.step: e.value for e in board.Scalars("train/loss")}
         assert curve == pytest.approx(dict(zip(run.logged, run.train_loss, strict=True)), abs=1e-5)
         assert [(e.step, e.value) for e in board.Scalars("validation/loss")] == [
             (STEPS, pytest.approx(run.validation_loss, abs=1e-5))
         ]
-        told = board.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
-        hparams = metadata.parse_session_start_info_plugin_data(told).hparams
+        content = board.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
+        hparams = metadata.parse_session_start_info_plugin_data(content).hparams
         assert hparams["optim.lr"].number_value == run.lr and hparams["seed"].number_value == run.seed
         assert hparams["model.d_model"].number_value == run.width and hparams["variant"].string_value == "mup"
 
 
-# How it goes on
+# Resuming
 
 
-def test_the_same_command_again_trains_nothing(whole: Path, folder: Path, sweep, trained) -> None:
-    before = lines(whole)
-    assert sweep(*arguments(folder), *GRID, "--out", str(whole)) == FINISHED
-    assert lines(whole) == before and trained == []
+def test_the_same_command_again_trains_nothing(complete: Path, folder: Path, sweep, trained) -> None:
+    before = lines(complete)
+    assert sweep(*arguments(folder), *GRID, "--out", str(complete)) == FINISHED
+    assert lines(complete) == before and trained == []
 
 
-def test_stopped_by_a_signal_it_goes_on_to_the_same_losses_bit_for_bit(whole: Path, folder: Path) -> None:
+def test_a_stopped_sweep_resumes_to_bit_equal_losses(complete: Path, folder: Path) -> None:
     out = folder / "stopped"
     command = [*arguments(folder), *GRID, "--out", str(out)]
     process = start(SCRIPT, command, devices=2, optimize=False)
     watchdog = threading.Timer(200, process.kill)
     watchdog.start()
     assert process.stdout is not None
-    told = ""
-    while "width 64: step" not in told:  # within the second group, the first has ended
+    output = ""
+    while "width 64: step" not in output:  # within the second group, the first has ended
         line = process.stdout.readline()
         assert line, f"ended before it was stopped: {process.communicate()}"
-        told += line
+        output += line
     process.send_signal(signal.SIGTERM)
-    assert "stopped, all is saved" in finish(process, expect=STOPPED)
+    assert "stopped; progress is saved" in finish(process, expect=STOPPED)
     watchdog.cancel()
     assert [run.width for run in records.read(out)] == [32] * 4
     (saved,) = (out / "snapshots").glob("*/*")
     assert 0 < int(saved.name) < STEPS
-    told = finish(start(SCRIPT, command, devices=2, optimize=False))
-    assert "4 runs to train, 4 are there" in told and f"goes on after step {saved.name}" in told
-    assert list(map(outcome, records.read(out))) == list(map(outcome, records.read(whole)))
+    output = finish(start(SCRIPT, command, devices=2, optimize=False))
+    assert "4 runs to train, 4 already in " in output and f"resuming after step {saved.name}" in output
+    assert list(map(outcome, records.read(out))) == list(map(outcome, records.read(complete)))
     assert not list((out / "snapshots").glob("*"))
 
 
-def test_a_line_cut_short_is_mended_and_only_its_run_trained_again(whole: Path, folder: Path, sweep, trained, capsys) -> None:
+def test_only_the_run_of_a_truncated_line_is_trained_again(complete: Path, folder: Path, sweep, trained, capsys) -> None:
     out = folder / "cut"
     out.mkdir()
-    text = (whole / records.FILE).read_bytes()
+    text = (complete / records.FILE).read_bytes()
     (out / records.FILE).write_bytes(text[:-20])
     assert sweep(*arguments(folder), *GRID, "--out", str(out)) == FINISHED
-    assert trained == [("Fleet", 64, 8)]  # one run, on each of the eight devices
-    assert "the last line was cut short" in capsys.readouterr().out
-    assert lines(out)[:7] == lines(whole)[:7] and len(lines(out)) == 8
-    assert close(records.read(out)[-1], records.read(whole)[-1])
+    assert trained == [("ParallelRuns", 64, 8)]  # one run, on each of the eight devices
+    assert "removed a truncated last line" in capsys.readouterr().out
+    assert lines(out)[:7] == lines(complete)[:7] and len(lines(out)) == 8
+    assert close(records.read(out)[-1], records.read(complete)[-1])
 
 
 @pytest.mark.parametrize("change", [["steps=81"], ["optim.beta2=0.9"], ["data.batch_size=4", "optim.clip_norm=0"]])
-def test_other_settings_in_the_same_folder_are_refused(change, whole: Path, folder: Path, sweep, trained, capsys) -> None:
-    before = lines(whole)
-    assert sweep(*arguments(folder), *change, *GRID, "--out", str(whole)) == USAGE_ERROR
+def test_a_folder_with_other_settings_is_refused(change, complete: Path, folder: Path, sweep, trained, capsys) -> None:
+    before = lines(complete)
+    assert sweep(*arguments(folder), *change, *GRID, "--out", str(complete)) == USAGE_ERROR
     err = capsys.readouterr().err
     keys = ", ".join(sorted(text.partition("=")[0] for text in change))
     assert re.fullmatch(r"error: .*\n", err) and f"had other settings: {keys}; choose another --out or --label" in err
-    assert lines(whole) == before and trained == []
+    assert lines(complete) == before and trained == []
 
 
-# How runs are spread
+# Groups of runs
 
 
 @pytest.mark.slow
-def test_runs_that_do_not_fit_go_one_by_one_sharded_whatever_was_saved_of_them_together(
-    whole: Path, folder: Path, sweep, trained, monkeypatch: pytest.MonkeyPatch
+def test_runs_that_do_not_fit_are_trained_sharded(
+    complete: Path, folder: Path, sweep, trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = folder / "sharded"
     command = [*arguments(folder), "--widths", "64", "--lrs", "2^-6", "--seeds", "1", "--out", str(out)]
-    step, before = Fleet.step, signal.getsignal(signal.SIGTERM)
+    step, before = ParallelRuns.step, signal.getsignal(signal.SIGTERM)
 
-    def interrupted(fleet: Fleet, *given):
+    def interrupted(runs: ParallelRuns, *args):
         os.kill(os.getpid(), signal.SIGTERM)
-        return step(fleet, *given)
+        return step(runs, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Fleet, "step", interrupted)
+        patch.setattr(ParallelRuns, "step", interrupted)
         assert sweep(*command) == STOPPED
     assert signal.getsignal(signal.SIGTERM) == before
     assert [path.name for path in (out / "snapshots").glob("*/*")] == ["1"]
     assert sweep(*command, "--memory", "1e-6") == FINISHED
-    assert trained == [("Fleet", 64, 8), ("Sharded", 64, 1)]
+    assert trained == [("ParallelRuns", 64, 8), ("ShardedRun", 64, 1)]
     (ours,) = records.read(out)
-    assert close(ours, records.read(whole)[-1])
+    assert close(ours, records.read(complete)[-1])
 
 
-def test_runs_that_do_not_fit_together_go_in_halves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_are_halved_until_they_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups only; what is trained in them is tested elsewhere."""
     config = load(arguments(folder, "model.d_model=32"))
     corpus, points = prepare(config.data), [(2.0**-i, 0) for i in range(20)]  # on eight devices: three runs on each, or one
-    monkeypatch.setattr(Fleet, "compile", lambda fleet: len(fleet.hyper.lr) // 8)
+    monkeypatch.setattr(ParallelRuns, "compile", lambda runs: len(runs.hyper.lr) // 8)
 
     def sizes(memory: int) -> list[tuple[type, int, int]]:
         found = list(_groups(config.with_vocab(corpus.tokenizer.n_vocab), corpus, points, memory))
-        assert [point for _, group in found for point in group] == points
-        for fleet, group in found:
-            if isinstance(fleet, Fleet):
-                lrs = np.asarray(fleet.hyper.lr).tolist()
-                assert lrs[: len(group)] == [lr for lr, _ in group] and set(lrs[len(group) :]) <= {group[-1][0]}
+        assert [point for _, together in found for point in together] == points
+        for group, together in found:
+            if isinstance(group, ParallelRuns):
+                lrs = np.asarray(group.hyper.lr).tolist()
+                assert lrs[: len(together)] == [lr for lr, _ in together] and set(lrs[len(together) :]) <= {together[-1][0]}
             else:
-                assert (fleet.config.optim.lr, fleet.config.seed) == group[0]
-        return [(type(fleet), len(fleet.hyper.lr) if isinstance(fleet, Fleet) else 1, len(group)) for fleet, group in found]
+                assert (group.config.optim.lr, group.config.seed) == together[0]
+        return [(type(group), n_runs(group), len(together)) for group, together in found]
 
-    assert sizes(3) == [(Fleet, 24, 20)]
-    assert sizes(2) == [(Fleet, 8, 8), (Fleet, 8, 8), (Fleet, 8, 4)]
-    assert sizes(0) == [(Sharded, 1, 1)] * 20
+    assert sizes(3) == [(ParallelRuns, 24, 20)]
+    assert sizes(2) == [(ParallelRuns, 8, 8), (ParallelRuns, 8, 8), (ParallelRuns, 8, 4)]
+    assert sizes(0) == [(ShardedRun, 1, 1)] * 20
 
 
-def test_diverged_runs_are_told_and_the_swept_setting_named(folder: Path, sweep) -> None:
+def test_diverged_runs_and_swept_settings_are_recorded(folder: Path, sweep) -> None:
     out = folder / "diverged"
     options = ["--widths", "32", "--lrs", "2^-6,1e30", "--set", "model.qk_scale=0.5", "--label", "hot", "--out", str(out)]
     assert sweep(*arguments(folder, "optim.clip_norm=0", steps=20), *options) == FINISHED
@@ -280,10 +284,10 @@ def test_rates() -> None:
         *("0.1,0.1", "0.5,2^-1", "-0.1", "0", "nan", "inf", "2^9999", "0^-1", "-2^0.5", "2^-4,2^-3:2^-2:1", "0.1,"),
     ],
 )
-def test_what_is_no_grid_of_rates(text: str) -> None:
-    with pytest.raises(ConfigError, match=f"^--lrs {re.escape(text)}: ") as told:
+def test_invalid_rates(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--lrs {re.escape(text)}: ") as error:
         grid.rates("--lrs", text)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_integers() -> None:
@@ -297,32 +301,32 @@ def test_integers() -> None:
             grid.seeds("--seeds", text)
 
 
-def test_a_job_for_each_combination_and_width() -> None:
+def test_a_config_for_each_combination_and_width() -> None:
     base = ["model.d_head=32", "optim.rule=mup"]
-    found = grid.jobs(base, [64, 128], ["model.qk_scale=0.1,0.2", "optim.rule=mup,sp"])
-    assert [(job.variant, job.width, job.config.model.qk_scale, job.config.optim.rule) for job in found] == [
+    found = grid.configs(base, "width", [64, 128], ["model.qk_scale=0.1,0.2", "optim.rule=mup,sp"])
+    assert [(c.name, c.width, c.config.model.qk_scale, c.config.optim.rule) for c in found] == [
         (f"{rule} model.qk_scale={scale}", width, scale, rule)
         for scale in (0.1, 0.2)
         for rule in ("mup", "sp")
         for width in (64, 128)
     ]
-    assert [job.variant for job in grid.jobs(base, [64], [])] == ["mup"]
-    assert [job.variant for job in grid.jobs(base, [64], [], "mine")] == ["mine"]
-    assert [job.variant for job in grid.jobs(base, [64], ["steps=1,2"], "mine")] == ["mine steps=1", "mine steps=2"]
-    listed = grid.jobs([*base, "data.source=text"], [64], ["data.files=[a,b],[c]"])
-    assert [job.config.data.files for job in listed] == [["a", "b"], ["c"]]
+    assert [c.name for c in grid.configs(base, "width", [64], [])] == ["mup"]
+    assert [c.name for c in grid.configs(base, "width", [64], [], "mine")] == ["mine"]
+    assert [c.name for c in grid.configs(base, "width", [64], ["steps=1,2"], "mine")] == ["mine steps=1", "mine steps=2"]
+    listed = grid.configs([*base, "data.source=text"], "width", [64], ["data.files=[a,b],[c]"])
+    assert [c.config.data.files for c in listed] == [["a", "b"], ["c"]]
 
 
-def test_jobs_along_an_axis() -> None:
-    width = grid.along(["optim.rule=sp"], "width", [64, 128])
-    assert [(job.variant, job.width) for job in width] == [("sp", 64), ("sp", 128)]
-    depth = grid.along(["model.n_layer=3"], "depth", [2, 4], "deep")
-    assert [(job.variant, job.config.model.n_layer) for job in depth] == [("deep", 2), ("deep", 4)]
+def test_configs_over_width_or_depth() -> None:
+    width = grid.configs(["optim.rule=sp"], "width", [64, 128])
+    assert [(c.name, c.width) for c in width] == [("sp", 64), ("sp", 128)]
+    depth = grid.configs(["model.n_layer=3"], "depth", [2, 4], label="deep")
+    assert [(c.name, c.config.model.n_layer) for c in depth] == [("deep", 2), ("deep", 4)]
 
 
-def test_changed_settings() -> None:
-    assert grid.changed(Config()) == {}
-    assert grid.changed(load(["optim.lr=0.5", "steps=1000", "model.n_vocab=300", "data.threads=1"])) == {
+def test_non_default_settings() -> None:
+    assert grid.non_defaults(Config()) == {}
+    assert grid.non_defaults(load(["optim.lr=0.5", "steps=1000", "model.n_vocab=300", "data.threads=1"])) == {
         "optim.lr": 0.5,
         "model.n_vocab": 300,
         "data.threads": 1,
@@ -337,7 +341,7 @@ MISTAKES = {
         ["--widths", "32,36"],
         "model.d_model = 36: not divisible by model.d_head = 8; .*32 and 40",
     ),
-    "width twice": (["--widths", "32,32"], "--widths 32,32: one is there twice"),
+    "width twice": (["--widths", "32,32"], "--widths 32,32: a value is repeated"),
     "width of nothing": (["--widths", "0,32"], "model.d_model = 0: must be at least 1"),
     "empty grid": (["--lrs", "2^-2:2^-4:1"], r"--lrs 2\^-2:2\^-4:1: an empty grid: the first rate is above the last"),
     "no rate": (["--lrs", "x"], "--lrs x: must be "),
@@ -349,10 +353,10 @@ MISTAKES = {
     "rate by --set": (["--set", "optim.lr=0.1,0.2"], "--set optim.lr=0.1,0.2: use --lrs"),
     "seed by --set": (["--set", "seed=1,2"], "--set seed=1,2: use --seeds"),
     "width by --set": (["--set", "model.d_model=32,64"], "--set model.d_model=32,64: use --widths"),
-    "value twice": (["--set", "steps=2,2"], "--set: two of the combinations are called the same"),
+    "value twice": (["--set", "steps=2,2"], "--set: two combinations have the name mup steps=2"),
     "rules under one label": (
         ["--set", "optim.rule=mup,sp", "--label", "mine"],
-        "--set: two of the combinations .* called the same",
+        "--set: two combinations have the name mine; sweep optim.rule without --label",
     ),
     "memory": (["--memory", "nan"], "--memory nan: must be positive"),
     "no devices": (["--cpu-devices", "0"], "--cpu-devices 0: must be at least 1"),
@@ -361,7 +365,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_line_and_exit_code_2_before_jax_starts(name: str, tmp_path: Path, sweep, monkeypatch, capsys) -> None:
+def test_mistakes_are_reported_before_jax_starts(name: str, tmp_path: Path, sweep, monkeypatch, capsys) -> None:
     args, message = MISTAKES[name]
     given = ["--widths", "32", "--lrs", "0.1", *TINY]
     out = ["--out", str(tmp_path / "out")]
@@ -371,7 +375,7 @@ def test_mistakes_are_one_line_and_exit_code_2_before_jax_starts(name: str, tmp_
             sweep(*given)
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_training(folder: Path, sweep, trained, capsys) -> None:
+def test_a_folder_that_cannot_be_created_is_reported_first(folder: Path, sweep, trained, capsys) -> None:
     options = ["--widths", "32", "--lrs", "0.1", "--out", "/dev/null/out"]
     assert sweep(*arguments(folder, "log.tensorboard=false"), *options) == USAGE_ERROR
     assert capsys.readouterr().err == "error: /dev/null/out: Not a directory\n" and trained == []

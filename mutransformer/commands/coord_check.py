@@ -57,24 +57,24 @@ def run(args: Namespace) -> int:
     check(len(sizes) > 1, f"--{axis}s {sizes[0]}: one {axis} only: nothing to compare")
     check(args.steps >= 2, f"--steps {args.steps}: must be at least 2")
     check(0 < args.max_slope < math.inf, f"--max-slope {args.max_slope}: must be positive and finite")
-    subject = grid.along(settings, axis, sizes)
+    subject = grid.configs(settings, axis, sizes)
     rule = subject[0].config.optim.rule
     control = []
     if axis == "width":
         if rule != "sp" and not args.no_control:
-            control = grid.along([*settings, *STANDARD], axis, sizes)
+            control = grid.configs([*settings, *STANDARD], axis, sizes)
     elif rule in DEPTH_RULES:
         if not args.no_control:
-            control = grid.along([*settings, "model.n_layer_base=null"], axis, sizes, label=f"{rule} without depth")
+            control = grid.configs([*settings, "model.n_layer_base=null"], axis, sizes, label=f"{rule} without depth")
         if subject[0].config.model.n_layer_base is None:
-            subject = grid.along([*settings, f"model.n_layer_base={sizes[0]}"], axis, sizes)
+            subject = grid.configs([*settings, f"model.n_layer_base={sizes[0]}"], axis, sizes)
     config = subject[0].config
     out = args.out or config.rundir.with_name(f"{config.name}-coord")
 
     processes.simulate_devices(len(seeds))
     start_jax(config)
     from mutransformer.study.coordinates.report import coordinate_check
-    from mutransformer.study.coordinates.slopes import Limits
+    from mutransformer.study.coordinates.verdicts import Limits
 
     verdicts = coordinate_check(subject, control, axis, seeds, args.steps, Limits(slope=args.max_slope), out)
     print(*verdicts, f"results: {out}", sep="\n")

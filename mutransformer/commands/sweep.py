@@ -34,15 +34,15 @@ def run(args: Namespace) -> int:
     from mutransformer.study.sweep import grid
 
     widths = grid.integers("--widths", args.widths)
-    jobs = grid.jobs(args.settings, widths, args.set, args.label)
+    variants = grid.configs(args.settings, "width", widths, args.set, args.label)
     points = [(lr, seed) for lr in grid.rates("--lrs", args.lrs) for seed in grid.seeds("--seeds", args.seeds)]
     check(args.cpu_devices is None or args.cpu_devices >= 1, f"--cpu-devices {args.cpu_devices}: must be at least 1")
     check(args.memory is None or 0 < args.memory < math.inf, f"--memory {args.memory}: must be positive and finite")
-    config = jobs[0].config
+    config = variants[0].config
     out = args.out or config.rundir.with_name(f"{config.name}-sweep")
 
     processes.simulate_devices(args.cpu_devices or min(os.cpu_count() or 1, len(points)))
     start_jax(config)
     from mutransformer.study.sweep.run import sweep
 
-    return sweep(jobs, points, out, None if args.memory is None else int(args.memory * 1e9))
+    return sweep(variants, points, out, None if args.memory is None else int(args.memory * 1e9))

@@ -1,1 +1,1 @@
-"""The science of muP: coordinate checks, sweeps of many runs at once, and reports that give a verdict."""
+"""Empirical tests of a parametrization: coordinate checks, hyperparameter sweeps, and reports with verdicts."""

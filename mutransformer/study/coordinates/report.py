@@ -1,105 +1,97 @@
-"""Runs a coordinate check and its control, and writes down what they gave: CSV, figures, TensorBoard, verdicts."""
+"""Runs a coordinate check and its control and reports the results: CSV, figures, TensorBoard, a table of slopes, verdicts."""
 
 import csv
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from rich.console import Console
+from rich.table import Table
 
-from mutransformer.data.cache.prepare import prepare
-from mutransformer.sharding.processes import all_processes
-from mutransformer.study.coordinates.measure import Axis, Coordinate, measure
-from mutransformer.study.coordinates.slopes import KINDS, Limits, Line, judge, lines, table
-from mutransformer.study.sweep.grid import Job
-from mutransformer.study.verdicts import Verdict
+from mutransformer.study.coordinates.measure import Coordinate, measure
+from mutransformer.study.coordinates.slopes import KINDS, SlopeFit, fit_slopes
+from mutransformer.study.coordinates.verdicts import Limits, judge
+from mutransformer.study.sweep.grid import Axis, VariantConfig
+from mutransformer.study.tensorboard import open_writer
+from mutransformer.study.verdict import Verdict
+from mutransformer.training.program import prepare_data
 
-TABLE, FIGURES = "coordinates.csv", "coordinates"
+TABLE = "coordinates.csv"
+Configs = Sequence[VariantConfig]  # one for each width or depth
 
 _log = logging.getLogger(__name__)
 
 
 def coordinate_check(
-    subject: Sequence[Job], control: Sequence[Job], axis: Axis, seeds: Sequence[int], steps: int, limits: Limits, folder: Path
+    subject: Configs, control: Configs, axis: Axis, seeds: Sequence[int], steps: int, limits: Limits, folder: Path
 ) -> list[Verdict]:
-    """Measures every job and judges them.
+    """Measures every config and judges the result.
 
     Args:
-        subject: the parametrization that is checked, a job for each width or depth.
-        control: one that must fail, likewise; empty for none.
-        axis: what varies over the jobs.
-        seeds, steps: as coord.measure takes them.
-        limits: what passes.
-        folder: for coordinates.csv, figures as PNG and SVG, and TensorBoard.
+        subject: the checked parametrization.
+        control: one that should fail; empty for none.
+        axis: what varies over the configs.
+        seeds, steps: as `measure` takes them.
+        limits: bounds of a passing check.
+        folder: for coordinates.csv, figures as PNG and SVG, and TensorBoard files.
 
     Returns:
-        Verdicts on the subject and on the control.
+        The verdicts on the subject and on the control.
 
     Raises:
         ConfigError: a setting does not fit the data; matplotlib is not installed.
     """
-    from mutransformer.study.coordinates import plots as coord_plots
-    from mutransformer.study.transfer import plots  # need matplotlib, which is an extra
+    from mutransformer.study import figures  # needs matplotlib, which is an extra
+    from mutransformer.study.coordinates import plots
 
-    folder.mkdir(parents=True, exist_ok=True)  # now, not when there are numbers to lose
+    folder.mkdir(parents=True, exist_ok=True)  # fails before measuring, not after
     found: list[Coordinate] = []
-    for job in (*subject, *control):
-        at = job.config.model.d_model if axis == "width" else job.config.model.n_layer
-        corpus = prepare(job.config.data, all_processes())
-        job = Job(job.variant, job.config.with_vocab(corpus.tokenizer.n_vocab))
-        found += measure(job, at, seeds, steps, corpus)
-        _log.info("%s, %s %d: measured", job.variant, axis, at)
-    write(found, folder / TABLE)
-    of = lines(found)
-    name, against = subject[0].variant, control[0].variant if control else None
-    for kind in KINDS:
-        chosen = [line for line in of if line.kind == kind]
-        plots.save(coord_plots.coordinates, chosen, name, against, axis, path=folder / f"{FIGURES}_{kind}")
-    _tensorboard(found, folder, [(kind, folder / f"{FIGURES}_{kind}.png") for kind in KINDS])
-    _log.info("%s", in_columns(of, axis, steps))
-    return judge(of, name, against, axis, limits)
+    for variant in (*subject, *control):
+        at = variant.config.model.d_model if axis == "width" else variant.config.model.n_layer
+        found += measure(variant, at, seeds, steps, prepare_data(variant.config))
+        _log.info("measured %s at %s %d", variant.name, axis, at)
+    write_csv(found, folder / TABLE)
+    fits = fit_slopes(found)
+    name, control_name = subject[0].name, control[0].name if control else None
+    images = {kind: folder / f"coordinates_{kind}.png" for kind in KINDS}
+    for kind, path in images.items():
+        figures.save(plots.coordinates, [fit for fit in fits if fit.kind == kind], name, control_name, axis, path=path)
+    _write_tensorboard(found, folder, images)
+    _print_slopes(fits, axis, steps)
+    return judge(fits, name, control_name, axis, limits)
 
 
-def write(coordinates: Sequence[Coordinate], path: Path) -> None:
-    """A line of CSV for each."""
+def write_csv(coordinates: Sequence[Coordinate], path: Path) -> None:
+    """One line for each, below a line of column names."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(Coordinate))
         writer.writerows((*astuple(c)[:-1], f"{c.value:.6g}") for c in coordinates)
 
 
-def in_columns(of: Sequence[Line], axis: Axis, steps: int) -> str:
-    """The table of slopes at a few steps, for the console."""
-    chosen = sorted({0, 1, 2, steps // 2, steps} & set(range(steps + 1)))
-    head = [f"slope over {axis}", "", "", *(f"step {step}" for step in chosen)]
-    rows = [head, *table(of, chosen)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+def _print_slopes(fits: Sequence[SlopeFit], axis: Axis, steps: int) -> None:
+    """Prints slopes and their spread over seeds: a row for each variant, kind and name, a column for a few of the steps."""
+    shown = sorted({0, 1, 2, steps // 2, steps} & set(range(steps + 1)))
+    cells = {(fit.variant, fit.kind, fit.name, fit.step): str(fit) for fit in fits}
+    table = Table(f"slope over {axis}", "", "", *(f"step {step}" for step in shown), box=None, pad_edge=False)
+    for row in dict.fromkeys(key[:-1] for key in cells):
+        table.add_row(*row, *(cells.get((*row, step), "") for step in shown))
+    Console(width=200, markup=False, highlight=False).print(table)
 
 
-def _tensorboard(coordinates: Sequence[Coordinate], folder: Path, figures: Sequence[tuple[str, Path]]) -> None:
-    """A run for each variant and size with curves over steps, mean over seeds; and the figures."""
-    from PIL import Image  # matplotlib needs it too
+def _write_tensorboard(coordinates: Sequence[Coordinate], folder: Path, images: Mapping[str, Path]) -> None:
+    """Curves over steps, means over seeds, one TensorBoard run for each variant and size; and the figures."""
+    from PIL import Image  # a dependency of matplotlib
 
-    curves: dict[tuple[str, int], dict[tuple[str, str, int], list[float]]] = {}
+    curves: dict[str, dict[tuple[str, int], list[float]]] = {}
     for c in coordinates:
-        curves.setdefault((c.variant, c.at), {}).setdefault((c.kind, c.name, c.step), []).append(c.value)
-    for (variant, at), values in curves.items():
-        with SummaryWriter(str(folder / "tensorboard" / f"{variant} {at}".replace("/", "_"))) as writer:
-            for (kind, name, step), seeds in values.items():
-                writer.add_scalar(f"{kind}/{name}", float(np.mean(seeds)), step)
-    with SummaryWriter(str(folder / "tensorboard" / "figures")) as writer:
-        for kind, path in figures:
+        curves.setdefault(f"{c.variant} {c.at}", {}).setdefault((f"{c.kind}/{c.name}", c.step), []).append(c.value)
+    for name, points in curves.items():
+        with open_writer(folder, name) as writer:
+            for (tag, step), values in points.items():
+                writer.add_scalar(tag, float(np.mean(values)), step)
+    with open_writer(folder, "figures") as writer:
+        for kind, path in images.items():
             writer.add_image(f"coordinates/{kind}", np.asarray(Image.open(path).convert("RGB")), dataformats="HWC")
-
-
-def read(path: Path) -> list[Coordinate]:
-    """What write has written."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [
-        Coordinate(r["variant"], int(r["at"]), int(r["seed"]), int(r["step"]), r["kind"], r["name"], float(r["value"]))  # pyright: ignore[reportArgumentType]
-        for r in rows
-    ]

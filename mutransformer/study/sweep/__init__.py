@@ -1,1 +1,1 @@
-"""Sweeps over widths, learning rates and seeds."""
+"""Sweeps over widths, learning rates and seeds, with many runs trained at once."""

@@ -1,114 +1,103 @@
-"""What a study covers, as typed on a command line: widths, learning rates, seeds, settings. Does not import JAX."""
+"""The grid of a study, parsed from the command line: configs by width or depth, learning rates, seeds. Does not import JAX."""
 
 import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-from mutransformer.config import load as settings
+from mutransformer.config.load import load
 from mutransformer.config.schema import Config, flatten
 from mutransformer.errors import ConfigError, check
 
-T = TypeVar("T")
+Axis = Literal["width", "depth"]
+Point = tuple[float, int]  # (base learning rate, seed)
+T = TypeVar("T", int, float)
 
-SEPARATOR = re.compile(r",(?![^\[{]*[\]}])")  # a comma that is not within brackets
+KEYS: dict[Axis, str] = {"width": "model.d_model", "depth": "model.n_layer"}
+OPTIONS = {"optim.lr": "--lrs", "seed": "--seeds", "model.d_model": "--widths"}  # not to be swept by --set
+COMMA = re.compile(r",(?![^\[{]*[\]}])")  # outside brackets
 
 
 @dataclass(frozen=True)
-class Job:
-    """All the runs that differ in nothing but learning rate and seed."""
+class VariantConfig:
+    """One variant of the model at one width and depth; its runs differ only in learning rate and seed."""
 
-    variant: str
+    name: str
     config: Config
 
     @property
     def width(self) -> int:
         return self.config.model.d_model
 
-
-def jobs(args: Sequence[str], widths: Sequence[int], sets: Sequence[str], label: str | None = None) -> list[Job]:
-    """A job for each combination of swept settings, and each width.
-
-    Args:
-        args: YAML files and overrides, as for training.
-        widths: values of model.d_model.
-        sets: "key=value,value,..." each.
-        label: what to call these settings; None: by the parametrization.
-
-    Raises:
-        ConfigError: a setting is wrong, or does not go with a width.
-    """
-    swept = [_values(text) for text in sets]
-    found = []
-    for combination in itertools.product(*swept):
-        for width in widths:
-            config = settings.load([*args, *combination, f"model.d_model={width}"])
-            told = [text for text in combination if not text.startswith("optim.rule=")]
-            found.append(Job(" ".join([label or config.optim.rule, *told]), config))
-    names = {(job.variant, job.width) for job in found}
-    check(len(names) == len(found), "--set: two of the combinations are called the same; sweep optim.rule without --label")
-    return found
+    def with_vocab(self, n_vocab: int) -> "VariantConfig":
+        return replace(self, config=self.config.with_vocab(n_vocab))
 
 
-def along(args: Sequence[str], axis: Literal["width", "depth"], at: Sequence[int], label: str | None = None) -> list[Job]:
-    """A job for each width or depth.
+def configs(
+    args: Sequence[str], axis: Axis, sizes: Sequence[int], sets: Sequence[str] = (), label: str | None = None
+) -> list[VariantConfig]:
+    """A config for each combination of swept settings at each width or depth.
 
     Args:
         args: YAML files and overrides, as for training.
-        axis: whether `at` are values of model.d_model or model.n_layer.
-        at: the values.
-        label: what to call these settings; None: by the parametrization.
+        axis: whether `sizes` are values of model.d_model or of model.n_layer.
+        sizes: distinct.
+        sets: swept settings, each "key=value,value,...".
+        label: the variant's name, before its swept settings; None: the parametrization.
 
     Raises:
-        ConfigError: a setting is wrong, or does not go with a size.
+        ConfigError: a setting is invalid or does not fit a size, or two variants would have the same name.
     """
-    key = {"width": "model.d_model", "depth": "model.n_layer"}[axis]
-    configs = [settings.load([*args, f"{key}={size}"]) for size in at]
-    return [Job(label or config.optim.rule, config) for config in configs]
+    found: dict[tuple[str, int], VariantConfig] = {}
+    for combination in itertools.product(*map(_settings, sets)):
+        swept = [setting for setting in combination if not setting.startswith("optim.rule=")]
+        for size in sizes:
+            config = load([*args, *combination, f"{KEYS[axis]}={size}"])
+            name = " ".join([label or config.optim.rule, *swept])
+            check((name, size) not in found, f"--set: two combinations have the name {name}; sweep optim.rule without --label")
+            found[name, size] = VariantConfig(name, config)
+    return list(found.values())
 
 
-def _values(text: str) -> list[str]:
+def _settings(text: str) -> list[str]:
+    """ "key=a,b" -> ["key=a", "key=b"]."""
     key, equals, values = text.partition("=")
     check(bool(key and equals and values), f"--set {text}: must be key=value,value,...")
-    swept = {"optim.lr": "--lrs", "seed": "--seeds", "model.d_model": "--widths"}
-    check(key not in swept, f"--set {text}: use {swept.get(key)}")
-    return [f"{key}={value}" for value in SEPARATOR.split(values)]
+    check(key not in OPTIONS, f"--set {text}: use {OPTIONS.get(key)}")
+    return [f"{key}={value}" for value in COMMA.split(values)]
 
 
 def integers(option: str, text: str) -> list[int]:
     """ "64,128,256" -> [64, 128, 256], ascending. Raises ConfigError."""
-    return _numbers(option, text, lambda item: int(item), "whole numbers with commas between")
+    return _numbers(option, text, lambda item: int(item), "integers separated by commas")
 
 
 def seeds(option: str, text: str) -> list[int]:
-    """The same for seeds. Raises ConfigError if one is no seed."""
+    """As `integers`, for seeds. Raises ConfigError if one is out of range."""
     found = integers(option, text)
     check(0 <= found[0] and found[-1] < 2**31, f"{option} {text}: must lie in 0 ... 2^31 - 1")
     return found
 
 
 def rates(option: str, text: str) -> list[float]:
-    """ "2^-10:2^-2:1" -> 2^-10, 2^-9, ... 2^-2, the last number in octaves; or "2^-6,0.03": as listed. Ascending.
+    """Learning rates, ascending: "2^-10:2^-2:1" (first:last:step in octaves) or a list, "2^-6,0.03".
 
     Raises:
-        ConfigError: it is none of these, or gives no rate.
+        ConfigError: the text has neither form, a rate is not positive, or there is none.
     """
     parts = text.split(":")
-    form = "2^-10:2^-2:1 (first:last:octaves between), or rates with commas between"
-    if len(parts) != 3 or "," in text:
-        found = _numbers(option, text, _rate, form)
-        check(all(0 < rate < math.inf for rate in found), f"{option} {text}: rates must be positive")
-        return found
-    first, last, octaves = (_numbers(option, part, _rate, form)[0] for part in parts)
-    check(
-        all(0 < number < math.inf for number in (first, last, octaves)),
-        f"{option} {text}: rates and the octaves between them must be positive",
-    )
-    n = math.floor(math.log2(last / first) / octaves + 1e-9) + 1
+    as_range = len(parts) == 3 and "," not in text
+    form = "2^-10:2^-2:1 (first:last:step in octaves), or rates separated by commas"
+    numbers = [_numbers(option, part, _rate, form)[0] for part in parts] if as_range else _numbers(option, text, _rate, form)
+    check(all(0 < number < math.inf for number in numbers), f"{option} {text}: rates, and octaves between them, must be positive")
+    if not as_range:
+        return numbers
+    first, last, step = numbers
+    n = math.floor(math.log2(last / first) / step + 1e-9) + 1
     check(n >= 1, f"{option} {text}: an empty grid: the first rate is above the last")
-    return [first * 2 ** (octaves * i) for i in range(n)]
+    return [first * 2 ** (step * i) for i in range(n)]
 
 
 def _rate(text: str) -> float:
@@ -116,16 +105,16 @@ def _rate(text: str) -> float:
     return math.pow(float(base), float(exponent)) if power else float(text)  # ** of a negative base gives complex numbers
 
 
-def _numbers(option: str, text: str, read: Callable[[str], T], form: str) -> list[T]:
+def _numbers(option: str, text: str, parse: Callable[[str], T], form: str) -> list[T]:
     try:
-        found = [read(item) for item in text.split(",")]
+        found = [parse(item) for item in text.split(",")]
     except (ValueError, OverflowError, ZeroDivisionError):
         raise ConfigError(f"{option} {text}: must be {form}") from None
-    check(len(set(found)) == len(found), f"{option} {text}: one is there twice")
-    return sorted(found)  # pyright: ignore[reportArgumentType]  # int or float
+    check(len(set(found)) == len(found), f"{option} {text}: a value is repeated")
+    return sorted(found)
 
 
-def changed(config: Config) -> dict[str, object]:
-    """The settings that are not the defaults, by dotted key."""
+def non_defaults(config: Config) -> dict[str, object]:
+    """The settings whose values are not the defaults, by dotted key."""
     defaults = flatten(Config())
     return {key: value for key, value in flatten(config).items() if value != defaults[key]}

@@ -1,13 +1,13 @@
-"""Many runs of one shape at once: base learning rate and seed are arrays, and the train step is mapped over them.
+"""Training of many runs of one shape at once: the train step is mapped over arrays of base learning rates and seeds.
 
-The runs are spread over the devices; each device holds its runs whole, and nothing moves between devices but the losses that are
-read. On accelerators a device's runs are vectorised. A CPU computes them one after another in one program: its matrix products
-are fast for two factors only, not for stacks of them.
+Runs are divided among the devices, and each device holds its runs whole: only losses move between devices, when they are read. On
+accelerators a device's runs are vectorized. On a CPU they are computed one after another within one program: its matrix products
+are fast for two factors, not for stacks of them.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,180 +17,202 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Real
 
 from mutransformer.config.schema import Config
-from mutransformer.data.batches.pipeline import Batch
-from mutransformer.model.transformer import Forward
-from mutransformer.sharding.mesh import check_fits, data_share, lay, make_mesh, put
-from mutransformer.training.state import TrainState, init_state, plan, start
+from mutransformer.data.batches.batch import Batch
+from mutransformer.data.tokenizers.tokenizer import Tokenizer
+from mutransformer.sharding.mesh import data_share, lay_mesh, put_batch
+from mutransformer.study.sweep.grid import Point
+from mutransformer.training.program import Vocabulary, build
+from mutransformer.training.state import TrainState, initial_state
 from mutransformer.training.step import device_grads, device_sums, make_eval_step, make_train_step, update
 
 RUNS = PartitionSpec("run")
-BATCHES = PartitionSpec(None, "x")  # [distinct seeds, rows, T]: every device has them all
+BATCHES = PartitionSpec(None, "x")  # [seeds, rows, T], the same on every device
+
+
+@runtime_checkable
+class RunGroup(Protocol):
+    """R runs that advance together, whatever devices they are on."""
+
+    config: Config  # of the runs; optim.lr and seed may differ
+    seeds: list[int]  # distinct, ascending
+    data_share: tuple[int, tuple[int, ...]]  # the rows of a batch that this process reads, as of mesh.data_share
+    shapes: Any  # the abstract train state, with shardings
+    layout: str  # how the runs are placed, for log messages
+
+    def init(self) -> TrainState[Array]:
+        """The state before the first update: for each run, bit for bit the state that it would start with alone."""
+        ...
+
+    def step(self, state: TrainState[Array], batches: Sequence[Batch]) -> tuple[TrainState[Array], Array]:
+        """One update of every run.
+
+        Args:
+            state: donated.
+            batches: one for each of `seeds`, host arrays [B, T], this process's rows of them.
+
+        Returns:
+            The new state, and the losses before the update in nats per token, on the devices: [R], or [] for a single run.
+        """
+        ...
+
+    def loss_sums(self, state: TrainState[Array], batch: Batch) -> tuple[Array, Array]:
+        """(sum of losses in nats, number of unmasked targets) of every run on one batch, shaped as the losses of `step`."""
+        ...
+
+    def read(self, numbers: Sequence[Array]) -> Real[np.ndarray, "n R"]:
+        """Losses or counts of n steps, on the host."""
+        ...
+
+    def evaluate(self, state: TrainState[Array], batches: Sequence[Batch]) -> Float[np.ndarray, " R"]:
+        """The mean loss of each run over the unmasked targets of all batches, in nats per token."""
+        sums = [self.loss_sums(state, batch) for batch in batches]
+        totals, counts = (self.read(numbers).astype(np.float64).sum(axis=0) for numbers in zip(*sums, strict=True))
+        return totals / counts
 
 
 class Hyper(NamedTuple):
-    """What differs between the runs: arrays [R].
+    """What differs between the runs, arrays [R]."""
 
-    Attributes:
-        lr: float32, the base learning rate.
-        seed: int32, of the weights.
-        data: int32, which of the batches given to the step is this run's.
-    """
-
-    lr: Any
-    seed: Any
-    data: Any
+    lr: Any  # float32, the base learning rate
+    seed: Any  # int32, of the weights
+    data: Any  # int32, the index of the run's batch among those of the distinct seeds
 
 
-class Fleet:
-    """R runs that share a config but for optim.lr and seed, in lockstep. R must be a multiple of the number of devices."""
+class ParallelRuns(RunGroup):
+    """Runs divided among the devices; R must be a multiple of the number of devices. The state is stacked over runs."""
+
+    layout = "in parallel"
 
     def __init__(
         self,
         config: Config,
-        bos_id: int,
-        runs: Sequence[tuple[float, int]],
+        vocabulary: Tokenizer | Vocabulary,
+        points: Sequence[Point],
         devices: Sequence[Any] | None = None,
-        one_by_one: bool | None = None,
+        sequential: bool | None = None,
     ):
         """Compiles nothing yet.
 
         Args:
-            config: of all runs, its vocabulary known.
-            bos_id: of the tokenizer.
-            runs: (base learning rate, seed) of each.
-            devices: None for all.
-            one_by_one: whether a device computes its runs one after another, or vectorised; None: as is faster there.
+            config: of all runs.
+            vocabulary: a tokenizer, or its numbers.
+            points: (base learning rate, seed) of each run.
+            devices: None: all.
+            sequential: whether a device computes its runs one after another or vectorized; None: whichever is faster there.
         """
         devices = jax.devices() if devices is None else devices
-        assert len(runs) % len(devices) == 0, f"{len(runs)} runs on {len(devices)} devices"
-        self.config = config
-        self.data_share = 1, (0,)  # every process reads whole batches
-        self.seeds = sorted({seed for _, seed in runs})  # one batch each
-        self.mesh = lay(devices, run=len(devices), x=1, y=1)
-        self._one_by_one = devices[0].platform == "cpu" if one_by_one is None else one_by_one
-        spread = NamedSharding(self.mesh, RUNS)
-        self.hyper = Hyper(
-            lr=_put(np.array([lr for lr, _ in runs], np.float32), spread),
-            seed=_put(np.array([seed for _, seed in runs], np.int32), spread),
-            data=_put(np.array([self.seeds.index(seed) for _, seed in runs], np.int32), spread),
-        )
-        self.pspecs = jax.tree.map(lambda spec: PartitionSpec("run", *spec), Forward(config).pspecs)
-        shapes = jax.eval_shape(self._start, self.hyper)
-        places: Any = jax.tree.map(lambda _: spread, shapes)
-        self.shapes: Any = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spread), shapes)
-        self._init = jax.jit(self._start, out_shardings=places)
-        grads = self.map(device_grads(config, bos_id), self.pspecs, (RUNS, self.pspecs))
-        sums = self.map(device_sums(config, bos_id), self.pspecs, RUNS)
+        assert len(points) % len(devices) == 0, f"{len(points)} runs on {len(devices)} devices"
+        one_device = replace(config, mesh=replace(config.mesh, x=1, y=1, replicas=1))
+        self.program = build(one_device, devices[:1], vocabulary)
+        self.config, self.data_share = self.program.config, (1, (0,))  # every process reads whole batches
+        self.seeds = sorted({seed for _, seed in points})
+        self.mesh = lay_mesh(devices, run=len(devices), x=1, y=1)
+        self._sequential = devices[0].platform == "cpu" if sequential is None else sequential
+        self._per_run, self._batches = NamedSharding(self.mesh, RUNS), NamedSharding(self.mesh, BATCHES)
+        lr, seed = zip(*points, strict=True)
+        hyper = Hyper(np.array(lr, np.float32), *np.array([seed, [self.seeds.index(s) for s in seed]], np.int32))
+        self.hyper = jax.tree.map(lambda a: _put(a, self._per_run), hyper)
+        self._map_functions()
+
+    def _map_functions(self) -> None:
+        """The functions of one run, mapped over all."""
+        p, per_run = self.program, self._per_run
+        self.pspecs = jax.tree.map(lambda spec: PartitionSpec("run", *spec), p.forward.pspecs)
+        grads = self.map(device_grads(p), self.pspecs, (RUNS, self.pspecs))
+        sums = self.map(device_sums(p), self.pspecs, RUNS)
+
+        def init(hyper: Hyper) -> TrainState[Array]:
+            return jax.vmap(lambda seed: initial_state(p.specs, p.scaling, p.optimizer, seed))(hyper.seed)
 
         def step(state: TrainState[Array], batches: Batch, hyper: Hyper) -> tuple[TrainState[Array], Array]:
             metrics, gradients = grads(state.params, batches, hyper.data)
-            one = lambda s, m, g, lr: update(config, s, m, g, lr)  # noqa: E731  # typed nowhere: vmap's tracers are not arrays [R]
+            one = lambda s, m, g, lr: update(p, s, m, g, lr)  # noqa: E731  # untyped: vmap's tracers are not arrays [R]
             state, metrics = jax.vmap(one)(state, metrics, gradients, hyper.lr)
             return state, metrics["loss"]
 
-        self._step: Any = jax.jit(step, donate_argnums=0, out_shardings=(places, spread))
+        shapes = jax.eval_shape(init, self.hyper)
+        self.shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=per_run), shapes)
+        self._init = jax.jit(init, out_shardings=per_run)
+        self._step: Any = jax.jit(step, donate_argnums=0, out_shardings=per_run)
         self._sums = jax.jit(lambda params, batch: sums(params, batch, jnp.zeros_like(self.hyper.data)))
-        # Losses rest where their runs do; only here do they meet, so that every process can read them.
+        # Replicates the losses, so that every process can read them; until then they stay where their runs are.
         self._gather = jax.jit(jnp.stack, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
-        self._batches = NamedSharding(self.mesh, BATCHES)
-
-    def _start(self, hyper: Hyper) -> TrainState[Array]:
-        return jax.vmap(lambda seed: start(self.config, seed))(hyper.seed)
 
     def map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[[Any, Batch, Array], Any]:
-        """A per-device function of one run's (weights, batch) -> one of all runs.
+        """A per-device function of one run's (weights, batch), as step.device_grads returns -> one of all runs.
 
         Args:
-            function: as step.device_grads gives them.
-            in_specs: of the stacked weights, or whatever tree function takes in their place.
-            out_specs: of its results, stacked.
+            function: of weights, or of whatever tree in_specs is of, and a batch.
+            in_specs, out_specs: of the stacked weights and results.
 
         Returns:
-            A function of (stacked weights, the batches of all seeds, for each run [R] which batch is its own). Not jitted.
+            A function of (stacked weights, batches of all seeds, index of each run's batch [R]). Not jitted.
         """
 
-        def here(weights: Any, batches: Batch, data: Array) -> Any:
+        def on_device(weights: Any, batches: Batch, data: Array) -> Any:
             def one(run: tuple[Any, Array]) -> Any:
-                weights, own = run
-                return function(weights, jax.tree.map(lambda a: a[own], batches))
+                weights, index = run
+                return function(weights, jax.tree.map(lambda a: a[index], batches))
 
-            return jax.lax.map(one, (weights, data)) if self._one_by_one else jax.vmap(lambda *run: one(run))(weights, data)
+            return jax.lax.map(one, (weights, data)) if self._sequential else jax.vmap(lambda *run: one(run))(weights, data)
 
-        return jax.shard_map(here, mesh=self.mesh, in_specs=(in_specs, BATCHES, RUNS), out_specs=out_specs)
+        return jax.shard_map(on_device, mesh=self.mesh, in_specs=(in_specs, BATCHES, RUNS), out_specs=out_specs)
 
     def place(self, batches: Sequence[Batch]) -> Batch:
         """One batch of host arrays [B, T] for each of `seeds` -> arrays [seeds, B, T] on the devices."""
         return jax.tree.map(lambda *a: _put(np.stack(a), self._batches), *batches)
 
     def init(self) -> TrainState[Array]:
-        """The state of every run before its first update, stacked: bit for bit what each would start with alone."""
         return self._init(self.hyper)
 
     def step(self, state: TrainState[Array], batches: Sequence[Batch]) -> tuple[TrainState[Array], Array]:
-        """One update of every run.
-
-        Args:
-            state: stacked over runs; donated.
-            batches: one for each of `seeds`, host arrays of all rows [B, T].
-
-        Returns:
-            The new state, and the losses [R] before the update in nats a token, still on the devices.
-        """
         return self._step(state, self.place(batches), self.hyper)
 
+    def loss_sums(self, state: TrainState[Array], batch: Batch) -> tuple[Array, Array]:
+        return self._sums(state.params, self.place([batch]))
+
     def read(self, numbers: Sequence[Array]) -> Real[np.ndarray, "n R"]:
-        """Losses, or counts, of several steps on the host."""
         return np.asarray(self._gather(list(numbers)))
 
-    def evaluate(self, state: TrainState[Array], batches: Sequence[Batch]) -> Float[np.ndarray, " R"]:
-        """The mean loss of each run over the unmasked targets of batches, in nats a token."""
-        sums = []
-        for batch in batches:
-            sums.append(self._sums(state.params, self.place([batch])))
-        totals = self.read([total for total, _ in sums]).astype(np.float64).sum(axis=0)
-        counts = self.read([count for _, count in sums]).astype(np.float64).sum(axis=0)
-        return totals / counts
-
     def compile(self) -> int:
-        """Compiles the step, and tells its peak memory on one device in bytes by the compiler's own account."""
+        """Compiles the step. Returns its peak memory on one device in bytes, according to the compiler."""
         b, t = self.config.data.batch_size, self.config.data.seq_len
         tokens, mask = (jax.ShapeDtypeStruct((len(self.seeds), b, t), d, sharding=self._batches) for d in (jnp.int32, jnp.bool_))
         batches = Batch(tokens, mask, tokens if self.config.data.intra_document_mask else None)
-        compiled = self._step.lower(self.shapes, batches, self.hyper).compile()
-        self._step = compiled
-        told: Any = compiled.memory_analysis()
-        return told.argument_size_in_bytes + told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
+        self._step = self._step.lower(self.shapes, batches, self.hyper).compile()
+        memory: Any = self._step.memory_analysis()
+        sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes
+        return sum(sizes) - memory.alias_size_in_bytes
 
 
-class Sharded:
-    """One run, sharded over all devices like any training run; for widths that do not fit a device. As Fleet, with R = 1."""
+class ShardedRun(RunGroup):
+    """One run, sharded over all devices as in ordinary training: for a model that does not fit on one device. R = 1."""
 
-    def __init__(self, config: Config, bos_id: int, run: tuple[float, int]):
+    layout = "sharded"
+
+    def __init__(self, config: Config, vocabulary: Tokenizer | Vocabulary, point: Point):
         """Raises ConfigError if the devices cannot divide the model."""
-        lr, seed = run
-        config = dataclasses.replace(config, seed=seed, optim=dataclasses.replace(config.optim, lr=lr))
-        self.config, self.seeds, self.mesh = config, [seed], make_mesh(config.mesh)
-        check_fits(config, self.mesh)
+        lr, seed = point
+        config = replace(config, seed=seed, optim=replace(config.optim, lr=lr))
+        self.program, self.seeds = build(config, vocabulary=vocabulary), [seed]
+        self.config, self.mesh, self.shapes = self.program.config, self.program.mesh, self.program.state
         self.data_share = data_share(self.mesh)
-        self.shapes = plan(config, self.mesh).shapes
-        self._step = make_train_step(config, self.mesh, bos_id)
-        self._sums = make_eval_step(config, self.mesh, bos_id)
+        self._step, self._sums = make_train_step(self.program), make_eval_step(self.program)
 
     def init(self) -> TrainState[Array]:
-        return init_state(self.config, self.mesh)
+        return self.program.init_state()
 
     def step(self, state: TrainState[Array], batches: Sequence[Batch]) -> tuple[TrainState[Array], Array]:
-        state, metrics = self._step(state, put(batches[0], self.mesh))
+        state, metrics = self._step(state, put_batch(batches[0], self.mesh))
         return state, metrics["loss"]
 
-    def read(self, losses: Sequence[Array]) -> Float[np.ndarray, "n 1"]:
-        return np.array([[float(loss)] for loss in losses], np.float32)
+    def loss_sums(self, state: TrainState[Array], batch: Batch) -> tuple[Array, Array]:
+        return self._sums(state.params, put_batch(batch, self.mesh))
 
-    def evaluate(self, state: TrainState[Array], batches: Sequence[Batch]) -> Float[np.ndarray, " 1"]:
-        sums = [self._sums(state.params, put(batch, self.mesh)) for batch in batches]
-        return np.array([sum(float(total) for total, _ in sums) / sum(int(count) for _, count in sums)])
+    def read(self, numbers: Sequence[Array]) -> Real[np.ndarray, "n 1"]:
+        return np.array([[np.asarray(number)] for number in numbers])
 
 
 def _put(a: np.ndarray, sharding: NamedSharding) -> Array:
-    """An array that every process holds whole -> a global one."""
+    """A host array that every process has whole -> a global array."""
     return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])

@@ -1,77 +1,22 @@
-"""The two figures of a transfer report, as PNG and SVG files whose bytes depend on the numbers alone."""
+"""The two figures of a transfer report."""
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
-from mutransformer.errors import ConfigError
-from mutransformer.study.transfer.fit import Variant
-from mutransformer.study.transfer.width_ordering import Order
+from mutransformer.study.figures import Figure, Line2D, shades
+from mutransformer.study.transfer.analysis import Variant, WidthFit
+from mutransformer.study.transfer.width_ordering import WidthOrdering
 
-try:
-    import matplotlib
-    import matplotlib.style
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
-except ImportError:
-    raise ConfigError("figures need matplotlib: pip install 'mutransformer[plots]'") from None
-
-STYLE: list[Any] = [
-    "default",  # not what a matplotlibrc of the user's says
-    {
-        **{"font.size": 9.5, "axes.titlesize": 10, "legend.fontsize": 9, "legend.frameon": False},
-        **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e8e8e8"},
-        **{"axes.axisbelow": True, "lines.linewidth": 1.6, "figure.constrained_layout.use": True},
-        **{"svg.hashsalt": "mutransformer", "savefig.dpi": 160},
-    },
-]
-COLUMNS = 3  # of panels, at most: a README shows a figure some 900 pixels wide
-EDGE = 0.97  # how high in a panel stands what lies beyond it
-WRONG = "#d6272a"
-
-
-def save(draw: Callable[..., Figure], *what: Any, path: Path) -> None:
-    """Draws what, and writes path.png and path.svg; the same numbers give the same bytes."""
-    with matplotlib.style.context(STYLE):
-        figure = draw(*what)
-        figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
-
-
-def loss_against_rate(variants: Sequence[Variant]) -> Figure:
-    """Validation loss against log2(LR): a panel for each variant, a line for each width, all on one scale of losses."""
-    rows, columns = _grid(len(variants))
-    figure = Figure(figsize=(max(5.0, 3.2 * columns + 0.4), 2.9 * rows + 0.6))
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    colours = _colours(variants)
-    for axes, variant in zip(panels.flat, variants, strict=False):
-        axes.set(title=_title(variant), xlabel="log2(learning rate)", ylim=loss_range(variants))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
-        tuned = variant.best[variant.widths[0]]
-        if tuned is not None:
-            axes.axvline(tuned, color="#888888", linestyle=":", linewidth=1.2, zorder=1)
-        for width in variant.widths:
-            _rate_line(axes, variant, width, colours[width])
-    for axes in panels.flat[len(variants) :]:
-        axes.remove()
-    for axes in panels[:, 0]:
-        axes.set_ylabel("validation loss, nats a token")
-    marks = [
-        Line2D([], [], **OPTIMUM, color="#bbbbbb", label="vertex of the parabola"),
-        Line2D([], [], linestyle=":", color="#888888", linewidth=1.2, label="best at the smallest width"),
-    ]
-    if any(variant.diverged for variant in variants):
-        marks.append(Line2D([], [], **DIVERGED, color="#555555", label="diverged"))
-    _legend(figure, colours, marks)
-    return figure
-
-
+COLUMNS = 3  # of panels, at most: a README shows a figure at a width of about 900 pixels
+EDGE = 0.97  # the height, within a panel, of marks for values beyond it
+WRONG: dict[str, Any] = {"linestyle": "none", "marker": "v", "color": "#d6272a", "markersize": 4}
+TUNED: dict[str, Any] = {"linestyle": ":", "color": "#888888", "linewidth": 1.2}
 OPTIMUM: dict[str, Any] = {
     "linestyle": "none",
     "marker": "D",
@@ -82,35 +27,56 @@ OPTIMUM: dict[str, Any] = {
 DIVERGED: dict[str, Any] = {"linestyle": "none", "marker": "x", "markersize": 5.5, "markeredgewidth": 1.5}
 
 
-def _rate_line(axes: Axes, variant: Variant, width: int, colour: Any) -> None:
-    cells = {rate: cell for (w, rate), cell in variant.cells.items() if w == width}
-    rates = np.array(list(cells))
-    means = np.array([cell.mean for cell in cells.values()])
-    spread = np.array([cell.spread or 0.0 for cell in cells.values()])
-    shown = _finite(means)  # a diverged point interrupts the line
-    axes.plot(rates, shown, color=colour, marker="o", markersize=3.5)
-    axes.fill_between(rates, shown - spread, shown + spread, color=colour, alpha=0.2, linewidth=0)
-    # Beside each other, or the widths that diverge at one rate would hide one another.
-    place = variant.widths.index(width) - (len(variant.widths) - 1) / 2
-    lost = rates[np.isinf(means)] + place * min(np.diff(variant.rates)) / (2 * len(variant.widths))
-    axes.plot(lost, np.full(len(lost), EDGE), **DIVERGED, color=colour, transform=axes.get_xaxis_transform())
-    optimum, stderr = variant.optima[width], variant.stderr[width]
-    if optimum.loss is not None:
-        xerr = None if stderr is None else [stderr]
-        axes.errorbar([optimum.low], [optimum.loss], xerr=xerr, **OPTIMUM, color=colour, ecolor="black", capsize=2, zorder=5)
+def loss_against_rate(variants: Sequence[Variant]) -> Figure:
+    """Validation loss against log2(LR): a panel for each variant, a line for each width, all on one scale of losses."""
+    rows, columns = _grid(len(variants))
+    figure = Figure(figsize=(max(5.0, 3.2 * columns + 0.4), 2.9 * rows + 0.6))
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    colors = _colors(variants)
+    for axes, variant in zip(panels.flat, variants, strict=False):
+        axes.set(title=_title(variant), xlabel="log2(learning rate)", ylim=loss_range(variants))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+        if variant.tuned is not None:
+            axes.axvline(variant.tuned, **TUNED, zorder=1)
+        spacing = min(np.diff(variant.rates)) / (2 * len(variant.fits))
+        for at, (width, fit) in enumerate(variant.fits.items()):
+            # Marks of widths that diverge at the same rate are drawn side by side.
+            _rate_line(axes, fit, colors[width], (at - (len(variant.fits) - 1) / 2) * spacing)
+    for axes in panels.flat[len(variants) :]:
+        axes.remove()
+    for axes in panels[:, 0]:
+        axes.set_ylabel("validation loss, nats per token")
+    marks = [
+        Line2D([], [], **OPTIMUM, color="#bbbbbb", label="vertex of the parabola"),
+        Line2D([], [], **TUNED, label="best at the narrowest width"),
+    ]
+    if any(variant.diverged for variant in variants):
+        marks.append(Line2D([], [], **DIVERGED, color="#555555", label="diverged"))
+    _legend(figure, colors, marks)
+    return figure
+
+
+def _rate_line(axes: Axes, fit: WidthFit, color: Any, offset: float) -> None:
+    rates, cells = np.array(list(fit.cells)), fit.cells.values()
+    means = np.array([cell.mean for cell in cells])
+    _band(axes, rates, means, np.array([cell.spread or 0.0 for cell in cells]), color, marker="o", markersize=3.5)
+    lost = rates[np.isinf(means)] + offset
+    axes.plot(lost, np.full(len(lost), EDGE), **DIVERGED, color=color, transform=axes.get_xaxis_transform())
+    if fit.optimum.loss is not None:
+        at, stderr = [fit.optimum.at.low], fit.optimum.at.stderr
+        error_bar: dict[str, Any] = {"xerr": None if stderr is None else [stderr], "ecolor": "black", "capsize": 2, "zorder": 5}
+        axes.errorbar(at, [fit.optimum.loss], **OPTIMUM, color=color, **error_bar)
 
 
 def loss_range(variants: Sequence[Variant]) -> tuple[float, float]:
-    """Limits of the losses that are of interest: the best ones and their surroundings, not what lies far above them."""
+    """Limits that show the lowest losses and their neighborhood, not losses far above them."""
     best, nearby, highest = [], [], []
-    for variant in variants:
-        for width in variant.widths:
-            means = {rate: cell.mean for (w, rate), cell in variant.cells.items() if w == width and math.isfinite(cell.mean)}
-            rate = variant.best[width]
-            if rate is not None:
-                best.append(means[rate])
-                highest.append(max(means.values()))
-                nearby += [loss for r, loss in means.items() if abs(r - rate) <= 2.01]
+    for fit in (fit for variant in variants for fit in variant.fits.values()):
+        means = {rate: cell.mean for rate, cell in fit.cells.items() if math.isfinite(cell.mean)}
+        if fit.best is not None:
+            best.append(means[fit.best])
+            highest.append(max(means.values()))
+            nearby += [loss for rate, loss in means.items() if abs(rate - fit.best) <= 2.01]
     if not best:
         return 0.0, 1.0
     low, high = min(best), max(best)
@@ -120,62 +86,66 @@ def loss_range(variants: Sequence[Variant]) -> tuple[float, float]:
 
 
 def loss_against_step(variants: Sequence[Variant]) -> Figure:
-    """Training loss against step for all widths at one learning rate and, below it, the differences of neighbouring widths."""
+    """Training loss against step for all widths at one learning rate and, below it, the differences of adjacent widths."""
     rows, columns = _grid(len(variants))
     figure = Figure(figsize=(max(5.5, 3.2 * columns + 0.4), 4.4 * rows + 0.5))
     panels = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 2] * rows)
-    colours = _colours(variants)
+    colors = _colors(variants)
     for at, variant in enumerate(variants):
         upper, lower = panels[2 * (at // columns) :, at % columns][:2]
-        rate = variant.order.rate
-        upper.set_title(_title(variant) + ("" if rate is None else f"\nat learning rate $2^{{{rate:.4g}}}$"))
+        upper.set_title(_title(variant, variant.ordering.rate))
         upper.sharex(lower)
         upper.tick_params(labelbottom=False)
         lower.set_xlabel("step")
         if at % columns == 0:
-            upper.set_ylabel("training loss, nats a token")
-            lower.set_ylabel("wider less narrower")
-        _curves(upper, variant.order, colours)
-        _differences(lower, variant.order, colours)
+            upper.set_ylabel("training loss, nats per token")
+            lower.set_ylabel("wider minus narrower")
+        _curves(upper, variant.ordering, colors)
+        _differences(lower, variant.ordering, colors)
     for at in range(len(variants), rows * columns):
         for axes in panels[2 * (at // columns) :, at % columns][:2]:
             axes.remove()
-    marks = [Line2D([], [], linestyle=":", color="#555555", linewidth=1.0, label="2 x noise of seeds")]
-    if any(not variant.order.better for variant in variants):
-        marks.append(Line2D([], [], linestyle="none", marker="v", color=WRONG, markersize=4, label="wider is worse"))
-    _legend(figure, colours, marks)
+    marks = [Line2D([], [], linestyle=":", color="#555555", linewidth=1.0, label="2 × seed noise")]
+    if any(not variant.ordering.better for variant in variants):
+        marks.append(Line2D([], [], **WRONG, label="wider is worse"))
+    _legend(figure, colors, marks)
     return figure
 
 
-def _curves(axes: Axes, order: Order, colours: dict[int, Any]) -> None:
+def _curves(axes: Axes, ordering: WidthOrdering, colors: dict[int, Any]) -> None:
     top, bottom = -math.inf, math.inf
-    for width, (steps, mean, spread) in order.curves.items():
-        shown = _finite(mean)
-        axes.plot(steps, shown, color=colours[width])
-        axes.fill_between(steps, shown - spread, shown + spread, color=colours[width], alpha=0.2, linewidth=0)
-        kept = mean[np.isfinite(mean)]
-        if kept.size:  # the first loss is the top: a run that blows up later must not flatten the others
-            top, bottom = max(top, kept[0]), min(bottom, kept.min())
+    for width, (steps, mean, spread) in ordering.curves.items():
+        _band(axes, steps, mean, spread, colors[width])
+        finite = mean[np.isfinite(mean)]
+        if finite.size:  # the first loss is the top: a run that diverges later must not flatten the others
+            top, bottom = max(top, finite[0]), min(bottom, finite.min())
     if top > bottom:
         margin = 0.05 * (top - bottom)
         axes.set_ylim(bottom - margin, top + margin)
 
 
-def _differences(axes: Axes, order: Order, colours: dict[int, Any]) -> None:
-    """A line for each pair, in the colour of the wider; what is in the wrong order is marked."""
+def _differences(axes: Axes, ordering: WidthOrdering, colors: dict[int, Any]) -> None:
+    """A line for each pair, in the color of the wider; marks where the wider is worse by more than the noise allows."""
     axes.axhline(0, color="black", linewidth=0.9)
-    shown = [_finite(pair.difference) for pair in order.pairs]
-    for pair, difference in zip(order.pairs, shown, strict=True):
-        steps, colour, wrong = np.array(pair.steps), colours[pair.wide], ~pair.holds
-        axes.plot(steps, difference, color=colour, linewidth=1.3)
-        axes.axhline(2 * pair.noise, color=colour, linestyle=":", linewidth=1.0)
-        axes.plot(steps[wrong], difference[wrong], "v", color=WRONG, markersize=4, zorder=4)
+    shown = [_finite(pair.difference) for pair in ordering.pairs]
+    for pair, difference in zip(ordering.pairs, shown, strict=True):
+        steps, color, wrong = np.array(pair.steps), colors[pair.wide], ~pair.holds
+        axes.plot(steps, difference, color=color, linewidth=1.3)
+        axes.axhline(2 * pair.noise, color=color, linestyle=":", linewidth=1.0)
+        axes.plot(steps[wrong], difference[wrong], **WRONG, zorder=4)
         beyond = steps[wrong & np.isnan(difference)]
-        axes.plot(beyond, np.full(len(beyond), EDGE), "v", color=WRONG, markersize=4, transform=axes.get_xaxis_transform())
-    drawn = np.concatenate([*shown, [2 * pair.noise for pair in order.pairs], [0.0]])
+        axes.plot(beyond, np.full(len(beyond), EDGE), **WRONG, transform=axes.get_xaxis_transform())
+    drawn = np.concatenate([*shown, [2 * pair.noise for pair in ordering.pairs], [0.0]])
     low, high = np.nanmin(drawn), np.nanmax(drawn)
     margin = 0.1 * (high - low) or 1e-3
     axes.set_ylim(low - margin, high + margin)
+
+
+def _band(axes: Axes, x: Any, mean: np.ndarray, spread: np.ndarray, color: Any, **line: Any) -> None:
+    """A line, interrupted where it is not finite, with a band of ± spread."""
+    shown = _finite(mean)
+    axes.plot(x, shown, color=color, **line)
+    axes.fill_between(x, shown - spread, shown + spread, color=color, alpha=0.2, linewidth=0)
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
@@ -187,22 +157,15 @@ def _grid(n: int) -> tuple[int, int]:
     return rows, -(-n // rows)
 
 
-def _title(variant: Variant) -> str:
-    name = textwrap.fill(variant.name + (" (control)" if variant.control else ""), 34)
-    return name.replace("$", r"\$")  # or matplotlib would read mathematics
+def _title(variant: Variant, rate: Optional[float] = None) -> str:
+    title = textwrap.fill(variant.title, 34).replace("$", r"\$")  # matplotlib would read $ as mathematics
+    return title if rate is None else f"{title}\nat learning rate $2^{{{rate:.4g}}}$"
 
 
-def _colours(variants: Sequence[Variant]) -> dict[int, Any]:
-    # Ordered in lightness, the widest the darkest; the palest part of the scale cannot be seen on white.
+def _colors(variants: Sequence[Variant]) -> dict[int, Any]:
     return shades(sorted({width for variant in variants for width in variant.widths}))
 
 
-def shades(ascending: Sequence[int]) -> dict[int, Any]:
-    """A colour for each, pale to dark."""
-    scale = matplotlib.colormaps["viridis_r"]
-    return {key: scale(0.18 + 0.82 * at / max(1, len(ascending) - 1)) for at, key in enumerate(ascending)}
-
-
-def _legend(figure: Figure, colours: dict[int, Any], marks: list[Line2D]) -> None:
-    widths = [Line2D([], [], color=colour, label=f"width {width}") for width, colour in colours.items()]
+def _legend(figure: Figure, colors: dict[int, Any], marks: list[Line2D]) -> None:
+    widths = [Line2D([], [], color=color, label=f"width {width}") for width, color in colors.items()]
     figure.legend(handles=widths + marks, loc="outside lower center", ncols=max(2, round(figure.get_figwidth() / 1.9)))

@@ -1,5 +1,6 @@
-"""The coordinate check: that it measures what it says, judges it rightly, and would find a parametrization wrong."""
+"""The coordinate check: its measurements, slopes and verdicts, and that it fails for a wrong parametrization."""
 
+import csv
 import dataclasses
 import math
 import re
@@ -14,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
+from programs import program, specs
 from runs import ROOT, finish, refuse_before_jax, settings, start
 
 from mutransformer.cli import main
@@ -24,17 +26,17 @@ from mutransformer.data.batches.pipeline import train_batches
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.errors import FAILED, FINISHED, USAGE_ERROR
 from mutransformer.model.ops import shift_right
-from mutransformer.model.transformer import Forward, Transformer, specs
+from mutransformer.model.weights import Transformer
 from mutransformer.sharding import devices as hardware
-from mutransformer.sharding.mesh import check_fits, make_mesh
+from mutransformer.sharding.mesh import make_mesh
 from mutransformer.sharding.spec import Weight
-from mutransformer.study.coordinates import plots as coord_plots
-from mutransformer.study.coordinates import report as coord_report
-from mutransformer.study.coordinates.measure import Axis, Coordinate, Kind, _mean_abs, measure
-from mutransformer.study.coordinates.slopes import ACTIVATIONS, KINDS, Limits, Line, judge, judged, lines, table
-from mutransformer.study.sweep.grid import Job
-from mutransformer.study.transfer import plots
-from mutransformer.training.state import init_state
+from mutransformer.study import figures
+from mutransformer.study.coordinates import plots, report
+from mutransformer.study.coordinates.measure import Coordinate, Kind, _mean_abs, measure
+from mutransformer.study.coordinates.slopes import ACTIVATIONS, KINDS, SlopeFit, fit_slopes
+from mutransformer.study.coordinates.verdicts import Limits, counts, judge
+from mutransformer.study.sweep.grid import Axis, VariantConfig
+from mutransformer.training.program import Program
 
 SCRIPT = "scripts/coord_check.py"
 BOS = 1
@@ -60,59 +62,64 @@ def synthetic(
     return found
 
 
-def only(found: Sequence[Line], kind: Kind, name: str, step: int) -> Line:
+def only(found: Sequence[SlopeFit], kind: Kind, name: str, step: int) -> SlopeFit:
     (line,) = (line for line in found if (line.kind, line.name, line.step) == (kind, name, step))
     return line
 
 
 def test_the_slope_of_a_power_law_is_its_exponent() -> None:
     for exponent in (-1.0, -0.5, 0.0, 0.03, 1.0):
-        for line in lines(synthetic(lambda *_, exponent=exponent: exponent)):
+        for line in fit_slopes(synthetic(lambda *_, exponent=exponent: exponent)):
             assert line.slope == pytest.approx(exponent, abs=1e-12) and line.spread == pytest.approx(0, abs=1e-12)
             assert line.at == [64, 128, 256, 512] and line.means == pytest.approx([0.7 * a**exponent for a in line.at])
             assert line.growth == pytest.approx(8**exponent) and line.ratio == pytest.approx(8 ** abs(exponent))
 
 
-def test_the_spread_is_that_of_the_seeds_own_slopes_and_means_come_before_logarithms() -> None:
-    (line,) = lines([Coordinate("v", a, s, 0, "size", "final", float(a) ** p) for a in (4, 16) for s, p in enumerate((0, 1))])
+def test_spread_is_over_seed_slopes_and_slope_is_of_means() -> None:
+    (line,) = fit_slopes(
+        [Coordinate("v", a, s, 0, "size", "final", float(a) ** p) for a in (4, 16) for s, p in enumerate((0, 1))]
+    )
     assert line.spread == pytest.approx(math.sqrt(0.5)) and line.means == [2.5, 8.5]
     assert line.slope == pytest.approx(math.log(8.5 / 2.5, 4))
-    (line,) = lines([Coordinate("v", a, 5, 0, "size", "final", float(a)) for a in (16, 4)])
+    (line,) = fit_slopes([Coordinate("v", a, 5, 0, "size", "final", float(a)) for a in (16, 4)])
     assert line.spread is None and line.at == [4, 16]
 
 
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
-def test_what_is_zero_or_not_finite_has_no_slope(value: float) -> None:
+def test_zero_or_nonfinite_values_have_no_slope(value: float) -> None:
     found = [Coordinate("v", a, s, 0, "size", "final", value if (a, s) == (8, 1) else 1.0) for a in (4, 8) for s in (0, 1)]
-    (line,) = lines(found)
+    (line,) = fit_slopes(found)
     assert math.isnan(line.spread or 0)
     assert line.slope == pytest.approx(-1) if value == 0 else math.isnan(line.slope)  # a mean over seeds that is not zero
-    (line,) = lines([c for c in found if c.seed == 1])
+    (line,) = fit_slopes([c for c in found if c.seed == 1])
     assert math.isnan(line.slope) and line.ratio == math.inf
     assert line.growth == (0 if value == 0 else math.inf)
 
 
-def test_lines_come_as_the_forward_pass_has_them_and_the_table_shows_the_steps_asked_for() -> None:
-    found = lines(synthetic(lambda *_: 0.25, "sp", steps=2)[::-1] + synthetic(lambda *_: 0.0, steps=2))
-    of = [(line.variant, line.kind, line.name) for line in found]
-    assert list(dict.fromkeys(of)) == [
+def test_fits_are_ordered_as_in_the_forward_pass_and_printed(capsys) -> None:
+    found = fit_slopes(synthetic(lambda *_: 0.25, "sp", steps=2)[::-1] + synthetic(lambda *_: 0.0, steps=2))
+    assert list(dict.fromkeys((fit.variant, fit.kind, fit.name) for fit in found)) == [
         (variant, kind, name)
         for variant in ("sp", "mup")
         for kind in KINDS
         for name in (("blocks.w_q",) if kind == "update" else ACTIVATIONS)
     ]
-    rows = table(found, [0, 2])
-    assert rows[0] == ["sp", "size", "residual", "+0.250 ± 0.000", "+0.250 ± 0.000"]
-    assert rows[len(ACTIVATIONS)] == ["sp", "change", "residual", "", "+0.250 ± 0.000"]
+    report._print_slopes(found, "width", 2)
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"slope over width +step 0 +step 1 +step 2 *", head)
+    assert rows[0].split("  ")[0].strip() == "sp" and re.search(r"size +residual( +\+0.250 ± 0.000){3}", rows[0])
+    assert re.search(r"change +residual {15,}\+0.250 ± 0.000 +\+0.250 ± 0.000", rows[len(ACTIVATIONS)])
     assert len(rows) == 2 * (2 * len(ACTIVATIONS) + 1)
 
 
 # Verdicts
 
 
-def said(subject: Law, control: Law | None = lambda *_: 1.0, axis: Axis = "width", at: Sequence[int] = (64, 256, 1024), **limits):
+def verdict_lines(
+    subject: Law, control: Law | None = lambda *_: 1.0, axis: Axis = "width", at: Sequence[int] = (64, 256, 1024), **limits
+):
     against = [] if control is None else synthetic(control, "sp", at)
-    found = lines([*synthetic(subject, at=at), *against])
+    found = fit_slopes([*synthetic(subject, at=at), *against])
     return [str(verdict) for verdict in judge(found, "mup", None if control is None else "sp", axis, Limits(**limits))]
 
 
@@ -121,11 +128,11 @@ def steep(kind: Kind, name: str, step: int, exponent: float, elsewhere: float = 
 
 
 def test_a_flat_subject_and_a_growing_control_pass() -> None:
-    flat, control = said(lambda *_: 0.04)
+    flat, control = verdict_lines(lambda *_: 0.04)
     n = 12 * 4 + 2 * 2 + 14 * 2  # sizes after 0 ... 3 updates, of products from 2 on; changes from 2 on
     assert flat.startswith(f"PASS    mup: flat over widths 64 to 1024: {n} slopes within ±0.05; the steepest, +0.040 ± 0.000, ")
     assert re.fullmatch(
-        r"PASS    the control sp grows, as it must: \w+ changes 16.0 times as much at .* after 3 updates .*", control
+        r"PASS    the control sp grows, as it should: \w+ changes 16.0 times as much at .* after 3 updates .*", control
     )
 
 
@@ -133,41 +140,41 @@ def test_a_flat_subject_and_a_growing_control_pass() -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "step"), [("size", "query", 0), ("size", "logits", 2), ("change", "key", 2), ("change", "final", 3)]
 )
-def test_one_slope_beyond_the_limit_fails_and_is_named(kind: Kind, name: str, step: int, exponent: float) -> None:
-    told, _ = said(steep(kind, name, step, exponent))
-    assert told.startswith("FAIL    mup: not flat over widths 64 to 1024: 1 of 80 slopes beyond ±0.05; the steepest, ")
+def test_one_slope_outside_the_limit_fails_and_is_named(kind: Kind, name: str, step: int, exponent: float) -> None:
+    told, _ = verdict_lines(steep(kind, name, step, exponent))
+    assert told.startswith("FAIL    mup: not flat over widths 64 to 1024: 1 of 80 slopes outside ±0.05; the steepest, ")
     assert f"{exponent:+.3f}" in told and told.endswith(f"is the {kind} of {name} after {step} updates")
-    assert math.isnan(exponent) or said(steep(kind, name, step, exponent), slope=0.07)[0].startswith("PASS")
+    assert math.isnan(exponent) or verdict_lines(steep(kind, name, step, exponent), slope=0.07)[0].startswith("PASS")
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "step"),
     [("size", "logits", 0), ("size", "attention_logits", 1), ("change", "query", 1), ("update", "blocks.w_q", 3)],
 )
-def test_what_may_fall_is_not_judged(kind: Kind, name: str, step: int) -> None:
-    assert said(steep(kind, name, step, -1.0))[0].startswith("PASS")
-    assert not any(judged(line) for line in lines(synthetic(lambda *_: 0.0)) if line.kind == "update")
+def test_numbers_that_may_fall_are_not_judged(kind: Kind, name: str, step: int) -> None:
+    assert verdict_lines(steep(kind, name, step, -1.0))[0].startswith("PASS")
+    assert not any(counts(fit) for fit in fit_slopes(synthetic(lambda *_: 0.0)) if fit.kind == "update")
 
 
-def test_activations_that_start_at_zero_are_not_judged_before_they_grow_but_changes_of_nothing_are() -> None:
+def test_zero_sizes_are_not_judged_but_zero_changes_are() -> None:
     def zero(kind: Kind, steps: Sequence[int]) -> str:
         found = synthetic(lambda *_: 0.0)
         at = [dataclasses.replace(c, value=0.0) if (c.kind, c.name) == (kind, "query") and c.step in steps else c for c in found]
-        return judge(lines(at), "mup", None, "width", Limits())[0].outcome
+        return judge(fit_slopes(at), "mup", None, "width", Limits())[0].outcome
 
     assert zero("size", [0]) == "PASS"  # model.q_init=zero
     assert zero("change", [2, 3]) == "FAIL"
 
 
-def test_a_control_that_does_not_grow_fails_and_none_is_a_warning() -> None:
-    _, control = said(lambda *_: 0.0, lambda *_: 0.49)  # 16x the width is 3.9 times as much
+def test_a_control_must_grow_and_none_is_a_warning() -> None:
+    _, control = verdict_lines(lambda *_: 0.0, lambda *_: 0.49)  # 16x the width is 3.9 times as much
     assert control.startswith("FAIL    the control sp does not grow: ") and "3.9 times" in control
-    assert said(lambda *_: 0.0, lambda *_: 0.51)[1].startswith("PASS")
-    assert said(lambda *_: 0.0, lambda *_: -math.inf)[1].startswith("FAIL"), "nothing has changed at any width"
-    assert said(lambda *_: 0.0, lambda *_: math.nan)[1].startswith("FAIL"), "it has diverged at every width"
+    assert verdict_lines(lambda *_: 0.0, lambda *_: 0.51)[1].startswith("PASS")
+    assert verdict_lines(lambda *_: 0.0, lambda *_: -math.inf)[1].startswith("FAIL"), "nothing has changed at any width"
+    assert verdict_lines(lambda *_: 0.0, lambda *_: math.nan)[1].startswith("FAIL"), "it has diverged at every width"
     # Its size does not count, nor what it did before the last step.
-    assert said(lambda *_: 0.0, lambda kind, name, step, _: float(kind == "size" or step < 3))[1].startswith("FAIL")
-    assert said(lambda *_: 0.0, None)[1].startswith("WARNING no control")
+    assert verdict_lines(lambda *_: 0.0, lambda kind, name, step, _: float(kind == "size" or step < 3))[1].startswith("FAIL")
+    assert verdict_lines(lambda *_: 0.0, None)[1].startswith("WARNING no control")
 
 
 def test_depth_is_judged_by_the_final_residual_stream() -> None:
@@ -175,21 +182,28 @@ def test_depth_is_judged_by_the_final_residual_stream() -> None:
         return lambda kind, name, *_: exponent if (kind, name) == ("size", "final") else 0.9
 
     depths = (2, 8, 32)
-    flat, control = said(final(0.3), final(0.9), "depth", depths)  # 16x the depth: 2.3 and 12.1 times
+    flat, control = verdict_lines(final(0.3), final(0.9), "depth", depths)  # 16x the depth: 2.3 and 12.1 times
     assert flat.startswith(
-        "PASS    mup: the final residual stream is flat over depths 2 to 32: largest over smallest at most 2.30"
+        "PASS    mup: the final residual stream is flat over depths 2 to 32: largest / smallest size at most 2.30"
     )
-    assert control.startswith("PASS    the control sp grows, as it must: the final residual stream is 12.1 times as large")
-    assert said(final(-0.3), None, "depth", depths)[0].startswith("PASS")
+    assert control.startswith("PASS    the control sp grows, as it should: the final residual stream is 12.1 times as large")
+    assert verdict_lines(final(-0.3), None, "depth", depths)[0].startswith("PASS")
     for exponent in (0.35, -0.35, math.nan):
-        assert said(final(exponent), None, "depth", depths)[0].startswith("FAIL")
-    assert said(final(0.0), final(0.8), "depth", depths)[1].startswith("FAIL")
+        assert verdict_lines(final(exponent), None, "depth", depths)[0].startswith("FAIL")
+    assert verdict_lines(final(0.0), final(0.8), "depth", depths)[1].startswith("FAIL")
     at_the_end = synthetic(lambda *_: 0.0, at=depths)
     at_the_end = [dataclasses.replace(c, value=math.nan) if (c.at, c.step) == (32, 3) else c for c in at_the_end]
-    assert judge(lines(at_the_end), "mup", None, "depth", Limits())[0].outcome == "FAIL", "the deepest has diverged"
+    assert judge(fit_slopes(at_the_end), "mup", None, "depth", Limits())[0].outcome == "FAIL", "the deepest has diverged"
 
 
-def test_figures_of_odd_numbers_can_be_drawn_and_the_table_read_again(tmp_path: Path) -> None:
+def read_csv(path: Path) -> list[Coordinate]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [dict(row) for row in csv.DictReader(file)]
+    convert = {"at": int, "seed": int, "step": int, "value": float}
+    return [Coordinate(**{key: convert.get(key, str)(value) for key, value in row.items()}) for row in rows]  # type: ignore
+
+
+def test_odd_numbers_can_be_drawn_and_written(tmp_path: Path) -> None:
     odd = [0.0, math.nan, math.inf, 1e-30]
     found = [
         dataclasses.replace(c, value=odd[i % 7] if i % 7 < 4 else c.value)
@@ -197,11 +211,11 @@ def test_figures_of_odd_numbers_can_be_drawn_and_the_table_read_again(tmp_path: 
     ]
     found += [Coordinate("mup", a, 0, 1, "update", "all_zero", 0.0) for a in (64, 128)]
     for kind in KINDS:
-        of = [line for line in lines(found) if line.kind == kind]
-        plots.save(coord_plots.coordinates, of, "mup", "sp", "width", path=tmp_path / kind)
+        of = [fit for fit in fit_slopes(found) if fit.kind == kind]
+        figures.save(plots.coordinates, of, "mup", "sp", "width", path=tmp_path / kind)
         assert (tmp_path / f"{kind}.png").stat().st_size > 10_000 and "</svg>" in (tmp_path / f"{kind}.svg").read_text()
-    coord_report.write(found, tmp_path / "c.csv")
-    again = coord_report.read(tmp_path / "c.csv")
+    report.write_csv(found, tmp_path / "c.csv")
+    again = read_csv(tmp_path / "c.csv")
     assert [dataclasses.replace(c, value=0.0) for c in again] == [dataclasses.replace(c, value=0.0) for c in found]
     np.testing.assert_allclose([c.value for c in again], [c.value for c in found], rtol=1e-5)
 
@@ -244,23 +258,22 @@ def rows(config: Config) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 250, (config.data.batch_size, config.data.seq_len), dtype=np.int32)
 
 
-def sizes_on(config: Config, mesh: Mesh, bos_id: int) -> Callable[[Transformer, Any], dict[str, jax.Array]]:
+def sizes_on(program: Program) -> Callable[[Transformer, Any], dict[str, jax.Array]]:
     """A function of (weights, tokens) -> mean |x| of every activation, as the check takes it."""
-    forward = Forward(config, watch=True)
+    forward = program.forward
 
     def look(params: Transformer, tokens: jax.Array) -> dict[str, jax.Array]:
-        return jax.tree.map(_mean_abs, forward.activations(params, shift_right(tokens, bos_id), None))
+        return jax.tree.map(_mean_abs, forward.intermediates(params, shift_right(tokens, program.bos_id), None))
 
     in_specs = (forward.pspecs, PartitionSpec("x"))
-    return jax.jit(jax.shard_map(look, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec()))
+    return jax.jit(jax.shard_map(look, mesh=program.mesh, in_specs=in_specs, out_specs=PartitionSpec()))
 
 
 @cache
 def sizes(model: str, x: int, y: int) -> dict[str, float]:
     config = load([*TINY, *MODELS[model], f"mesh.x={x}", f"mesh.y={y}"])
-    mesh = make_mesh(config.mesh, jax.devices()[: x * y])
-    check_fits(config, mesh)
-    return {name: float(value) for name, value in sizes_on(config, mesh, BOS)(weights(config), rows(config)).items()}
+    look = sizes_on(program(config, jax.devices()[: x * y], BOS))
+    return {name: float(value) for name, value in look(weights(config), rows(config)).items()}
 
 
 @pytest.mark.parametrize("model", list(MODELS)[1:])
@@ -271,7 +284,7 @@ def test_sizes_are_the_same_on_a_mesh(model: str) -> None:
     assert len(set(theirs.values())) == len(theirs), "two names are one thing"
 
 
-def test_sizes_are_those_of_the_model_written_out() -> None:
+def test_sizes_equal_those_of_the_model_in_numpy() -> None:
     """By NumPy, for the plainest model: no gains, biases or normed queries."""
     config = load(TINY)
     w, tokens = weights(config), rows(config)
@@ -313,7 +326,7 @@ def test_sizes_are_those_of_the_model_written_out() -> None:
     assert sizes("relu", 1, 1) == pytest.approx(want, rel=1e-4)
 
 
-def test_unless_asked_nothing_of_it_is_computed() -> None:
+def test_activations_are_computed_only_on_request() -> None:
     config = load([*TINY, *MODELS["all options"]])
     mesh = make_mesh(config.mesh, jax.devices()[:1])
 
@@ -346,12 +359,12 @@ def test_unless_asked_nothing_of_it_is_computed() -> None:
 
 
 @pytest.mark.slow
-def test_without_an_update_to_speak_of_nothing_changes(tmp_path: Path) -> None:
+def test_a_negligible_update_changes_nothing(tmp_path: Path) -> None:
     """And the sizes are those of the model that training with this seed starts with, on its first batch."""
     config = load(settings(tmp_path, *TINY, "model.n_vocab=null", "optim.lr=1e-30", "optim.warmup_steps=0"))
     corpus = prepare(config.data)
     config = config.with_vocab(corpus.tokenizer.n_vocab)
-    found = measure(Job("still", config), 64, [7, 2], 2, corpus)
+    found = measure(VariantConfig("still", config), 64, [7, 2], 2, corpus)
     names = [
         jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(specs(config))
     ]
@@ -361,12 +374,12 @@ def test_without_an_update_to_speak_of_nothing_changes(tmp_path: Path) -> None:
     }
     assert {c.name for c in found if c.kind == "update"} == set(names)
     assert all(c.value == 0 for c in found if c.kind != "size")
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    look = sizes_on(config, mesh, corpus.tokenizer.bos_id)
+    built = program(config, jax.devices()[:1], corpus.tokenizer.bos_id)
+    look = sizes_on(built)
     for seed in (7, 2):
         with closing(train_batches(corpus.splits["train"], config.data, seed, 1, (0,), config.model.n_vocab or 0)) as batches:
             tokens = next(batches).tokens
-        want = look(init_state(dataclasses.replace(config, seed=seed), mesh).params, tokens)
+        want = look(program(dataclasses.replace(config, seed=seed), built.mesh).init_state().params, tokens)
         for step in (0, 1, 2):
             ours = {c.name: c.value for c in found if (c.kind, c.seed, c.step) == ("size", seed, step)}
             assert ours == pytest.approx({name: float(value) for name, value in want.items()}, rel=1e-5)
@@ -411,22 +424,22 @@ def told(folder: Path) -> str:
     return finish(start(SCRIPT, args, devices=2, optimize=False))
 
 
-def verdicts(out: str) -> list[str]:
+def printed_verdicts(out: str) -> list[str]:
     return re.findall("^(?:PASS|FAIL|WARNING).*$", out, re.MULTILINE)
 
 
 def test_the_command_writes_tables_figures_and_verdicts(told: str, folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    flat, control = verdicts(told)
+    flat, control = printed_verdicts(told)
     assert flat.startswith("PASS    mup: flat over widths 64 to 512: 80 slopes within ±0.1; ")
-    assert control.startswith("PASS    the control sp grows, as it must: ")
+    assert control.startswith("PASS    the control sp grows, as it should: ")
     assert told.endswith(f"results: {folder / 'out'}\n")
     assert "slope over width" in told and re.search(r"^mup +size +query +[+-]0\.\d{3} ± 0\.\d{3} ", told, re.MULTILINE)
-    found = coord_report.read(folder / "out" / coord_report.TABLE)
+    found = read_csv(folder / "out" / report.TABLE)
     assert {(c.variant, c.at, c.seed) for c in found} == {(v, a, s) for v in ("mup", "sp") for a in (64, 512) for s in (0, 1)}
     assert len(found) == 8 * ((4 + 3) * len(ACTIVATIONS) + 3 * 8)
-    assert [str(v) for v in judge(lines(found), "mup", "sp", "width", Limits(slope=0.1))] == [flat, control]
+    assert [str(v) for v in judge(fit_slopes(found), "mup", "sp", "width", Limits(slope=0.1))] == [flat, control]
     for kind in KINDS:
         assert (folder / "out" / f"coordinates_{kind}.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / "out" / f"coordinates_{kind}.svg").read_text().rstrip().endswith("</svg>")
@@ -440,8 +453,8 @@ def test_the_command_writes_tables_figures_and_verdicts(told: str, folder: Path)
     assert set(shown.Tags()["images"]) == {f"coordinates/{kind}" for kind in KINDS}
 
 
-def test_the_first_update_of_adam_is_the_learning_rate_of_the_rule(told: str, folder: Path) -> None:
-    found = coord_report.read(folder / "out" / coord_report.TABLE)
+def test_the_first_adam_update_is_the_scaled_learning_rate(told: str, folder: Path) -> None:
+    found = read_csv(folder / "out" / report.TABLE)
     for variant, at, share in (("mup", 64, 1), ("mup", 512, 1 / 8), ("sp", 64, 1), ("sp", 512, 1)):
         for seed in (0, 1):
             (moved,) = (
@@ -456,10 +469,10 @@ def replay(found: Sequence[Coordinate]) -> Callable[..., list[Coordinate]]:
 
 
 def test_a_wrong_parametrization_fails(told: str, folder: Path, check, monkeypatch, capsys) -> None:
-    found = coord_report.read(folder / "out" / coord_report.TABLE)
-    monkeypatch.setattr(coord_report, "measure", replay(found))
-    monkeypatch.setattr(plots, "save", lambda *_, **__: None)  # drawn above
-    monkeypatch.setattr(coord_report, "_tensorboard", lambda *_: None)
+    found = read_csv(folder / "out" / report.TABLE)
+    monkeypatch.setattr(report, "measure", replay(found))
+    monkeypatch.setattr(figures, "save", lambda *_, **__: None)  # drawn above
+    monkeypatch.setattr(report, "_write_tensorboard", lambda *_: None)
     args = [*settings(folder, *CHECK), *OPTIONS, "--out", str(folder / "again")]
     assert check(*args) == FINISHED
     out = capsys.readouterr().out
@@ -468,34 +481,32 @@ def test_a_wrong_parametrization_fails(told: str, folder: Path, check, monkeypat
     )
     assert check(*args, "optim.rule=sp") == FAILED
     out = capsys.readouterr().out
-    assert re.search(r"^FAIL    sp: not flat over widths 64 to 512: \d+ of 80 slopes beyond", out, re.MULTILINE)
+    assert re.search(r"^FAIL    sp: not flat over widths 64 to 512: \d+ of 80 slopes outside", out, re.MULTILINE)
     assert "\nWARNING no control: " in out
     assert check(*args, "--max-slope", "1e-6") == FAILED and "\nPASS    the control" in capsys.readouterr().out
     assert check(*args, "--no-control") == FINISHED and "\nWARNING no control: " in capsys.readouterr().out
     flat = [dataclasses.replace(c, variant=rule) for c in found if c.variant == "mup" for rule in ("mup", "sp")]
-    monkeypatch.setattr(coord_report, "measure", replay(flat))
+    monkeypatch.setattr(report, "measure", replay(flat))
     assert check(*args) == FAILED and "\nFAIL    the control sp does not grow" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rule", ["optim.rule=completed_p optim.batch_base=64 optim.tokens_base=640", "optim.eps_scaling=true"])
-def test_the_control_takes_off_what_the_standard_parametrization_has_no_use_for(
-    rule: str, folder: Path, check, monkeypatch
-) -> None:
-    jobs: list[Job] = []
-    monkeypatch.setattr(coord_report, "coordinate_check", lambda subject, control, *_: jobs.extend([*subject, *control]) or [])
+def test_the_control_drops_settings_without_use_in_sp(rule: str, folder: Path, check, monkeypatch) -> None:
+    jobs: list[VariantConfig] = []
+    monkeypatch.setattr(report, "coordinate_check", lambda subject, control, *_: jobs.extend([*subject, *control]) or [])
     assert check(*settings(folder, *CHECK, *rule.split()), *OPTIONS) == FINISHED
     assert [job.config.optim.rule for job in jobs[2:]] == ["sp", "sp"]
 
 
-def test_what_is_checked_over_depth(folder: Path, check, monkeypatch) -> None:
-    jobs: list[list[Job]] = []
-    monkeypatch.setattr(coord_report, "coordinate_check", lambda subject, control, *_: jobs.extend([subject, control]) or [])
+def test_configs_of_a_check_over_depth(folder: Path, check, monkeypatch) -> None:
+    jobs: list[list[VariantConfig]] = []
+    monkeypatch.setattr(report, "coordinate_check", lambda subject, control, *_: jobs.extend([subject, control]) or [])
     depth = ["--depths", "8,2", "--steps", "2"]
 
     def given(*args: str) -> list[list[tuple[str, int, int | None]]]:
         jobs.clear()
         assert check(*settings(folder, *CHECK), *depth, *args) == FINISHED
-        return [[(job.variant, job.config.model.n_layer, job.config.model.n_layer_base) for job in each] for each in jobs]
+        return [[(job.name, job.config.model.n_layer, job.config.model.n_layer_base) for job in each] for each in jobs]
 
     assert given("optim.rule=completep") == [
         [("completep", 2, 2), ("completep", 8, 2)],
@@ -507,7 +518,7 @@ def test_what_is_checked_over_depth(folder: Path, check, monkeypatch) -> None:
 
 def test_the_preset_can_be_overridden(folder: Path, check, monkeypatch) -> None:
     seen: list[Config] = []
-    monkeypatch.setattr(coord_report, "coordinate_check", lambda subject, *_: seen.append(subject[0].config) or [])
+    monkeypatch.setattr(report, "coordinate_check", lambda subject, *_: seen.append(subject[0].config) or [])
     assert check(str(ROOT / "configs/small.yaml"), "optim.lr=0.5", *OPTIONS) == FINISHED
     (config,) = seen
     assert (config.data.batch_size, config.data.seq_len, config.optim.schedule, config.optim.lr) == (1, 32, "constant", 0.5)
@@ -519,8 +530,8 @@ MISTAKES = {
     "one depth": (["--depths", "2"], "--depths 2: one depth only: nothing to compare"),
     "one step": (["--steps", "1"], "--steps 1: must be at least 2"),
     "width that heads do not divide": (["--widths", "64,100"], "model.d_model = 100: not divisible by model.d_head = 16"),
-    "width twice": (["--widths", "64,64"], "--widths 64,64: one is there twice"),
-    "no width": (["--widths", "x"], "--widths x: must be whole numbers"),
+    "width twice": (["--widths", "64,64"], "--widths 64,64: a value is repeated"),
+    "no width": (["--widths", "x"], "--widths x: must be integers"),
     "negative seed": (["--seeds=-1,0"], r"--seeds -1,0: must lie in 0 \.\.\. 2\^31 - 1"),
     "no slope": (["--max-slope", "nan"], "--max-slope nan: must be positive"),
     "unknown key": (["optim.rul=sp"], "optim.rul"),
@@ -530,7 +541,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_line_and_exit_code_2_before_jax_starts(name: str, tmp_path: Path, check, monkeypatch, capsys) -> None:
+def test_mistakes_are_reported_before_jax_starts(name: str, tmp_path: Path, check, monkeypatch, capsys) -> None:
     args, message = MISTAKES[name]
     refuse_before_jax(lambda: check("model.d_head=16", *args), message, tmp_path, monkeypatch, capsys)
     if name == "one width":  # the control: a good command does start it
@@ -538,8 +549,8 @@ def test_mistakes_are_one_line_and_exit_code_2_before_jax_starts(name: str, tmp_
             check("model.d_head=16", "--widths", "64,128")
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_measuring(folder: Path, check, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(coord_report, "measure", lambda *_: pytest.fail("measured"))
+def test_a_folder_that_cannot_be_created_is_reported_first(folder: Path, check, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(report, "measure", lambda *_: pytest.fail("measured"))
     assert check(*settings(folder, *CHECK), *OPTIONS, "--out", "/dev/null/out") == USAGE_ERROR
     assert capsys.readouterr().err == "error: /dev/null/out: Not a directory\n"
 

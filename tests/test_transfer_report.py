@@ -1,4 +1,4 @@
-"""The transfer report, on sweeps whose every number is known: what it computes, what it says, and when it refuses."""
+"""The transfer report on sweeps with known numbers: what it computes, its verdicts and words, and the mistakes it refuses."""
 
 import math
 import os
@@ -17,23 +17,24 @@ from mutransformer.cli import main
 from mutransformer.errors import ConfigError
 from mutransformer.study.sweep.records import FILE, Run, append
 from mutransformer.study.transfer import plots
-from mutransformer.study.transfer.fit import Variant, analyse, locate, vertex
+from mutransformer.study.transfer.analysis import Variant, analyze
+from mutransformer.study.transfer.optimum import Bounds, locate, vertex
 from mutransformer.study.transfer.report import page, write
-from mutransformer.study.transfer.width_ordering import Pair, training_losses
-from mutransformer.study.verdicts import judge, transfers
+from mutransformer.study.transfer.verdicts import judge, transfers
+from mutransformer.study.transfer.width_ordering import WidthPair, training_losses
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts/transfer_report.py"
 
 
 def only(runs: list[Run], **options) -> Variant:
-    (variant,) = analyse(runs, **options)
+    (variant,) = analyze(runs, **options)
     return variant
 
 
-def said(runs: list[Run], max_drift: float = 0.5, **options) -> str:
+def verdicts(runs: list[Run], max_drift: float = 0.5, **options) -> str:
     """The verdict lines, one below the other."""
-    return "\n".join(map(str, judge(analyse(runs, **options), runs, max_drift)))
+    return "\n".join(map(str, judge(analyze(runs, **options), runs, max_drift)))
 
 
 # Optimum
@@ -54,27 +55,27 @@ def test_three_equal_losses_have_no_vertex_to_divide_by():
 def test_optimum_drift_and_penalty_of_a_known_sweep():
     optimum = {64: -6.3, 128: -6.1, 256: -5.4, 512: -5.6}
     variant = only(sweep(optimum=optimum.__getitem__))
-    assert {width: found.low for width, found in variant.optima.items()} == pytest.approx(optimum, abs=1e-9)
-    assert all(found.low == found.high and not found.why for found in variant.optima.values())
-    assert variant.drift.octaves == pytest.approx(0.9, abs=1e-9)
-    assert variant.drift.signed == pytest.approx((0.7, 0.7), abs=1e-9)
-    assert variant.drift.stderr == pytest.approx(0, abs=1e-9) == variant.drift.signed_stderr
-    assert not variant.drift.same_argmin
-    assert variant.best == {64: -6, 128: -6, 256: -5, 512: -6}
-    assert variant.penalty[512] == 0.0
-    assert variant.penalty[256] == pytest.approx(0.04 * (0.6**2 - 0.4**2), abs=1e-9)
+    assert {width: fit.optimum.at.low for width, fit in variant.fits.items()} == pytest.approx(optimum, abs=1e-9)
+    assert all(fit.optimum.at.is_point and not fit.optimum.why for fit in variant.fits.values())
+    assert variant.drift.low == variant.drift.high == pytest.approx(0.9, abs=1e-9)
+    assert variant.signed_drift.low == variant.signed_drift.high == pytest.approx(0.7, abs=1e-9)
+    assert variant.drift.stderr == pytest.approx(0, abs=1e-9) == variant.signed_drift.stderr
+    assert not variant.same_best
+    assert {width: fit.best for width, fit in variant.fits.items()} == {64: -6, 128: -6, 256: -5, 512: -6}
+    assert variant.fits[512].penalty(variant.tuned) == 0.0
+    assert variant.fits[256].penalty(variant.tuned) == pytest.approx(0.04 * (0.6**2 - 0.4**2), abs=1e-9)
 
 
 def test_the_uncertainty_is_that_of_the_seeds_own_optima():
     own = {(64, 0): -6.2, (64, 1): -6.0, (64, 2): -6.1, (128, 0): -6.3, (128, 1): -5.9, (128, 2): -6.0}
     runs = [make_run("mup", width, rate, seed, 5 + 0.1 * (rate - at) ** 2) for (width, seed), at in own.items() for rate in RATES]
     variant = only(runs)
-    assert variant.optima[64].low == pytest.approx(-6.1, abs=1e-9)  # of parabolas of equal width: the mean of their vertices
-    assert variant.stderr[64] == pytest.approx(0.1 / math.sqrt(3))
-    assert variant.drift.octaves == pytest.approx(6.1 - 6.2 / 3 - 4.2 + 0.2, abs=0.1)
+    assert variant.fits[64].optimum.at.low == pytest.approx(-6.1, abs=1e-9)  # the mean of the vertices
+    assert variant.fits[64].optimum.at.stderr == pytest.approx(0.1 / math.sqrt(3))
+    assert variant.drift.low == pytest.approx(6.1 - 6.2 / 3 - 4.2 + 0.2, abs=0.1)
     paired = [own[128, seed] - own[64, seed] for seed in range(3)]
-    assert variant.drift.signed[0] == pytest.approx(np.mean(paired), abs=1e-9)
-    assert variant.drift.signed_stderr == pytest.approx(np.std(paired, ddof=1) / math.sqrt(3))
+    assert variant.signed_drift.low == pytest.approx(np.mean(paired), abs=1e-9)
+    assert variant.signed_drift.stderr == pytest.approx(np.std(paired, ddof=1) / math.sqrt(3))
 
 
 def test_a_seed_without_an_optimum_of_its_own_leaves_no_uncertainty():
@@ -86,75 +87,77 @@ def test_a_seed_without_an_optimum_of_its_own_leaves_no_uncertainty():
         for rate in RATES
     ]
     variant = only(runs)
-    assert variant.optima[64].low == pytest.approx(np.mean(list(own.values())), abs=1e-9)
-    assert variant.stderr[64] is None and variant.drift.stderr is None
-    assert "no ±: a seed alone has no optimum" in page([variant], runs, [], 0.5)
+    assert variant.fits[64].optimum.at.low == pytest.approx(np.mean(list(own.values())), abs=1e-9)
+    assert variant.fits[64].optimum.at.stderr is None and variant.drift.stderr is None
+    assert "no ±: a single seed has no optimum" in page([variant], runs, [], 0.5)
 
 
 def test_one_seed_has_no_uncertainty():
     runs = sweep(seeds=[0])
     variant = only(runs)
-    assert set(variant.stderr.values()) == {None} and variant.drift.stderr is None
-    assert "one seed: no uncertainty" in said(runs) and "±" not in said(runs)
+    assert {fit.optimum.at.stderr for fit in variant.fits.values()} == {None} and variant.drift.stderr is None
+    assert "one seed: no uncertainties" in verdicts(runs) and "±" not in verdicts(runs)
 
 
 def test_an_optimum_at_the_edge_cannot_pass():
     low = locate({-9.0: 4.0, -8.0: 4.1, -7.0: 4.4}, [-9.0, -8.0, -7.0])
-    assert (low.low, low.high, low.loss, low.why) == (-math.inf, -8.5, None, "at the lower edge of the grid")
+    assert (low.at, low.loss, low.why) == (Bounds(-math.inf, -8.5), None, "at the lower edge of the grid")
     high = locate({-9.0: 4.4, -8.0: 4.1, -7.0: 4.0}, [-9.0, -8.0, -7.0])
-    assert (high.low, high.high, high.why) == (-7.5, math.inf, "at the upper edge of the grid")
+    assert (high.at, high.why) == (Bounds(-7.5, math.inf), "at the upper edge of the grid")
 
     same = sweep(optimum=lambda width: -10.2)  # at every width, and yet nobody knows where
     variant = only(same)
-    assert variant.drift.same_argmin and not variant.drift.found and variant.drift.octaves == 0
+    assert variant.same_best and not variant.drift.is_point and variant.drift.low == 0
     assert transfers(variant, 0.5) is None
     assert re.search(
-        r"^FAIL .* is not shown to transfer: the optimum may drift .*64: at the lower edge of the grid, so ≤ -9.50", said(same)
+        r"^FAIL .* is not shown to transfer: the optimum may drift .*64: at the lower edge of the grid, so ≤ -9.50",
+        verdicts(same),
     )
 
 
 def test_the_drift_to_an_edge_is_a_lower_bound():
     runs = sweep(optimum=lambda width: {64: -6.0, 128: -7.0, 256: -8.0, 512: -9.8}[width])
     variant = only(runs)
-    assert variant.drift.octaves == pytest.approx(3.5) and not variant.drift.found  # from -6 down to -9.5 or less
-    assert variant.drift.signed == pytest.approx((-math.inf, -3.5))
-    assert "FAIL    mup: the learning rate does not transfer: the optimum drifts at least 3.50 octaves" in said(runs)
+    assert variant.drift.low == pytest.approx(3.5) and variant.drift.high == math.inf  # from -6 down to -9.5 or less
+    assert (variant.signed_drift.low, variant.signed_drift.high) == pytest.approx((-math.inf, -3.5))
+    assert "FAIL    mup: the learning rate does not transfer: the optimum drifts at least 3.50 octaves" in verdicts(runs)
     assert "| 512 | ≤ -9.50 | -10 |" in page([variant], runs, [], 0.5)
 
 
 def test_a_neighbour_that_diverged_or_is_missing_leaves_bounds():
     grid = [-8.0, -7.0, -6.0, -5.0]
     diverged = locate({-8.0: 5.0, -7.0: 4.5, -6.0: 4.0, -5.0: math.inf}, grid)
-    assert (diverged.low, diverged.high, diverged.why) == (-6.5, -5.0, "its neighbour -5 diverged")
+    assert (diverged.at, diverged.why) == (Bounds(-6.5, -5.0), "its neighbor -5 diverged")
     missing = locate({-8.0: 5.0, -6.0: 4.0, -5.0: 4.1}, grid)
-    assert (missing.low, missing.high, missing.why) == (-7.0, -5.5, "no run at its neighbour -7")
+    assert (missing.at, missing.why) == (Bounds(-7.0, -5.5), "no run at its neighbor -7")
     lost = locate(dict.fromkeys(grid, math.inf), grid)
-    assert not lost.found and lost.why == "every run diverged"
+    assert str(lost.at) == "unknown" and lost.why == "every run diverged"
 
 
 def test_a_mean_with_a_diverged_seed_diverged():
     runs = sweep(seeds=[0, 1, 2])
     runs = [make_run("mup", 512, -6, 1, math.inf) if run.key == ("mup", 512, 2.0**-6, 1) else run for run in runs]
     variant = only(runs)
-    assert variant.cells[512, -6].mean == math.inf and variant.diverged == 1
-    assert variant.best[512] == -7 and variant.penalty[512] == math.inf
+    assert variant.fits[512].cells[-6].mean == math.inf and variant.diverged == 1
+    assert variant.fits[512].best == -7 and variant.fits[512].penalty(variant.tuned) == math.inf
     text = page([variant], runs, [], 0.5)
     assert "diverged (1 of 3)" in text and "3 seeds, 1 run diverged" in text
-    assert "its neighbour -6 diverged" in said(runs)
+    assert "its neighbor -6 diverged" in verdicts(runs)
 
 
 def test_runs_that_diverged_above_the_optimum_harm_nothing():
     runs = sweep(diverges_above=lambda width: -4.5)
     variant = only(runs)
-    assert variant.diverged == 2 * 2 * len(WIDTHS) and variant.drift.octaves < 1e-9
-    assert "FAIL" not in said(runs)
+    assert variant.diverged == 2 * 2 * len(WIDTHS) and variant.drift.low < 1e-9
+    assert "FAIL" not in verdicts(runs)
 
 
 def test_a_smallest_width_that_always_diverged():
     runs = sweep(diverges_above=lambda width: -20 if width == 64 else 0)
     variant = only(runs)
-    assert variant.best[64] is None and variant.order.rate is None and set(variant.penalty.values()) == {None}
-    assert said(runs).count("FAIL") == 2
+    assert variant.tuned is None and variant.ordering.rate is None
+    assert {fit.penalty(variant.tuned) for fit in variant.fits.values()} == {None}
+    assert verdicts(runs).count("FAIL") == 2
 
 
 # Verdicts of transfer
@@ -162,46 +165,44 @@ def test_a_smallest_width_that_always_diverged():
 
 def test_a_drift_passes_or_fails_by_the_bound():
     runs = sweep(optimum=lambda width: -6.2 + 0.2 * math.log2(width / 64))
-    assert "FAIL    mup: the learning rate does not transfer: the optimum drifts 0.60 ± 0.00 octaves" in said(runs)
-    assert "PASS    mup: the learning rate transfers: the optimum drifts 0.60 ± 0.00 octaves" in said(runs, max_drift=0.61)
+    assert "FAIL    mup: the learning rate does not transfer: the optimum drifts 0.60 ± 0.00 octaves" in verdicts(runs)
+    assert "PASS    mup: the learning rate transfers: the optimum drifts 0.60 ± 0.00 octaves" in verdicts(runs, max_drift=0.61)
 
 
 def test_controls_decide_nothing_but_must_fail():
     drifting = sweep("sp", lambda width: -5.5 - math.log2(width / 64))
-    lines = said(sweep() + drifting)
-    assert "CONTROL sp does not transfer, as it should not: the optimum drifts 3.00" in lines
-    assert "FAIL" not in lines and "WARNING" not in lines
-    lines = said(sweep() + sweep("sp model.norm_scale=vector"))
-    assert "CONTROL sp model.norm_scale=vector transfers, and should not" in lines
-    assert "WARNING the control sp model.norm_scale=vector transfers as well: this sweep cannot tell" in lines
-    lines = said(sweep() + sweep("other", lambda width: -5.5 - math.log2(width / 64)), controls=["other"])
-    assert "CONTROL other does not transfer" in lines and "FAIL" not in lines
-    assert "WARNING no control" in said(sweep())
-    assert "spare: the learning rate" in said(sweep() + sweep("spare"))  # sp is a word, not a beginning
+    found = verdicts(sweep() + drifting)
+    assert "CONTROL sp does not transfer, as expected: the optimum drifts 3.00" in found
+    assert "FAIL" not in found and "WARNING" not in found
+    found = verdicts(sweep() + sweep("sp model.norm_scale=vector"))
+    assert "CONTROL sp model.norm_scale=vector transfers, unexpectedly" in found
+    assert "WARNING the control sp model.norm_scale=vector transfers as well: nothing shows that" in found
+    found = verdicts(sweep() + sweep("other", lambda width: -5.5 - math.log2(width / 64)), controls=["other"])
+    assert "CONTROL other does not transfer" in found and "FAIL" not in found
+    assert "WARNING no control" in verdicts(sweep())
+    assert "spare: the learning rate" in verdicts(sweep() + sweep("spare"))  # sp is a word, not a beginning
 
 
 def test_what_weakens_a_verdict_is_told():
-    assert "mup: 3 runs of the grid missing" in said(sweep()[3:])
+    assert "mup: 3 runs of the grid missing" in verdicts(sweep()[3:])
     runs = sweep()
     runs[5].settings["data.batch_size"] = 4
-    assert "mup: its runs differ in more than width, learning rate and seed: data.batch_size" in said(runs)
+    assert "mup: its runs differ in more than width, learning rate and seed: data.batch_size" in verdicts(runs)
 
 
 def test_seeds_added_at_one_rate_are_for_the_order_of_widths_only():
-    tuned = analyse(sweep())[0].order.rate
+    tuned = analyze(sweep())[0].ordering.rate
     assert tuned is not None
 
     def added(seeds: tuple[int, ...], shift: float) -> list[Run]:
         extra = [run for run in sweep(seeds=seeds) if run.lr == 2.0**tuned]
         return [replace(run, validation_loss=run.validation_loss + shift) for run in extra if run.validation_loss is not None]
 
-    plain, more = analyse(sweep())[0], analyse(sweep() + added((7, 8), 5.0))[0]
-    assert (more.optima, more.stderr, more.drift, more.seeds, more.missing) == (
-        *(plain.optima, plain.stderr, plain.drift, plain.seeds, plain.missing),
-    )
-    assert {pair.seeds for pair in plain.order.pairs} == {2} and {pair.seeds for pair in more.order.pairs} == {4}
-    assert f"mup: {more.off_grid} runs of seeds at one or two learning rates only" in said(sweep() + added((7, 8), 5.0))
-    alone = analyse([run for run in sweep() if run.seed == 0])[0]
+    plain, more = analyze(sweep())[0], analyze(sweep() + added((7, 8), 5.0))[0]
+    assert (more.fits, more.drift, more.seeds, more.missing) == (plain.fits, plain.drift, plain.seeds, plain.missing)
+    assert {pair.seeds for pair in plain.ordering.pairs} == {2} and {pair.seeds for pair in more.ordering.pairs} == {4}
+    assert f"mup: {more.off_grid} runs with seeds that were run at one or two" in verdicts(sweep() + added((7, 8), 5.0))
+    alone = analyze([run for run in sweep() if run.seed == 0])[0]
     assert alone.off_grid == 0 and alone.seeds == [0]
 
 
@@ -224,8 +225,8 @@ def falling(width: int, step: int, seed: int) -> float:
 
 def test_wider_is_better_where_seeds_share_their_batches():
     variant = only(curves(falling))
-    assert variant.order.better and variant.order.held == variant.order.compared == 3 * len(LOGGED)
-    for pair in variant.order.pairs:
+    assert variant.ordering.better and variant.ordering.held == variant.ordering.compared == 3 * len(LOGGED)
+    for pair in variant.ordering.pairs:
         assert pair.noise == pytest.approx(0, abs=1e-12) and pair.seeds == 3
         assert pair.difference == pytest.approx([-(1 - math.exp(-step / 50)) / 4 for step in LOGGED])
 
@@ -236,36 +237,36 @@ def test_one_crossing_at_one_step_is_caught(seeds):
         return falling(width, step, seed) + (0.3 if (width, step) == (256, 51) else 0)
 
     runs = curves(crossing, seeds)
-    assert "PASS    mup: wider" in said(curves(falling, seeds))
+    assert "PASS    mup: wider" in verdicts(curves(falling, seeds))
     assert re.search(
-        r"FAIL    mup: wider is not always better .*: in 59 of 60 .* step 51, width 256 less 128: \+0.1\d+ nats", said(runs)
+        r"FAIL    mup: wider is not always better .*: in 59 of 60 .* step 51, width 256 minus 128: \+0.1\d+ nats", verdicts(runs)
     )
 
 
 def test_twice_the_noise_is_the_bound():
-    assert Pair(64, 128, [1, 11, 21], np.array([0.19, 0.21, math.inf]), 0.1, 2).holds.tolist() == [True, False, False]
-    assert Pair(64, 128, [1, 11], np.array([0.0, 1e-9]), 0.0, 1).holds.tolist() == [True, False]
+    assert WidthPair(64, 128, [1, 11, 21], np.array([0.19, 0.21, math.inf]), 0.1, 2).holds.tolist() == [True, False, False]
+    assert WidthPair(64, 128, [1, 11], np.array([0.0, 1e-9]), 0.0, 1).holds.tolist() == [True, False]
 
 
 def test_what_noise_explains_is_no_crossing():
     def noisy(size: float):
         return lambda width, step, seed: 5.0 + size * float(np.random.default_rng([width, step, seed]).normal()) - 1e-3 * width
 
-    order = only(curves(noisy(0.01))).order
+    ordering = only(curves(noisy(0.01))).ordering
     # Two widths' seeds, independent: variances add. 20 steps x 2 degrees of freedom give it to a fifth.
-    assert order.pairs[0].noise == pytest.approx(0.01 * math.sqrt(2) / math.sqrt(3), rel=0.2)
-    assert order.better
-    worse = only(curves(lambda width, step, seed: 5.0 + 0.001 * width + noisy(0.001)(0, step, seed))).order
+    assert ordering.pairs[0].noise == pytest.approx(0.01 * math.sqrt(2) / math.sqrt(3), rel=0.2)
+    assert ordering.better
+    worse = only(curves(lambda width, step, seed: 5.0 + 0.001 * width + noisy(0.001)(0, step, seed))).ordering
     assert worse.held == 0
 
 
 def test_a_wider_run_that_diverges_is_worse_and_a_narrower_one_is_not():
     runs = sweep(diverges_above=lambda width: -6.5 if width == 256 else 0)
-    order = only(runs).order
-    narrow, middle, wide = order.pairs
+    ordering = only(runs).ordering
+    narrow, middle, wide = ordering.pairs
     assert narrow.holds.all() and not middle.holds[3:].any() and wide.holds[3:].all()
-    assert "wider diverged" in said(runs)
-    both = only(sweep(diverges_above=lambda width: -6.5 if width > 128 else 0)).order
+    assert "wider diverged" in verdicts(runs)
+    both = only(sweep(diverges_above=lambda width: -6.5 if width > 128 else 0)).ordering
     assert both.pairs[2].steps == LOGGED[:3]  # where both diverged there is nothing to compare
 
 
@@ -276,13 +277,13 @@ def test_losses_after_a_divergence_mean_nothing():
 
 
 def test_the_rate_to_compare_at_can_be_chosen():
-    assert only(sweep()).order.rate == -6 and only(sweep(), rate=-8.0).order.rate == -8
+    assert only(sweep()).ordering.rate == -6 and only(sweep(), rate=-8.0).ordering.rate == -8
     with pytest.raises(ConfigError, match=r"--lr 2\^-8.5: mup has no run at it; there are: 2\^-10, "):
-        analyse(sweep(), rate=-8.5)
+        analyze(sweep(), rate=-8.5)
     absent = [run for run in sweep() if (run.width, run.lr) != (256, 2**-8)]
-    assert re.search(r"FAIL .*wider is not always better .*; no run at width 256", said(absent, rate=-8.0))
+    assert re.search(r"FAIL .*wider is not always better .*; no run at width 256", verdicts(absent, rate=-8.0))
     apart = [run for run in sweep() if run.seed == (run.width == 64)]
-    assert "widths 64 and 128 share no seed and step" in said(apart)
+    assert "widths 64 and 128 share no seed and step" in verdicts(apart)
 
 
 # The page
@@ -290,7 +291,7 @@ def test_the_rate_to_compare_at_can_be_chosen():
 
 def test_the_page_has_what_a_reader_looks_for():
     runs = sweep(noise=0.01) + sweep("sp", lambda width: -5.5 - math.log2(width / 64)) + sweep("a|b model.n_kv_head=1")
-    variants = analyse(runs)
+    variants = analyze(runs)
     assert [variant.name for variant in variants] == ["mup", "a|b model.n_kv_head=1", "sp"]
     text = page(variants, runs, judge(variants, runs, 0.5), 0.5)
     assert re.match(r"# .*\n\n- \*\*PASS\*\* mup: the learning rate transfers", text)
@@ -316,10 +317,10 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
 
 
 def test_figures_show_the_losses_that_matter():
-    variants = analyse(sweep() + [make_run("mup", 1024, rate, 0, 400.0 if rate == -3 else 3.0 + abs(rate + 6)) for rate in RATES])
+    variants = analyze(sweep() + [make_run("mup", 1024, rate, 0, 400.0 if rate == -3 else 3.0 + abs(rate + 6)) for rate in RATES])
     low, high = plots.loss_range(variants)
     assert low < 3.0 and 5.0 < high < 10
-    assert plots.loss_range(analyse(sweep(diverges_above=lambda width: -20))) == (0, 1)
+    assert plots.loss_range(analyze(sweep(diverges_above=lambda width: -20))) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -382,8 +383,8 @@ def test_a_rate_that_is_none(tmp_path, capsys):
 
 def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     append(tmp_path / FILE, sweep())
-    monkeypatch.delitem(sys.modules, "mutransformer.study.plots")
-    monkeypatch.delattr("mutransformer.study.plots")
+    monkeypatch.delitem(sys.modules, "mutransformer.study.figures")
+    monkeypatch.delattr("mutransformer.study.figures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "error: figures need matplotlib: pip install 'mutransformer[plots]'\n"
@@ -395,7 +396,7 @@ def test_the_command_itself_never_starts_jax(tmp_path):
     append(path, sweep())
     # A JAX that cannot be imported: whoever tries ends in a traceback.
     (tmp_path / "jax.py").write_text("raise RuntimeError('JAX was imported')")
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
 
     def command() -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, SCRIPT, path], env=env, capture_output=True, text=True, timeout=50)
@@ -405,4 +406,4 @@ def test_the_command_itself_never_starts_jax(tmp_path):
     path.write_bytes(path.read_bytes()[:-30])
     done = command()
     assert done.returncode == 2 and not done.stdout
-    assert re.fullmatch(rf"error: .*{FILE}:64: cut short; the same sweep, run again, mends it\n", done.stderr)
+    assert re.fullmatch(rf"error: .*{FILE}:64: truncated line; re-run the sweep to repair it\n", done.stderr)

@@ -1,0 +1,192 @@
+"""The numbers of a transfer report: each width's best learning rate, and how far it drifts over the widths. Pure.
+
+Learning rates are given as log2, losses in nats per token, drifts in octaves (factors of two).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+
+from mutransformer.errors import check
+from mutransformer.study.sweep.records import Run
+from mutransformer.study.transfer.optimum import Bounds, Optimum, argmin, locate
+from mutransformer.study.transfer.width_ordering import WidthOrdering, compare_widths
+from mutransformer.study.verdict import count
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one variant, width and learning rate: validation loss by seed, infinite where diverged."""
+
+    losses: dict[int, float]
+
+    @property
+    def diverged(self) -> int:
+        """The number of diverged runs."""
+        return sum(map(math.isinf, self.losses.values()))
+
+    @property
+    def mean(self) -> float:
+        """Infinite if any seed diverged: such a learning rate is not safe to use."""
+        return float(np.mean(list(self.losses.values())))
+
+    @property
+    def spread(self) -> Optional[float]:
+        """Standard deviation over seeds; None for one seed or a diverged one."""
+        return None if self.diverged or len(self.losses) < 2 else float(np.std(list(self.losses.values()), ddof=1))
+
+
+@dataclass(frozen=True)
+class WidthFit:
+    """The learning rates of one width."""
+
+    cells: dict[float, Cell]  # by rate, ascending
+    best: Optional[float]  # the rate with the lowest mean loss; None: every rate diverged
+    optimum: Optimum  # of the mean losses, with a standard error unless there is one seed or one without an optimum
+    seed_optima: dict[int, Optional[float]]  # of each seed's own losses; None where no parabola could be fitted
+
+    @property
+    def best_loss(self) -> float:
+        """The lowest mean loss of the grid; infinite if every rate diverged."""
+        return math.inf if self.best is None else self.cells[self.best].mean
+
+    def penalty(self, rate: Optional[float]) -> Optional[float]:
+        """The mean loss at a rate minus the lowest; infinite if it diverged there, None if there is no run or no lowest."""
+        return None if self.best is None or rate not in self.cells else self.cells[rate].mean - self.best_loss
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The results of one parametrization."""
+
+    name: str
+    control: bool  # it should not transfer, and decides nothing
+    rates: list[float]  # ascending
+    seeds: list[int]  # that were run over the grid of rates; the comparison of widths may use more
+    fits: dict[int, WidthFit]  # by width, ascending
+    ordering: WidthOrdering
+    off_grid: int  # the number of runs with other seeds
+
+    @property
+    def widths(self) -> list[int]:
+        return list(self.fits)
+
+    @property
+    def title(self) -> str:
+        return self.name + " (control)" * self.control
+
+    @property
+    def tuned(self) -> Optional[float]:
+        """The best rate of the narrowest width."""
+        return self.fits[self.widths[0]].best
+
+    @property
+    def same_best(self) -> bool:
+        """Whether the best rate of the grid is the same at every width, the criterion of Lingle (arXiv 2404.05728)."""
+        return self.tuned is not None and all(fit.best == self.tuned for fit in self.fits.values())
+
+    @property
+    def drift(self) -> Bounds:
+        """The largest optimum of all widths minus the smallest: a point, or a lower bound if some optimum is not found."""
+        fits = self.fits.values()
+        highest, lowest = max(fits, key=lambda fit: fit.optimum.at.low), min(fits, key=lambda fit: fit.optimum.at.high)
+        octaves = max(0.0, highest.optimum.at.low - lowest.optimum.at.high)
+        if not all(fit.optimum.at.is_point for fit in fits):
+            return Bounds(octaves, math.inf)
+        return Bounds(octaves, octaves, _paired_stderr(highest, lowest))
+
+    @property
+    def signed_drift(self) -> Bounds:
+        """The widest width's optimum minus the narrowest's."""
+        narrow, wide = (self.fits[width] for width in (self.widths[0], self.widths[-1]))
+        a, b = narrow.optimum.at, wide.optimum.at
+        return Bounds(b.low - a.high, b.high - a.low, _paired_stderr(wide, narrow) if a.is_point and b.is_point else None)
+
+    @property
+    def missing(self) -> int:
+        """The number of runs that a full grid of widths, rates and seeds would have in addition."""
+        present = sum(len(cell.losses) for fit in self.fits.values() for cell in fit.cells.values())
+        return len(self.fits) * len(self.rates) * len(self.seeds) - present
+
+    @property
+    def diverged(self) -> int:
+        return sum(cell.diverged for fit in self.fits.values() for cell in fit.cells.values())
+
+
+def analyze(runs: Sequence[Run], controls: Sequence[str] = (), rate: Optional[float] = None) -> list[Variant]:
+    """The numbers of each variant, controls last.
+
+    Args:
+        runs: of one or more variants; no two with the same key.
+        controls: names of variants to treat as controls, besides `sp` and those whose names start with `sp `.
+        rate: log2(LR) at which widths are compared step by step; None: the best rate of each variant's narrowest width.
+
+    Raises:
+        ConfigError: a control is unknown; a variant has one width only, fewer than three learning rates or runs of unequal
+            length; all variants are controls; no run at `rate`.
+    """
+    names = list(dict.fromkeys(run.variant for run in runs))
+    for name in controls:
+        check(name in names, f"--control {name}: no such variant; there are: {', '.join(names)}")
+    control = {name: name in controls or name == "sp" or name.startswith("sp ") for name in names}
+    check(not all(control.values()), f"nothing to judge: {', '.join(names)}: only controls; add a variant that should transfer")
+    ordered = sorted(names, key=lambda name: control[name])
+    return [_variant(name, control[name], [run for run in runs if run.variant == name], rate) for name in ordered]
+
+
+def _variant(name: str, control: bool, runs: list[Run], rate: Optional[float]) -> Variant:
+    widths, rates = sorted({run.width for run in runs}), sorted({math.log2(run.lr) for run in runs})
+    lengths = sorted({run.steps for run in runs})
+    check(len(widths) > 1, f"{name}: one width only ({widths[0]}): nothing to compare")
+    check(len(rates) > 2, f"{name}: {count(len(rates), 'learning rate')}: an optimum needs at least 3")
+    check(len(lengths) == 1, f"{name}: runs of {' and '.join(map(str, lengths))} steps: losses cannot be compared")
+    chosen = next((r for r in rates if rate is not None and math.isclose(rate, r, abs_tol=1e-9)), None)
+    listed = ", ".join(f"2^{r:.4g}" for r in rates)
+    # A control may have its own grid.
+    check(rate is None or chosen is not None or control, f"--lr 2^{rate}: {name} has no run at it; there are: {listed}")
+    on_grid = _on_grid(runs)
+    fits = {width: _fit([run for run in on_grid if run.width == width], rates) for width in widths}
+    ordering = compare_widths(runs, widths, fits[widths[0]].best if chosen is None else chosen)
+    return Variant(name, control, rates, sorted({run.seed for run in on_grid}), fits, ordering, len(runs) - len(on_grid))
+
+
+def _on_grid(runs: Sequence[Run]) -> list[Run]:
+    """The runs without those seeds that a width has at fewer than three rates while it has others at more.
+
+    Such seeds were added to compare widths step by step with less noise; the mean at their rate would be over other seeds than
+    at the neighboring rates.
+    """
+    rates: dict[tuple[int, int], set[float]] = {}
+    for run in runs:
+        rates.setdefault((run.width, run.seed), set()).add(run.lr)
+    most = {width: max(len(r) for (w, _), r in rates.items() if w == width) for width, _ in rates}
+    return [run for run in runs if len(rates[run.width, run.seed]) >= min(3, most[run.width])]
+
+
+def _fit(runs: Sequence[Run], grid: Sequence[float]) -> WidthFit:
+    losses = {(math.log2(run.lr), run.seed): run.loss for run in runs}
+    rates, seeds = sorted({rate for rate, _ in losses}), sorted({seed for _, seed in losses})
+    cells = {rate: Cell({seed: loss for (r, seed), loss in losses.items() if r == rate}) for rate in rates}
+    means = {rate: cell.mean for rate, cell in cells.items()}
+    optima = {seed: locate({r: loss for (r, s), loss in losses.items() if s == seed}, grid).at for seed in seeds}
+    seed_optima = {seed: at.low if at.is_point else None for seed, at in optima.items()}
+    optimum = locate(means, grid)
+    at = Bounds(optimum.at.low, optimum.at.high, _stderr(list(seed_optima.values())))
+    return WidthFit(cells, argmin(means), Optimum(at, optimum.loss, optimum.why), seed_optima)
+
+
+def _stderr(by_seed: Sequence[Optional[float]]) -> Optional[float]:
+    # A seed without a value cannot be left out: those that remain would agree too well.
+    values = [value for value in by_seed if value is not None]
+    if len(values) < 2 or len(values) < len(by_seed):
+        return None
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def _paired_stderr(a: WidthFit, b: WidthFit) -> Optional[float]:
+    """The standard error of the difference of two optima, paired by seed."""
+    pairs = [(a.seed_optima[seed], b.seed_optima[seed]) for seed in sorted(a.seed_optima.keys() & b.seed_optima.keys())]
+    return _stderr([None if x is None or y is None else x - y for x, y in pairs])
