@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mutransformer import mup
     from mutransformer.config.schema import Config
     from mutransformer.errors import ConfigError
-    from mutransformer.planning.estimate import Estimate
+    from mutransformer.planning.plan import Plan
     from mutransformer.training.program import Program
 
 try:
@@ -171,11 +171,11 @@ def sweep(
     return folder / records.FILE
 
 
-def plan(config: "Config", topology: str) -> "Estimate":
+def plan(config: "Config", topology: str) -> "Plan":
     """What a step will cost on hardware that is not at hand: memory, lower bounds of time, traffic between chips.
 
     >>> found = plan(load_config("large", "data.batch_size=256"), "v5e:4x4")
-    >>> found.fits, found.bound
+    >>> found.estimate.fits, found.estimate.bound
     (True, 'MXU')
 
     Args:
@@ -185,4 +185,6 @@ def plan(config: "Config", topology: str) -> "Estimate":
     Raises:
         ConfigError: no such slice; the mesh does not cover it, or cannot divide the model or the batch.
     """
-    raise NotImplementedError
+    from mutransformer.planning.plan import plan
+
+    return plan(config, topology)

@@ -6,13 +6,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
@@ -28,7 +27,6 @@ from mutransformer.errors import FAILED, FINISHED, USAGE_ERROR
 from mutransformer.model.ops import shift_right
 from mutransformer.model.weights import Transformer
 from mutransformer.sharding import devices as hardware
-from mutransformer.sharding.mesh import make_mesh
 from mutransformer.sharding.spec import Weight
 from mutransformer.study import figures
 from mutransformer.study.coordinates import plots, report
@@ -328,7 +326,8 @@ def test_sizes_equal_those_of_the_model_in_numpy() -> None:
 
 def test_activations_are_computed_only_on_request() -> None:
     config = load([*TINY, *MODELS["all options"]])
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    built = program(config, jax.devices()[:1])
+    forward = built.forward
 
     def equations(jaxpr: Any) -> Iterator[Any]:
         for equation in jaxpr.eqns:
@@ -337,22 +336,24 @@ def test_activations_are_computed_only_on_request() -> None:
                 inner = getattr(value, "jaxpr", value)
                 yield from equations(inner) if hasattr(inner, "eqns") else ()
 
-    def computed(watch: bool) -> tuple[int, int]:
-        """What the loop over layers stacks, and products of matrices."""
-        forward = Forward(config, watch)
-        final = partial(forward.final, segments=None)
-        at = {"mesh": mesh, "in_specs": (forward.pspecs, PartitionSpec("x")), "out_specs": PartitionSpec("x", None, "y")}
-        found = list(equations(jax.make_jaxpr(jax.shard_map(final, **at))(weights(config), rows(config)).jaxpr))
+    def computed(keep: Any) -> tuple[int, int]:
+        """The number of arrays that the loop over layers stacks, and of matrix products."""
+
+        def final(params: Transformer, inputs: Any) -> Any:
+            x, kept = forward.apply_layers(params, inputs, None, keep)
+            return forward.final_hidden(params, x), kept
+
+        at = {"mesh": built.mesh, "in_specs": (forward.pspecs, PartitionSpec("x")), "out_specs": PartitionSpec()}
+        traced = jax.make_jaxpr(jax.shard_map(final, **at, check_vma=False))(weights(config), rows(config))
+        found = list(equations(traced.jaxpr))
         (loop,) = (equation for equation in found if equation.primitive.name == "scan")
         inner = getattr(loop.params["jaxpr"], "jaxpr", loop.params["jaxpr"])
         stacked = sum(out.aval.ndim > one.aval.ndim for out, one in zip(loop.outvars, inner.outvars, strict=True))
         return stacked, sum(e.primitive.name == "dot_general" for e in found)
 
-    stacked, products = computed(watch=False)
+    stacked, products = computed(None)
     assert stacked == 0
-    assert computed(watch=True) == (len(ACTIVATIONS) - 2, products + 1)  # all but final and logits; attention's logits anew
-    with pytest.raises(AssertionError):
-        Forward(config).activations(jax.tree.map(jnp.asarray, weights(config)), jnp.asarray(rows(config)), None)
+    assert computed(lambda seen: seen) == (len(ACTIVATIONS) - 3, products)  # without attention's logits, final and logits
 
 
 # Measuring

@@ -1,11 +1,11 @@
-"""Chips and names of slices."""
+"""Chips, and the names of slices."""
 
 import math
 
 import pytest
 
 from mutransformer.errors import ConfigError
-from mutransformer.planning.chips import CHIPS, parse
+from mutransformer.planning.chips import CHIPS, parse_topology
 
 
 @pytest.mark.parametrize(
@@ -16,40 +16,35 @@ from mutransformer.planning.chips import CHIPS, parse
         *(("v5p:4x4x4", (4, 4, 4)), ("v5p:8x4x4", (8, 4, 4)), ("v6e:1x1", (1, 1)), ("v5e:16x8", (16, 8))),
     ],
 )
-def test_a_name_gives_a_box_of_chips(name, shape):
-    topology = parse(name)
+def test_slice_names(name, shape):
+    topology = parse_topology(name)
     assert topology.shape == shape and topology.size == math.prod(shape)
-    assert parse(str(topology)) == topology
+    assert parse_topology(str(topology)) == topology
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        *(
-            ("v7", "no such chip"),
-            ("cpu", "no such chip"),
-            ("gpu-8", "no such chip"),
-            ("", "no such chip"),
-            ("v5p", "write chips"),
-        ),
-        *(("v5p:4x4", "has 3 axes"), ("v5e:2x2x2", "has 2 axes"), ("v5p:3x4x4", "no such slice"), ("v5e:32x32", "no such slice")),
-        *(("v5p:4x4x32", "no such slice"), ("v5p-10", "no slice of 10"), ("v5p-9", "no slice of 9"), ("v5e-6", "no slice of 6")),
-        *(("v5p:4x4x", "write chips"), ("v5p:axb", "write chips"), ("v5p-", "write chips"), ("v5p:0x4x4", "no such slice")),
+        *((name, "no such chip; known chips are v4, v5e, v5p, v6e") for name in ("v7", "cpu", "gpu-8", "")),
+        *((name, "each of the 3 axes") for name in ("v5p", "v5p:4x4", "v5p:4x4x", "v5p:axb", "v5p-", "v5p:0x4x4")),
+        *(("v5e:2x2x2", "each of the 2 axes"), ("v5e-6", "nearest are v5e:1x1, v5e:2x2, v5e:2x4. .* counts chips")),
+        *(("v5p:3x4x4", "nearest are v5p:2x2x4, v5p:2x4x4, v5p:4x4x4"), ("v5e:32x32", "nearest are .* v5e:16x16")),
+        *(("v5p:4x4x32", "v5p has no such slice"), ("v5p-10", "counts TensorCores"), ("v5p-9", "v5p has no such slice")),
     ],
 )
-def test_what_is_no_slice_is_told_in_a_line(name, reason):
+def test_an_unknown_slice_is_a_one_line_error(name, reason):
     with pytest.raises(ConfigError, match=reason) as caught:
-        parse(name)
+        parse_topology(name)
     assert "\n" not in str(caught.value) and f"--topology {name}" in str(caught.value)
 
 
-def test_rings_close_where_the_torus_is_whole():
-    assert parse("v5p:4x4x8").wraps == (True, True, True)
-    assert parse("v5p:2x4x4").wraps == (False, False, False)
-    assert parse("v5e:8x16").wraps == (False, True)
+def test_which_axes_are_rings():
+    assert parse_topology("v5p:4x4x8").rings == (True, True, True)
+    assert parse_topology("v5p:2x4x4").rings == (False, False, False)
+    assert parse_topology("v5e:8x16").rings == (False, True)
 
 
-def test_peaks_follow_from_clocks():
+def test_peak_flops_follow_from_the_clock():
     # Multipliers: 128 x 128 in each of 4 matrix units of a core; v6e has 256 x 256 in 4.
     for chip in CHIPS.values():
         multipliers = 4 * (256**2 if chip.name == "v6e" else 128**2) * chip.cores

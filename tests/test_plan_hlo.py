@@ -1,16 +1,21 @@
-"""XLA's text read and timed, against times by hand. The two steps in data/hlo are the compiler's (libtpu 0.0.42), without what is
-not read: 6 layers of width 256, feed-forward 1024, vocabulary 1024, 16 rows of 64 tokens, model.remat=full, mesh 4 x 2."""
+"""HLO text parsed and replayed, compared with times by hand.
+
+The two steps in data/hlo were written by the TPU compiler (libtpu 0.0.42), without attributes that the parser ignores: 6 layers
+of width 256, feed-forward 1024, vocabulary 1024, 16 rows of 64 tokens, model.remat=full, mesh 4 x 2.
+"""
 
 from pathlib import Path
 
 import pytest
 
-from mutransformer.planning import comm, hlo
 from mutransformer.planning.chips import CHIPS
-from mutransformer.planning.kernels import Kernels, causal_share
-from mutransformer.planning.loops import trip_count
-from mutransformer.planning.timing import HBM_EFFICIENCY, Costing, Timer
-from mutransformer.planning.walk import Key, Walk, totals
+from mutransformer.planning.compiled import hlo
+from mutransformer.planning.compiled.collectives import axes_of, first_group
+from mutransformer.planning.compiled.op_cost import HBM_EFFICIENCY, Costing, CostModel
+from mutransformer.planning.compiled.replay import Replay
+from mutransformer.planning.compiled.schedule import CollectiveKey, Totals, totals
+from mutransformer.planning.compiled.trip_count import trip_count
+from mutransformer.planning.kernel_flops import KernelFlops, causal_fraction
 
 DATA = Path(__file__).parent / "data" / "hlo"
 V5P = CHIPS["v5p"]
@@ -28,9 +33,10 @@ HEAD = """HloModule step, is_scheduled=true, num_partitions=8
 """
 
 
-def walk(body: str, kernels: Kernels | None = None, costing: Costing = "hybrid", mesh=None, more: str = ""):
+def replay(body: str, kernels: KernelFlops | None = None, costing: Costing = "hybrid", mesh=None, more: str = "") -> Totals:
     module = hlo.parse(f"{HEAD}{more}\nENTRY %main () -> () {{\n{body}\n}}\n")
-    return totals(Walk(module, Timer(module, V5P, costing, kernels or Kernels()), mesh or {"x": 2, "y": 4}).step())
+    costs = CostModel(module, V5P, costing, kernels or KernelFlops())
+    return totals(Replay(module, costs, mesh or {"x": 2, "y": 4}).step())
 
 
 def matmul(name: str, microseconds: int) -> str:
@@ -43,34 +49,34 @@ DONE = "  %d = f32[600000] all-gather-done(%s)\n"
 SYNC = f"  %a = f32[600000] all-reduce(%p), channel_id=2, {GROUPS}, to_apply=%sum\n"
 
 
-def test_an_asynchronous_collective_is_exposed_where_its_result_is_waited_for():
-    t = walk(P + START + matmul("m", 4) + DONE)
+def test_an_async_collective_is_exposed_where_it_is_used():
+    t = replay(P + START + matmul("m", 4) + DONE)
     assert t.seconds == pytest.approx(11 * MICRO) and t.by_kind["matmul"] == pytest.approx(4 * MICRO)
-    count, whole, wire, seconds, exposed = t.collectives[Key("all-gather", ("y",), 4, True)]
-    assert (count, whole, wire) == (1, 2.4e6, 1.8e6)
-    assert seconds == pytest.approx(11 * MICRO) and exposed == pytest.approx(7 * MICRO)
+    gather = t.collectives[CollectiveKey("all-gather", ("y",), 4, True)]
+    assert (gather.count, gather.bytes, gather.wire_bytes) == (1, 2.4e6, 1.8e6)
+    assert gather.seconds == pytest.approx(11 * MICRO) and gather.exposed_seconds == pytest.approx(7 * MICRO)
 
 
-def test_enough_compute_hides_it():
-    t = walk(P + START + matmul("m", 15) + DONE)
-    assert t.seconds == pytest.approx(15 * MICRO) and t.exposed == 0
+def test_enough_compute_hides_an_async_collective():
+    t = replay(P + START + matmul("m", 15) + DONE)
+    assert t.seconds == pytest.approx(15 * MICRO) and t.exposed_seconds == 0
 
 
-def test_a_synchronous_one_blocks_and_waits_for_its_links():
+def test_a_sync_collective_blocks_and_queues_on_its_links():
     # An all-reduce moves twice as much: 20 + 1 us; it queues behind the gather that has 11 - 4 us to go.
-    alone, behind = walk(P + SYNC), walk(P + START + matmul("m", 4) + SYNC + DONE)
+    alone, behind = replay(P + SYNC), replay(P + START + matmul("m", 4) + SYNC + DONE)
     assert alone.seconds == pytest.approx(21 * MICRO)
     assert behind.seconds == pytest.approx((11 + 21) * MICRO)
-    assert behind.collectives[Key("all-reduce", ("y",), 4, False)][4] == pytest.approx(28 * MICRO)
+    assert behind.collectives[CollectiveKey("all-reduce", ("y",), 4, False)].exposed_seconds == pytest.approx(28 * MICRO)
 
 
 def test_collectives_on_other_links_do_not_queue():
     other = SYNC.replace(GROUPS, "replica_groups={{0,4},{1,5},{2,6},{3,7}}")  # over x: 2 x 2.4 MB / 2 at 180 GB/s and 1 us
-    t = walk(P + START + other + DONE)
+    t = replay(P + START + other + DONE)
     assert t.seconds == pytest.approx((2.4e6 / 1.8e11) + MICRO)
 
 
-def test_permutes_in_opposite_directions_share_a_link():
+def test_permutes_in_opposite_directions_do_not_queue():
     # 2.4 MB over one direction of a link, 90 GB/s: 26.7 + 1 us.
     def ring(name: str, step: int) -> str:
         pairs = ",".join(f"{{{i},{i // 4 * 4 + (i + step) % 4}}}" for i in range(8))
@@ -83,8 +89,8 @@ def test_permutes_in_opposite_directions_share_a_link():
         return f"  %{name}d = f32[600000] collective-permute-done(%{name})\n"
 
     once = 2.4e6 / 0.9e11 + MICRO
-    assert walk(P + ring("a", 1) + ring("b", -1) + end("a") + end("b")).seconds == pytest.approx(once)
-    assert walk(P + ring("a", 1) + ring("b", 1) + end("a") + end("b")).seconds == pytest.approx(2 * once)
+    assert replay(P + ring("a", 1) + ring("b", -1) + end("a") + end("b")).seconds == pytest.approx(once)
+    assert replay(P + ring("a", 1) + ring("b", 1) + end("a") + end("b")).seconds == pytest.approx(2 * once)
 
 
 LOOP = """
@@ -117,40 +123,40 @@ WHILE = (
 )
 
 
-def test_rounds_follow_from_start_limit_and_step():
-    t = walk(WHILE, more=LOOP)  # 1, 3, 5, 7, 9
+def test_trip_count_follows_from_start_limit_and_step():
+    t = replay(WHILE, more=LOOP)  # 1, 3, 5, 7, 9
     assert t.seconds == pytest.approx(5 * 2 * MICRO) and not t.warnings
-    assert walk(WHILE, more=LOOP.replace("direction=LT", "direction=LE")).seconds == pytest.approx(6 * 2 * MICRO)
-    assert walk(WHILE, more=LOOP.replace("constant(11)", "constant(12)")).seconds == pytest.approx(6 * 2 * MICRO)
+    assert replay(WHILE, more=LOOP.replace("direction=LT", "direction=LE")).seconds == pytest.approx(6 * 2 * MICRO)
+    assert replay(WHILE, more=LOOP.replace("constant(11)", "constant(12)")).seconds == pytest.approx(6 * 2 * MICRO)
     down = LOOP.replace("constant(2)", "constant(-3)").replace("constant(11)", "constant(-5)").replace("LT", "GT")
-    assert walk(WHILE, more=down).seconds == pytest.approx(2 * 2 * MICRO)
+    assert replay(WHILE, more=down).seconds == pytest.approx(2 * 2 * MICRO)
 
 
-def test_a_loop_whose_rounds_cannot_be_told_is_reported():
-    t = walk(WHILE, more=LOOP.replace("constant(11)", "add(%cs, %cs)"))
-    assert t.seconds == pytest.approx(2 * MICRO) and "rounds unknown" in t.warnings[0]
+def test_an_unknown_trip_count_is_a_warning():
+    t = replay(WHILE, more=LOOP.replace("constant(11)", "add(%cs, %cs)"))
+    assert t.seconds == pytest.approx(2 * MICRO) and "unknown number of rounds" in t.warnings[0]
 
 
-def test_rounds_that_the_compiler_tells_are_believed():
-    told = WHILE.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
-    assert walk(told, more=LOOP).seconds == pytest.approx(7 * 2 * MICRO)
+def test_a_trip_count_in_the_text_is_used():
+    known = WHILE.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
+    assert replay(known, more=LOOP).seconds == pytest.approx(7 * 2 * MICRO)
 
 
-def test_a_transfer_from_memory_runs_beside_compute():
+def test_a_memory_transfer_overlaps_compute():
     copy = "  %cs = (f32[600000]{:S(1)}, f32[600000], u32[]) copy-start(%p)\n"
     done = "  %cd = f32[600000]{:S(1)} copy-done(%cs)\n"
     needs = 2.4e6 / (V5P.hbm_bandwidth * HBM_EFFICIENCY)
-    alone, beside = walk(P + copy + done), walk(P + copy + matmul("m", 2) + done)
+    alone, beside = replay(P + copy + done), replay(P + copy + matmul("m", 2) + done)
     assert alone.seconds == pytest.approx(needs) and alone.by_kind["wait"] == pytest.approx(needs)
     assert beside.seconds == pytest.approx(2 * MICRO) and beside.by_kind["wait"] == 0
 
 
-def test_costings_differ_for_what_is_no_matrix_product():
+def test_costings_differ_except_for_matrix_products():
     op = f"  %e = f32[600000] fusion(%p), calls=%sum, {CYCLES % 17500}\n"
-    assert walk(P + op, costing="cycles").seconds == pytest.approx(10 * MICRO)
-    assert walk(P + op).seconds == pytest.approx(4.8e6 / (V5P.hbm_bandwidth * HBM_EFFICIENCY))
+    assert replay(P + op, costing="cycles").seconds == pytest.approx(10 * MICRO)
+    assert replay(P + op).seconds == pytest.approx(4.8e6 / (V5P.hbm_bandwidth * HBM_EFFICIENCY))
     in_vmem = op.replace("f32[600000] fusion", "f32[600000]{1:S(1)} fusion")
-    assert walk(P + in_vmem).seconds == pytest.approx(2.4e6 / (V5P.hbm_bandwidth * HBM_EFFICIENCY))
+    assert replay(P + in_vmem).seconds == pytest.approx(2.4e6 / (V5P.hbm_bandwidth * HBM_EFFICIENCY))
 
 
 KERNEL = """  %q = bf16[4,2,1024,128] parameter(1)
@@ -158,32 +164,32 @@ KERNEL = """  %q = bf16[4,2,1024,128] parameter(1)
 """
 
 
-def test_kernels_are_not_free():
+def test_pallas_kernels_are_not_free():
     # 2 products of 2 x 1024 x 1024 x 128 FLOPs for 8 heads, of which blocks of 512 keep 3/4, at half of peak.
     flops = 2 * 2 * 8 * 1024 * 1024 * 128 * 0.75
-    assert walk(KERNEL).seconds == pytest.approx(flops / (0.5 * V5P.peak_flops))
-    assert walk(KERNEL, Kernels(efficiency=1.0)).seconds == pytest.approx(flops / V5P.peak_flops)
-    assert walk(KERNEL, Kernels({"splash": 1e10})).seconds == pytest.approx(1e10 / (0.5 * V5P.peak_flops))
-    unknown = walk(KERNEL.replace("splash_mha_fwd", "mystery"))
+    assert replay(KERNEL).seconds == pytest.approx(flops / (0.5 * V5P.peak_flops))
+    assert replay(KERNEL, KernelFlops(efficiency=1.0)).seconds == pytest.approx(flops / V5P.peak_flops)
+    assert replay(KERNEL, KernelFlops({"splash": 1e10})).seconds == pytest.approx(1e10 / (0.5 * V5P.peak_flops))
+    unknown = replay(KERNEL.replace("splash_mha_fwd", "mystery"))
     assert unknown.seconds < flops / V5P.peak_flops and "mystery" in unknown.warnings[0]
 
 
 @pytest.mark.parametrize(("phase", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
-def test_products_of_a_splash_kernel(phase, products):
+def test_flops_of_splash_attention(phase, products):
     q = (2, 1024, 64)
     one = 2 * 2 * 1024 * 1024 * 64
     name, details = f"splash_mqa_{phase}_no_residuals", '"{\\"block_q_dq\\": 1024, \\"block_kv_dq\\": 1024}"'
-    assert Kernels().flops_of(name, [q, q, q], [q], details) == products * one
-    assert Kernels().flops_of(name, [q, q, q], [q]) == products * one * 0.75
-    assert Kernels().flops_of("other", [q], [q]) is None
-    fused = Kernels().flops_of("splash_mha_dkv_no_residuals", [q, q, q], [(4, 2, 1024, 64), q, q], details)
-    assert fused == 5 * one  # gives dq as well, a part by block of keys
+    assert KernelFlops().of_call(name, [q, q, q], [q], details) == products * one
+    assert KernelFlops().of_call(name, [q, q, q], [q]) == products * one * 0.75
+    assert KernelFlops().of_call("other", [q], [q]) is None
+    fused = KernelFlops().of_call("splash_mha_dkv_no_residuals", [q, q, q], [(4, 2, 1024, 64), q, q], details)
+    assert fused == 5 * one  # also returns dq, one part per block of keys
 
 
-def test_the_share_of_blocks_that_the_mask_keeps():
-    assert causal_share(2048, 512, 512) == 10 / 16
-    assert causal_share(2048, 2048, 2048) == 1
-    assert causal_share(1024, 256, 512) == (1 + 1 + 2 + 2) / 8
+def test_fraction_of_blocks_that_the_mask_keeps():
+    assert causal_fraction(2048, 512, 512) == 10 / 16
+    assert causal_fraction(2048, 2048, 2048) == 1
+    assert causal_fraction(1024, 256, 512) == (1 + 1 + 2 + 2) / 8
 
 
 @pytest.mark.parametrize(
@@ -199,28 +205,28 @@ def test_the_share_of_blocks_that_the_mask_keeps():
         ("replica_groups={}", list(range(8)), ("x", "y")),
     ],
 )
-def test_groups_in_every_form(attrs, group, axes):
-    assert comm.first_group(attrs, 8) == group
-    assert comm.axes_of(group, {"x": 2, "y": 4}) == axes
+def test_replica_groups_in_every_form(attrs, group, axes):
+    assert first_group(attrs, 8) == group
+    assert axes_of(group, {"x": 2, "y": 4}) == axes
 
 
 def test_an_algorithm_on_several_torus_axes_is_faster():
     config = '{"collective_algorithm_config":{"strategy":"UniDirectionNDRing","debug":"cores:{4 4 1}"}}'
-    t = walk(P + SYNC.rstrip() + f", backend_config={config}\n")
+    t = replay(P + SYNC.rstrip() + f", backend_config={config}\n")
     assert t.seconds == pytest.approx((20 / 2 + 1) * MICRO)
 
 
-def test_three_axes():
-    t = walk(P + SYNC, mesh={"slice": 2, "x": 2, "y": 2})
-    assert list(t.collectives) == [Key("all-reduce", ("x", "y"), 4, False)]
+def test_a_mesh_of_three_axes():
+    t = replay(P + SYNC, mesh={"slice": 2, "x": 2, "y": 2})
+    assert list(t.collectives) == [CollectiveKey("all-reduce", ("x", "y"), 4, False)]
 
 
-def test_what_is_no_schedule_is_refused():
+def test_an_unscheduled_module_is_refused():
     with pytest.raises(ValueError, match="scheduled"):
         hlo.parse("HloModule a\n\nENTRY %main () -> () {\n}\n")
 
 
-def test_attributes_over_several_lines_belong_to_their_operation():
+def test_attributes_may_span_several_lines():
     kernel = '  %k = f32[8] custom-call(%p), metadata={op_name="a"}, kernel_metadata="{\n}\n b"\n'
     ops = hlo.parse(f"{HEAD}\nENTRY %main () -> () {{\n{P}{kernel}}}\n").computations["main"]
     assert [op.name for op in ops] == ["p", "k"] and ops[1].attrs.endswith('b"')
@@ -230,55 +236,52 @@ def test_attributes_over_several_lines_belong_to_their_operation():
 def step(request):
     module = hlo.parse((DATA / f"step_{request.param}_4x2.hlo").read_text())
     chip = CHIPS[request.param]
-    walks = {
-        costing: Walk(module, Timer(module, chip, costing, Kernels()), {"x": 4, "y": 2}).step()
-        for costing in ("hybrid", "cycles")
-    }
-    return request.param, module, walks
+    costs: dict[Costing, CostModel] = {c: CostModel(module, chip, c, KernelFlops()) for c in ("hybrid", "cycles")}
+    return request.param, module, {c: Replay(module, costs[c], {"x": 4, "y": 2}).step() for c in costs}
 
 
 def test_loops_of_a_step(step):
-    _, module, walks = step
-    assert [rounds.n for rounds in walks["hybrid"].inner] == [6, 4, 6]  # layers; chunks of the head: 256 tokens by 64; layers
+    _, module, schedules = step
+    assert [loop.n for loop in schedules["hybrid"].loops] == [6, 4, 6]  # layers; chunks of the head: 256 tokens by 64; layers
     loops = [op for op in module.computations[module.entry] if op.opcode == "while"]
-    assert [trip_count(module, module.entry, op) for op in loops] == [6, 4, 6]
+    assert [trip_count(module, op) for op in loops] == [6, 4, 6]
 
 
-def summed(t, kind: str, *axes: str) -> tuple[float, float]:
-    """Count and bytes, asynchronous ones or not."""
+def total(t, kind: str, *axes: str) -> tuple[float, float]:
+    """Count and bytes, synchronous and asynchronous."""
     found = [sums for key, sums in t.collectives.items() if key.kind == kind and key.axes == axes]
-    return sum(sums[0] for sums in found), sum(sums[1] for sums in found)
+    return sum(sums.count for sums in found), sum(sums.bytes for sums in found)
 
 
 def test_collectives_of_a_step(step):
-    _, _, walks = step
-    t = totals(walks["hybrid"])
+    _, _, schedules = step
+    t = totals(schedules["hybrid"])
     assert not t.warnings
     # Activations [4, 64, 256], bf16: 2 a layer forward, the same again recomputed, 2 for gradients of scatters; 1 for the head.
-    assert summed(t, "all-gather", "y") == (6 * 6 + 1, (6 * 6 + 1) * 4 * 64 * 256 * 2)
+    assert total(t, "all-gather", "y") == (6 * 6 + 1, (6 * 6 + 1) * 4 * 64 * 256 * 2)
     # Weights, bf16, their half along y: 4 of 256 x 128 and 2 of 256 x 512 a layer, forward and backward; embedding, unembedding.
     layer, ends = 4 * 256 * 128 + 2 * 256 * 512, 2 * 1024 * 128
-    assert summed(t, "all-gather", "x") == (6 * 2 * 6 + 2, (6 * 2 * layer + ends) * 2)
-    # Their gradients, float32, scattered or, where the compiler likes that better, summed; and two scalars of the loss.
-    scattered, reduced = summed(t, "reduce-scatter", "x"), summed(t, "all-reduce", "x")
+    assert total(t, "all-gather", "x") == (6 * 2 * 6 + 2, (6 * 2 * layer + ends) * 2)
+    # Their gradients, float32, scattered or, where the compiler prefers it, all-reduced; and two scalars of the loss.
+    scattered, reduced = total(t, "reduce-scatter", "x"), total(t, "all-reduce", "x")
     assert scattered[1] + reduced[1] == (6 * layer + ends) * 4 + 2 * 4
 
 
 def test_times_of_a_step(step):
-    name, _, walks = step
-    hybrid, cycles = totals(walks["hybrid"]), totals(walks["cycles"])
-    # By an estimator written apart from this one, on the untrimmed text.
-    told = {"v5e": (654.775e-6, 203.871e-6, 430.003e-6), "v5p": (710.946e-6, 366.993e-6, 319.183e-6)}[name]
-    assert (hybrid.seconds, hybrid.by_kind["matmul"], hybrid.exposed) == pytest.approx(told, rel=1e-5)
+    name, _, schedules = step
+    hybrid, cycles = totals(schedules["hybrid"]), totals(schedules["cycles"])
+    # From a separately written estimator, on the unabridged text: step, matrix products, exposed communication.
+    expected = {"v5e": (654.775e-6, 203.871e-6, 430.003e-6), "v5p": (710.946e-6, 366.993e-6, 319.183e-6)}[name]
+    assert (hybrid.seconds, hybrid.by_kind["matmul"], hybrid.exposed_seconds) == pytest.approx(expected, rel=1e-5)
     assert hybrid.seconds < cycles.seconds and hybrid.by_kind["matmul"] == cycles.by_kind["matmul"]
-    assert hybrid.seconds == pytest.approx(hybrid.compute + hybrid.exposed + hybrid.by_kind["wait"])
+    assert hybrid.seconds == pytest.approx(hybrid.compute_seconds + hybrid.exposed_seconds + hybrid.by_kind["wait"])
 
 
 def test_asynchronous_fusions_hide_gathers_on_v5e(step):
-    name, _, walks = step
-    t = totals(walks["hybrid"])
-    hidden = sum(sums[3] - sums[4] for key, sums in t.collectives.items() if key.is_async)
+    name, _, schedules = step
+    t = totals(schedules["hybrid"])
+    hidden = sum(sums.seconds - sums.exposed_seconds for key, sums in t.collectives.items() if key.is_async)
     if name == "v5e":
-        assert hidden == pytest.approx(t.communication - t.exposed) and hidden > 40 * MICRO
+        assert hidden == pytest.approx(t.communication_seconds - t.exposed_seconds) and hidden > 40 * MICRO
     else:
         assert not any(key.is_async for key in t.collectives)

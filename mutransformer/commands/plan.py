@@ -37,53 +37,29 @@ def run(args: Namespace) -> int:
     check(args.top >= 1 and args.compile_top >= 1, "--top and --compile-top: must be at least 1")
     check(args.timeline is None or args.compile, "--timeline: draws a compiled step: needs --compile")
     check(args.timeline is None or not args.search, "--timeline: draws one step; with --search there are several")
+    check(args.mesh is None or not args.search, "--mesh: --search tries every mesh; give one of them")
     config = load(args.settings)
 
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: do not initialize an accelerator
-    from rich.console import Console, Group
+    from rich.console import Console
 
-    from mutransformer.planning import asdict, case, chips, kernels, show
-    from mutransformer.planning.estimate import estimate
-    from mutransformer.planning.lower import compile_step, require_compiler
-    from mutransformer.planning.search import by_policy, search
-    from mutransformer.planning.simulate import simulate
+    from mutransformer.planning.kernel_flops import parse_kernel_flops
+    from mutransformer.planning.plan import plan, rank
 
-    if args.compile:
-        require_compiler()
-    known = kernels.parse(args.kernel_flops, args.kernel_efficiency)
-    topology = chips.parse(args.topology)
-    if args.mesh:
-        config = case.read_mesh(args.mesh, config)
-
+    kernels = parse_kernel_flops(args.kernel_flops, args.kernel_efficiency)
     if args.search:
-        ranked = search(config, topology, known)
-        best = ranked[: args.compile_top] if args.compile else []
-        compiled = {i: simulate(each.case, compile_step(each.case), known) for i, each in enumerate(best)}
-        data = [
-            asdict.of_case(each)
-            | {"estimate": asdict.of_estimate(each)}
-            | ({"compiled": asdict.of_simulated(compiled[i], each)} if i in compiled else {})
-            for i, each in enumerate(ranked[: args.top])
-        ]
-        shown = show.ranking(ranked, compiled, args.top)
+        compile_top = args.compile_top if args.compile else 0
+        result = rank(config, args.topology, top=args.top, compile_top=compile_top, kernels=kernels)
     else:
-        estimated = estimate(case.make(config, topology), known)
-        data = asdict.of_case(estimated) | {"estimate": asdict.of_estimate(estimated)}
-        policies = by_policy(estimated, known)
-        data["estimate"]["by_remat"] = {policy: asdict.of_estimate(each)["memory"] for policy, each in policies.items()}
-        shown = show.estimated(estimated, policies)
-        if args.compile:
-            simulated = simulate(estimated.case, compile_step(estimated.case), known)
-            data["compiled"] = asdict.of_simulated(simulated, estimated)
-            shown = Group(shown, "", show.simulated(simulated, estimated))
-            if args.timeline:
-                from mutransformer.planning.timeline import draw
+        result = plan(config, args.topology, mesh=args.mesh, compile=args.compile, kernels=kernels)
+        if args.timeline:
+            from mutransformer.planning.timeline import draw
 
-                draw(simulated, f"{config.name} on {topology}", args.timeline)
+            draw(result.simulated, f"{config.name} on {result.estimate.scenario.topology}", args.timeline)
     if args.json:
-        print(json.dumps(data, indent=1))
+        print(json.dumps(result.as_json(), indent=1))
     else:
-        Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(shown)
+        Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(result)
     return FINISHED

@@ -1,0 +1,165 @@
+"""Memory, lower bounds of a step's time, and the cost of a run, from the counted work. Immediate, and optimistic."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from mutransformer.planning.collective_cost import sent_fraction, torus_rings
+from mutransformer.planning.compiled.op_cost import HBM_EFFICIENCY
+from mutransformer.planning.estimate.work import Work, abstract_batch, count_step
+from mutransformer.planning.kernel_flops import KernelFlops
+from mutransformer.planning.scenario import Scenario
+
+# Only for `guess`, which ranks meshes and remat policies. Fitted to simulated steps of a 1.3 B model on 64 v5p chips, with and
+# without XLA's tuning flags: matrix products reach this fraction of peak, and this fraction of communication is exposed.
+MXU_EFFICIENCY = 0.75
+EXPOSED = 0.75
+
+# What collectives carry, by kind and mesh axis.
+_PURPOSE = {
+    ("all-gather", "x"): "weights",
+    ("reduce-scatter", "x"): "gradients",
+    ("all-reduce", "x"): "gradients, loss",
+    ("all-gather", "y"): "activations",
+    ("reduce-scatter", "y"): "activations",
+    ("collective-permute", "y"): "activations",
+    ("all-reduce", "y"): "norms, softmax",
+}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The collectives of one kind in a step, on one device.
+
+    Attributes:
+        purpose: what they carry.
+        bytes: of the full arrays.
+        wire_bytes: bytes that leave a device.
+        seconds: lower bound.
+    """
+
+    purpose: str
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    bytes: float
+    wire_bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step needs on one device.
+
+    Attributes:
+        parameters: of the model, on all devices.
+        memory: bytes by category: parameters, optimizer, batch; kept (activations for the backward pass, and gradients); working
+            (the working set of a layer).
+        flops: model (by convention), matmul (executed), kernel (Pallas kernels).
+        hbm_bytes: bytes moved, if whatever is not a matrix product is fused into one.
+        traffic: collectives, the slowest first.
+        bounds: lower bounds of the step in seconds, by hardware unit; ICI by mesh axis.
+        guess: seconds of the step with typical losses. Only for ranking settings.
+        unknown_kernels: Pallas kernels that are counted as free.
+    """
+
+    scenario: Scenario
+    parameters: int
+    memory: dict[str, float]
+    flops: dict[str, float]
+    hbm_bytes: float
+    traffic: list[Traffic]
+    bounds: dict[str, float]
+    guess: float
+    unknown_kernels: list[str]
+
+    @property
+    def peak_bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.scenario.topology.chip.hbm_bytes
+
+    @property
+    def bound(self) -> str:
+        """The hardware unit that bounds the step."""
+        return max(self.bounds, key=self.bounds.__getitem__)
+
+    @property
+    def seconds(self) -> float:
+        """Lower bound of a step."""
+        return self.bounds[self.bound]
+
+    def mfu(self, seconds: float) -> float:
+        """Model FLOP/s as a fraction of peak, if a step takes so many seconds."""
+        return self.flops["model"] / (seconds * self.scenario.topology.chip.peak_flops)
+
+    def run(self, seconds: float) -> dict[str, float]:
+        """Tokens and cost of the whole run, if a step takes so many seconds."""
+        c = self.scenario.config
+        tokens, total = float(c.tokens_per_step * c.steps), seconds * c.steps
+        return {
+            "tokens": tokens,
+            "tokens_per_parameter": tokens / self.parameters,
+            "days": total / 86400,
+            "chip_hours": total / 3600 * self.scenario.topology.size,
+        }
+
+
+def estimate(scenario: Scenario, kernels: KernelFlops) -> Estimate:
+    """Counts the step of a scenario and derives its bounds."""
+    c, chip = scenario.config, scenario.topology.chip
+    work, memory = count_step(scenario.program, kernels), input_bytes(scenario)
+    state = memory["parameters"] + memory["optimizer"]
+    # The update reads the gradients twice (for their norm, and to apply them), and reads and writes the state.
+    hbm_bytes = work.hbm_bytes + 2 * memory["parameters"] + 2 * state
+    memory |= {"kept": work.kept_bytes, "working": work.working_bytes}
+    tokens = c.tokens_per_step / scenario.topology.size
+    flops = {"model": scenario.program.flops_per_token * tokens, "matmul": work.matmul_flops, "kernel": work.kernel_flops}
+    kernel_flops, traffic = work.kernel_flops / kernels.efficiency, _traffic(scenario, work)
+    bounds = {"MXU": (work.matmul_flops + kernel_flops) / chip.peak_flops, "HBM": hbm_bytes / chip.hbm_bandwidth}
+    for axis in scenario.mesh_sizes:
+        if seconds := sum(each.seconds for each in traffic if axis in each.axes):
+            bounds[f"ICI {axis}"] = seconds
+    mxu = (work.matmul_flops / MXU_EFFICIENCY + kernel_flops) / chip.peak_flops
+    guess = max(mxu, bounds["HBM"] / HBM_EFFICIENCY) + EXPOSED * sum(each.seconds for each in traffic)
+    unknown = sorted(work.unknown_kernels)
+    return Estimate(scenario, scenario.program.n_params, memory, flops, hbm_bytes, traffic, bounds, guess, unknown)
+
+
+def input_bytes(scenario: Scenario) -> dict[str, float]:
+    """Bytes on a device of the step's arguments: parameters, optimizer state, batch."""
+    state = scenario.program.state
+    batch = jax.tree.leaves(abstract_batch(scenario.config))
+    return {
+        "parameters": _shard_bytes(state.params),
+        "optimizer": _shard_bytes((state.opt, state.step)),
+        "batch": float(sum(math.prod(a.shape) * a.dtype.itemsize for a in batch)) / scenario.mesh_sizes["x"],
+    }
+
+
+def _shard_bytes(tree: Any) -> float:
+    total = 0.0
+    for a in jax.tree.leaves(tree):
+        assert isinstance(a.sharding, NamedSharding)
+        total += math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+    return total
+
+
+def _traffic(scenario: Scenario, work: Work) -> list[Traffic]:
+    mesh, out = scenario.mesh_sizes, []
+    for collective, count in work.count.items():
+        kind, axes = collective.name, tuple(axis for axis in collective.axes if mesh[axis] > 1)
+        n = math.prod(mesh[axis] for axis in axes)
+        if n == 1:
+            continue
+        full = float(work.bytes[collective])
+        sent = full * sent_fraction(kind, n)
+        bandwidth = scenario.topology.chip.ici_bandwidth * torus_rings(scenario.topology, mesh, axes)
+        purpose = _PURPOSE.get((kind, "".join(axes)), "other")
+        out.append(Traffic(purpose, kind, axes, count, full, sent, sent / bandwidth))
+    return sorted(out, key=lambda each: -each.seconds)
