@@ -1,6 +1,6 @@
 #!/bin/bash
 # Stands in for the programs of docs/launch.md, under the name by which it is called: it records its arguments for
-# tests/test_docs.py, and runs here what the program would run elsewhere. BOX is the test's folder, PYTHON a real Python.
+# tests/test_launch.py, and runs here what the program would run elsewhere. BOX is the test's folder, PYTHON a real Python.
 name=${0##*/}
 { printf '%s\0' "$name" "$@"; printf '\1\0'; } >> "$BOX/calls"
 last=${!#}
