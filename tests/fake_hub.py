@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: serves folders, and misbehaves as told."""
+"""A Hugging Face Hub on this machine: serves folders, and fails as requested."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.asked.append((f"{self.command} {path}", self.headers.get("Authorization")))
         for pattern, statuses in self.hub.statuses.items():
             if statuses and re.search(pattern, path):
-                self._send(json.dumps({"error": "as told"}).encode(), statuses.pop(0))
+                self._send(json.dumps({"error": "as requested"}).encode(), statuses.pop(0))
                 return
         if found := re.fullmatch(
             r"/api/(datasets|models)/([\w-]+/[\w-]+)(?:/(revision|tree|paths-info)/([\w-]+)(?:/(.*))?)?", path

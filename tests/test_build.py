@@ -143,19 +143,19 @@ def test_copies_of_remote_shards_are_checked(tmp_path: Path, monkeypatch: pytest
     text(tmp_path)
     given = DataConfig(**config(tmp_path, "objects://bucket/cache"))
     good = prepare(given).splits["train"]
-    whole = good.first(10**9)
+    tokens = good.first(10**9)
     copies = sorted(path for path in (tmp_path / "local").rglob("*") if path.is_file())
     assert len(copies) == FILES and all(path.name.isalnum() for path in copies)
     gone = next(path for path in copies if path.read_bytes() == _bin(good, 4))
-    damaged = next(path for path in copies if path != gone)
-    data = bytearray(damaged.read_bytes())
+    corrupt = next(path for path in copies if path != gone)
+    data = bytearray(corrupt.read_bytes())
     data[3] ^= 1
-    damaged.write_bytes(data)
+    corrupt.write_bytes(data)
     gone.unlink()
     (remote := next((tmp_path / "store").rglob("00004-*.bin"))).write_bytes(b"shorter")
-    again = prepare(given).splits["train"]
-    assert again.fingerprint == good.fingerprint
-    assert (again.first(10**9) == whole).all()
+    repaired = prepare(given).splits["train"]
+    assert repaired.fingerprint == good.fingerprint
+    assert (repaired.first(10**9) == tokens).all()
     assert remote.read_bytes() == _bin(good, 4)
 
 
@@ -194,7 +194,7 @@ def kill_law(root: str, tmp_path: Path, kills: int, within: float) -> None:
     finish(prepare_data(arguments(tmp_path, str(tmp_path / "alone"), "data.tokenize_workers=2")))
     alone = {f"{p.parent.name}/{p.name}": p.read_bytes() for p in (tmp_path / "alone").glob("*/*")}
     assert found == dict(sorted(alone.items())) and len(alone) == 2 * FILES + 1
-    assert not [p for p in tmp_path.rglob(".*") if p.is_file()], "what killed runs left is not cleared away"
+    assert not [p for p in tmp_path.rglob(".*") if p.is_file()], "scratch files of killed runs are not removed"
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_killed_twenty_times_the_shards_are_the_same(root: str, tmp_path: Path) 
     kill_law(root, tmp_path, 20, within=6.0)
 
 
-def test_a_shard_that_is_there_is_not_made_again(root: str, tmp_path: Path) -> None:
+def test_an_existing_shard_is_not_made_again(root: str, tmp_path: Path) -> None:
     text(tmp_path)
     prepare(DataConfig(**config(tmp_path, root)))
     folder = tmp_path / ("store/objects/bucket/cache" if "://" in root else "cache")
@@ -407,7 +407,7 @@ sys.exit(guarded(run))
 """
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_barrier_ends_when_a_process_fails(failing: int) -> None:
     """JAX alone would let the other wait for five minutes, and then abort both with a stack trace."""
     address, began = f"127.0.0.1:{free_port()}", time.monotonic()
@@ -419,7 +419,7 @@ def test_the_barrier_ends_when_a_process_fails(failing: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_process_of_the_pool_is_one_line(tmp_path: Path) -> None:
+def test_a_killed_worker_is_one_line(tmp_path: Path) -> None:
     text(tmp_path, copies=5000, kind="jsonl")
     process = prepare_data(arguments(tmp_path, str(tmp_path / "cache"), "data.tokenize_workers=2"))
     deadline = time.monotonic() + 60
@@ -434,7 +434,7 @@ def test_a_killed_process_of_the_pool_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_failure_ends_the_other_processes_at_once(tmp_path: Path) -> None:
+def test_a_failure_ends_the_other_workers_at_once(tmp_path: Path) -> None:
     text(tmp_path, copies=20_000, kind="jsonl")  # some 20 MB a file
     bad = tmp_path / "text/00.jsonl"
     bad.write_text("{\n" + bad.read_text(encoding="utf-8"), encoding="utf-8")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mutransformer.data.sources.cut import cut
 from mutransformer.data.sources.registry import open_source
 from mutransformer.data.sources.source import SPLITS
 from mutransformer.data.sources.splits import assign_splits, held_out_fractions
-from mutransformer.data.sources.text import Document, DocumentShard
+from mutransformer.data.sources.text import Document
 from mutransformer.data.tokenizers.byte import ByteTokenizer
 from mutransformer.errors import ConfigError
 
@@ -47,7 +48,7 @@ def config(tmp_path: Path) -> DataConfig:
 
 def documents(config: DataConfig) -> list[Document]:
     shards = open_source(config.mixture["data"], "data", held_out_fractions(config)).shards()
-    return [d for shard in shards if isinstance(shard, DocumentShard) for d in shard.documents]
+    return [d for shard in shards if isinstance(shard.records, partial) for d in shard.records.args[0]]
 
 
 def only_entry(config: DataConfig, kind: str = "tokens") -> Path:
@@ -62,7 +63,7 @@ def tokens_of(config: DataConfig) -> dict[str, list[int]]:
 # Sources and splits
 
 
-def test_stdlib_is_python_without_tests_and_without_what_a_build_adds() -> None:
+def test_stdlib_is_python_without_tests_and_build_settings() -> None:
     found = {d.name: d for d in documents(DataConfig())}
     root = Path(sysconfig.get_path("stdlib"))
     assert len(found) > 500
@@ -78,7 +79,7 @@ def test_stdlib_is_python_without_tests_and_without_what_a_build_adds() -> None:
 def test_a_split_is_decided_by_the_name_alone() -> None:
     names = [f"{k}.txt" for k in range(400)]
     splits = dict(zip(names, assign_splits(names, 0.1, 0.2), strict=True))
-    # Written down, since another machine or version must come to the same.
+    # Written down, since every machine and version must give the same.
     assert [name for name in names[:40] if splits[name] == "validation"] == ["1.txt", "18.txt", "20.txt", "27.txt", "39.txt"]
     assert [name for name in names[:40] if splits[name] == "test"] == ["2.txt", "24.txt", "28.txt", "34.txt"]
     fewer = names[100:][::-1]
@@ -101,6 +102,21 @@ def test_names_and_splits_move_with_the_folder(config: DataConfig, tmp_path: Pat
     assert before == [(d.name, d.split, d.data) for d in after]
     assert [d.name for d in after][:3] == ["a/1.txt", "a/11.txt", "a/13.txt"]
     assert len(before) == 30
+
+
+def test_splits_and_tokens_stay_what_they_were(config: DataConfig, tmp_path: Path) -> None:
+    """Written down, since runs are resumed on them: of thirty files, and of one long file that is cut."""
+    lines = "".join(f"line {k} of the only file, été 😀\n" if k % 50 else "x€" * 400 for k in range(3000))
+    (tmp_path / "long.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    long = text_config(tmp_path, [f"{tmp_path}/long.txt"], add_bos=True)
+    assert [d.name for d in documents(config) if d.split == "test"] == ["a/11.txt", "a/17.txt", "b/10.txt", "b/28.txt", "b/6.txt"]
+    held_out = [(d.name, d.start) for d in documents(long) if d.split == "validation"]
+    assert held_out[:4] == [("long.txt#6", 4247), ("long.txt#8", 5562), ("long.txt#12", 8458), ("long.txt#15", 10054)]
+    assert held_out[-1] == ("long.txt#296", 206857) and len(held_out) == 30
+    short = {"train": "9f1b642e9b69ada0", "validation": "f9908398a0523506", "test": "fcf7676ad8d1fde6"}
+    one = {"train": "5fe96e8c5bc235dd", "validation": "3b30dbb77b415ce0", "test": "a290d668da465005"}
+    for given, fingerprints in ((config, short), (long, one)):
+        assert {split: text.fingerprint[:16] for split, text in prepare(given).splits.items()} == fingerprints
 
 
 def test_identity_sees_contents_names_and_splits(config: DataConfig, tmp_path: Path) -> None:
@@ -147,7 +163,7 @@ def test_cut_keeps_all_text_and_every_character(text: str, size: int) -> None:
     assert all(size <= len(piece) <= 2 * size + 3 for piece in pieces[:-1])
 
 
-def test_bom_is_stripped_empty_files_are_left_out_and_a_file_counts_once(config: DataConfig, tmp_path: Path) -> None:
+def test_bom_is_stripped_and_files_count_once_unless_empty(config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "text/a/bom.txt").write_bytes(b"\xef\xbb\xbfmarked")
     (tmp_path / "text/a/empty.txt").touch()
     again = text_config(tmp_path, [*config.files, f"{tmp_path}/text/a/*.txt"])
@@ -245,7 +261,7 @@ def test_changed_text_is_noticed(config: DataConfig, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["00000-of-00001.bin", "manifest.json"])
 @pytest.mark.parametrize("harm", ["flip", "truncate", "empty", "remove"])
-def test_damage_is_found_and_mended(config: DataConfig, caplog: pytest.LogCaptureFixture, file: str, harm: str) -> None:
+def test_corruption_is_found_and_repaired(config: DataConfig, caplog: pytest.LogCaptureFixture, file: str, harm: str) -> None:
     good = tokens_of(config)
     path = only_entry(config) / file
     intact = path.read_bytes()
@@ -269,20 +285,20 @@ def test_damage_is_found_and_mended(config: DataConfig, caplog: pytest.LogCaptur
     assert sorted(p.name for p in path.parent.iterdir()) == ["00000-of-00001.bin", "00000-of-00001.json", "manifest.json"]
 
 
-@pytest.mark.parametrize("harm", ["note", "shard", "both"])
-def test_shards_without_a_manifest_are_looked_at(config: DataConfig, harm: str) -> None:
+@pytest.mark.parametrize("harm", ["metadata", "shard", "both"])
+def test_shards_without_a_manifest_are_verified(config: DataConfig, harm: str) -> None:
     good = tokens_of(config)
     folder = only_entry(config)
     intact = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "manifest.json").unlink()
     for path in folder.iterdir():
-        if harm == "both" or path.suffix == {"note": ".json", "shard": ".bin"}[harm]:
+        if harm == "both" or path.suffix == {"metadata": ".json", "shard": ".bin"}[harm]:
             path.write_bytes(path.read_bytes()[:-1])
     assert tokens_of(config) == good
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == intact
 
 
-def test_what_a_killed_build_leaves_is_cleared_away(config: DataConfig, tmp_path: Path) -> None:
+def test_scratch_files_of_a_killed_build_are_removed(config: DataConfig, tmp_path: Path) -> None:
     store = Store(config.cache_dir, config.cache_dir)
     mine = store.scratch("tokens-0/00000-of-00001")
     mine.write_bytes(b"half")
@@ -296,7 +312,7 @@ def test_what_a_killed_build_leaves_is_cleared_away(config: DataConfig, tmp_path
     assert mine.exists() and not dead.exists() and not folder.exists()
 
 
-def test_entries_are_built_once_and_mended(tmp_path: Path) -> None:
+def test_cached_files_are_made_once_and_repaired(tmp_path: Path) -> None:
     calls = []
 
     def write(folder: Path) -> dict[str, Any]:
@@ -353,10 +369,10 @@ def test_a_cache_may_be_a_file_url(config: DataConfig, tmp_path: Path) -> None:
     assert list(tmp_path.glob("new/cache/tokens-*/manifest.json"))
 
 
-# What would be done
+# Dry run
 
 
-def test_a_plan_tells_what_is_in_the_cache(config: DataConfig, tmp_path: Path) -> None:
+def test_a_dry_run_says_what_is_in_the_cache(config: DataConfig, tmp_path: Path) -> None:
     given = text_config(tmp_path, config.files, tokenizer="sentencepiece", vocab_size=300)
     assert any(line.startswith("  1 shards to tokenize, ") and "cache" not in line for line in dry_run(given))
     assert not Path(given.cache_dir).exists()
@@ -366,7 +382,7 @@ def test_a_plan_tells_what_is_in_the_cache(config: DataConfig, tmp_path: Path) -
     assert {path: path.stat().st_mtime_ns for path in Path(given.cache_dir).rglob("*")} == before
 
 
-def test_a_plan_tells_of_files_that_are_held_out(config: DataConfig, tmp_path: Path) -> None:
+def test_a_dry_run_says_how_documents_are_held_out(config: DataConfig, tmp_path: Path) -> None:
     folder = f"{tmp_path}/text"
     own = text_config(tmp_path, [f"{folder}/a/*.txt"], validation_files=[f"{folder}/b/2.txt"], test_files=[f"{folder}/b/4.txt"])
     assert "  splits: the source's own" in dry_run(own)
@@ -376,7 +392,7 @@ def test_a_plan_tells_of_files_that_are_held_out(config: DataConfig, tmp_path: P
 # Tokens made elsewhere
 
 
-def test_what_is_no_folder_of_tokens_is_one_line(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_without_tokens_is_one_line(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(replace(config, tokenizer="sentencepiece", vocab_size=300))
     elsewhere = {"source": "tokens", "files": [], "tokenizer": "bytes"}
     with pytest.raises(ConfigError, match=r"^data\.path = .*tokenizer-\w+: not a folder of tokens: its manifest\.json lists"):
@@ -390,7 +406,7 @@ def test_what_is_no_folder_of_tokens_is_one_line(config: DataConfig, tmp_path: P
 
 
 @pytest.mark.parametrize("made_with", [True, False])
-def test_tokens_made_with_or_without_bos_are_told_apart(config: DataConfig, made_with: bool) -> None:
+def test_tokens_made_with_or_without_bos_differ(config: DataConfig, made_with: bool) -> None:
     prepare(replace(config, add_bos=made_with))
     folder = only_entry(config)
     elsewhere = replace(config, source="tokens", files=[], path=str(folder), add_bos=made_with)
@@ -403,7 +419,7 @@ def test_tokens_made_with_or_without_bos_are_told_apart(config: DataConfig, made
     assert prepare(replace(elsewhere, add_bos=not made_with)).splits["train"].n_tokens
 
 
-def test_a_branch_is_the_commit_that_it_was_at_when_first_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_branch_is_pinned_to_its_commit_at_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, now = [], ["a" * 40]
     monkeypatch.setattr(hub, "latest_commit", lambda path, key, revision: (asked.append(revision), now[0])[1])
     store, given = Store(str(tmp_path), str(tmp_path)), DataConfig(source="hub", path="org/name", tokenizer="bytes")

@@ -100,7 +100,7 @@ def test_a_document_is_read_as_if_it_stood_alone(case: str, x: int, y: int) -> N
 
 
 @pytest.mark.parametrize(("case", "change"), [("relu", "off by one"), ("all options", "off by one"), ("relu", "joined")])
-def test_joined_or_with_borders_off_by_one_documents_are_not_as_alone(case: str, change: str) -> None:
+def test_joined_or_shifted_documents_are_not_as_alone(case: str, change: str) -> None:
     """The control."""
     batch, _ = rows(case)
     segments = None if change == "joined" else np.roll(batch.segments, 1, axis=1)
@@ -118,12 +118,12 @@ def test_joined_nothing_of_it_is_computed() -> None:
         traced = jax.make_jaxpr(make_loss_and_grads(program(settings, mesh, BOS)))(params(config), batch)
         return len(traced.jaxpr.invars) - len(jax.tree.leaves(params(config))), str(traced)
 
-    plain, told = program(config, joined), load([*TINY, f"data.seq_len={T}", "mesh.x=1", "data.intra_document_mask=true"])
+    plain, masked = program(config, joined), load([*TINY, f"data.seq_len={T}", "mesh.x=1", "data.intra_document_mask=true"])
     assert plain[0] == 2 and Batch(apart.tokens, apart.mask).segments is None
-    assert program(told, joined) == plain, "the batch alone decides, not the setting"
+    assert program(masked, joined) == plain, "the batch alone decides, not the setting"
     compared = f"bool[2,64,{T}]"  # a query and a key of each row; the causal mask knows no rows
     assert compared not in plain[1]
-    n_inputs, text = program(told, apart)
+    n_inputs, text = program(masked, apart)
     assert n_inputs == 3 and compared in text
 
 

@@ -99,7 +99,7 @@ def test_an_eos_that_is_missing_must_be_named(tmp_path: Path) -> None:
     assert converted(folder, tmp_path / "c", "</s>").eos_id == 1
 
 
-def test_what_is_no_tokenizer_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_path_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/tokenizer.json").write_text("{")

@@ -60,7 +60,7 @@ def run(hub: Hub, folder: Path, *args: str, script: str = "prepare_data.py", **e
     return done
 
 
-def told(done: subprocess.CompletedProcess[str], message: str) -> None:
+def fails_with(done: subprocess.CompletedProcess[str], message: str) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert re.fullmatch(f"error: {message}", last), done.stderr[-2000:]
@@ -128,7 +128,7 @@ def test_c4_and_t5_as_the_papers_config_names_them(hub: Hub, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_stand_in_trains_through_the_papers_config_by_one_override(hub: Hub, tmp_path: Path) -> None:
+def test_a_stand_in_trains_by_one_override(hub: Hub, tmp_path: Path) -> None:
     texts = [text.replace("fox", f"fox {i}") for i in range(20) for text in TEXTS]
     stand_in = c4(tmp_path / "stand-in", {"train": [texts[::2], texts[1::2]], "validation": [TEXTS]})
     smaller = [
@@ -158,21 +158,23 @@ def test_a_stand_in_trains_through_the_papers_config_by_one_override(hub: Hub, t
 def test_a_hub_that_refuses(pattern: str, status: int, message: str, hub: Hub, tmp_path: Path) -> None:
     hub.statuses = {pattern: [status] * 1000}
     start = time.monotonic()
-    told(run(hub, tmp_path), message)
+    fails_with(run(hub, tmp_path), message)
     assert time.monotonic() - start < 10 + 5  # and somewhat for a loaded machine
 
 
 def test_no_network_and_offline(hub: Hub, tmp_path: Path) -> None:
     start = time.monotonic()
-    told(run(hub, tmp_path, HF_HUB_OFFLINE="1"), r"data\.path = allenai/c4: HF_HUB_OFFLINE is set, and it is not in the cache")
-    told(run(hub, tmp_path, HF_ENDPOINT="http://127.0.0.1:1"), r"data\.path = allenai/c4: the Hub cannot be reached: .*")
+    fails_with(
+        run(hub, tmp_path, HF_HUB_OFFLINE="1"), r"data\.path = allenai/c4: HF_HUB_OFFLINE is set, and it is not in the cache"
+    )
+    fails_with(run(hub, tmp_path, HF_ENDPOINT="http://127.0.0.1:1"), r"data\.path = allenai/c4: the Hub cannot be reached: .*")
     assert time.monotonic() - start < 20 + 10 and not hub.asked
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["429", "500", "cut"])
 def test_a_hub_that_fails_for_a_moment(fault: str, hub: Hub, tmp_path: Path) -> None:
-    """It is waited for, and what comes is what comes without the fault; a file that breaks off is not taken for whole."""
+    """It is waited for, and what comes is what comes without the fault; a file that breaks off is not taken as complete."""
     good = run(hub, tmp_path)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "cache").glob("tokens-*/*.bin")}
     if fault == "cut":

@@ -55,7 +55,7 @@ def test_a_batch_is_int32_with_every_target_counted() -> None:
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])
-def test_any_number_of_processes_makes_the_same_global_batches(prefetch: int) -> None:
+def test_any_number_of_processes_makes_the_same_batches(prefetch: int) -> None:
     hashes = {hashlib.sha256(global_batches(50, n_process, prefetch=prefetch).tobytes()).hexdigest() for n_process in (1, 2, 4)}
     assert len(hashes) == 1
     assert hashes == {hashlib.sha256(global_batches(50, 1).tobytes()).hexdigest()}
@@ -134,7 +134,7 @@ def test_evaluation_spreads_its_rows_or_takes_what_there_is() -> None:
     assert len(list(eval_batches(token_file(2), config(), 99, 1, (0,), N_VOCAB))) == 1
 
 
-def test_batches_tell_documents_apart_if_asked() -> None:
+def test_batches_have_segments_with_the_document_mask() -> None:
     text = mixture([[1, 2, EOS], [3, EOS], [4, 5, 6, 7, EOS]] * 7)
     for masked in (False, True):
         c = config(intra_document_mask=masked)

@@ -1,14 +1,14 @@
 """The planner end to end: scripts/plan.py, the Python API, and the TPU compiler where it is installed."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from mutransformer.cli import main
 from mutransformer.config.load import load
-from mutransformer.config.schema import MeshConfig
+from mutransformer.config.run import MeshConfig
 from mutransformer.errors import ConfigError
 from mutransformer.planning import timeline
 from mutransformer.planning.chips import parse_topology
@@ -27,20 +27,12 @@ HLO = (ROOT / "tests" / "data" / "hlo" / "step_v5e_4x2.hlo").read_text()
 HLO_MODEL = ["model.d_model=256", "model.d_head=128", "model.n_layer=6", "model.n_vocab=1024", "model.remat=full"]
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("plan_script", ROOT / "scripts" / "plan.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def run_script(capsys, monkeypatch):
     monkeypatch.setattr("mutransformer.planning.search.remat_policies", lambda: ("none", "full"))
 
     def run(*args: str) -> tuple[int, str, str]:
-        code = script().main([*SMALL, *args])
+        code = main(["plan", *SMALL, *args])
         out, err = capsys.readouterr()
         return code, out, err
 

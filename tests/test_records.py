@@ -8,7 +8,7 @@ import re
 import pytest
 from sweeps import make_run, sweep
 
-from mutransformer.config.schema import ConfigError
+from mutransformer.errors import ConfigError
 from mutransformer.study.sweep.records import FILE, append, join, read, repair
 
 

@@ -35,11 +35,11 @@ from mutransformer.data.sources import cut as cutting
 from mutransformer.data.sources import files, jsonl, tables
 from mutransformer.data.sources import text as text_module
 from mutransformer.data.sources.files import find
-from mutransformer.data.sources.jsonl import LineShard
+from mutransformer.data.sources.jsonl import read_lines
 from mutransformer.data.sources.registry import SOURCES
 from mutransformer.data.sources.source import SPLITS
 from mutransformer.data.sources.splits import Fractions, assign_splits, split_of
-from mutransformer.data.sources.tables import TableShard
+from mutransformer.data.sources.tables import read_rows
 from mutransformer.data.tokenizers.byte import ByteTokenizer
 from mutransformer.errors import ConfigError
 
@@ -104,11 +104,11 @@ def test_lines_are_read_once_wherever_a_file_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     write(path, ["x" * (i % 7) for i in range(30)])
     file = find([str(path)], "key")[0]
-    whole = [r.text for r in LineShard(file, "text", None, 0, file.size).records()]
+    whole = [r.text for r in read_lines(file, "text", None, 0, file.size)]
     assert len(whole) == 30
     for cut in range(1, file.size):
-        pieces = [LineShard(file, "text", None, 0, cut), LineShard(file, "text", None, cut, file.size)]
-        assert [r.text for piece in pieces for r in piece.records()] == whole
+        pieces = [read_lines(file, "text", None, 0, cut), read_lines(file, "text", None, cut, file.size)]
+        assert [r.text for piece in pieces for r in piece] == whole
 
 
 def test_split_of_a_text_is_decided_by_the_text_alone(tmp_path: Path) -> None:
@@ -166,12 +166,12 @@ def test_a_column_of_any_type_of_text(tmp_path: Path) -> None:
         table = pa.table({"text": pa.array([["a"]] if pa.types.is_list(kind) else ["a"], kind)})
         with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as opened, pa.ipc.new_file(opened, table.schema) as writer:
             writer.write_table(table)
-        part = TableShard(find([str(tmp_path / "a.arrow")], "key")[0], "text", None, "arrow", None, 0, 1, "data.column")
+        rows = read_rows(find([str(tmp_path / "a.arrow")], "key")[0], "text", None, "data.column")
         if kind in strings:
-            assert [record.text for record in part.records()] == [b"a"]
+            assert [record.text for record in rows] == [b"a"]
         else:
             with pytest.raises(ConfigError, match=rf"data\.column = text: holds {re.escape(str(kind))}, not text; "):
-                next(part.records())
+                next(rows)
 
 
 BAD_LINES = {
@@ -190,7 +190,7 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES.items(), ids=[reason for reason in BAD_LINES.values()])
-def test_bad_lines_are_told_by_file_and_line_or_counted(
+def test_bad_lines_are_reported_by_place_or_counted(
     line: bytes, reason: str, compressed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = [json.dumps({"text": text}).encode() for text in TEXTS]
@@ -204,8 +204,8 @@ def test_bad_lines_are_told_by_file_and_line_or_counted(
     with caplog.at_level(logging.WARNING):
         found = texts_of(config(tmp_path, "jsonl", name, on_bad_record="skip"))
     assert sum(map(len, found.values())) == len(TEXTS)
-    (told,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert re.match(rf"^data: 2 bad records were skipped, the first: .*{re.escape(name)}:61: {reason}$", told)
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert re.match(rf"^data: 2 bad records were skipped, the first: .*{re.escape(name)}:61: {reason}$", line)
     assert texts_of(config(tmp_path, "jsonl", name, on_bad_record="skip")) == found
 
 
@@ -214,12 +214,12 @@ def test_the_line_is_right_in_every_part_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     file = find([str(tmp_path / "a.jsonl")], "key")[0]
     for size in (50, 333, 1000, file.size):
-        found = [LineShard(file, "text", None, at, min(at + size, file.size)) for at in range(0, file.size, size)]
-        bad = [record.place for part in found for record in part.records() if record.text is None]
+        found = [read_lines(file, "text", None, at, min(at + size, file.size)) for at in range(0, file.size, size)]
+        bad = [record.place for lines in found for record in lines if record.text is None]
         assert bad == [f"{tmp_path}/a.jsonl:78"]
 
 
-def test_rows_of_tables_are_told_too(tmp_path: Path) -> None:
+def test_bad_rows_of_tables_are_reported(tmp_path: Path) -> None:
     column = pa.array([*TEXTS[:20], None, *TEXTS[20:]], pa.string())
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=6)
     with pytest.raises(ConfigError, match=r"data: .*a\.parquet, row 20: 'text' is null, not text"):
@@ -229,8 +229,8 @@ def test_rows_of_tables_are_told_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data: .*b\.parquet, row 1: not UTF-8 \(invalid start byte at byte 0\)"):
         prepare(config(tmp_path, "parquet", "b.parquet"))
     file = find([str(tmp_path / "a.parquet")], "key")[0]
-    late = TableShard(file, "text", None, "parquet", (3,), 18, 100, "data.column")
-    assert [r.place for r in late.records() if r.text is None] == [f"{tmp_path}/a.parquet, row 20"]
+    late = read_rows(file, "text", None, "data.column", (3,), 18)
+    assert [r.place for r in late if r.text is None] == [f"{tmp_path}/a.parquet, row 20"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -251,14 +251,14 @@ def test_files_that_are_truncated_or_of_another_kind(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("n", [1, 20_000])
-def test_zstandard_files_are_whole_or_told(n: int, tmp_path: Path) -> None:
+def test_truncated_zstandard_files_are_errors(n: int, tmp_path: Path) -> None:
     """Cut off at any place, where a large one has given whole lines; frames one after another, also empty and to be skipped."""
     lines = [json.dumps({"text": hashlib.sha256(b"%d" % i).hexdigest()}).encode() + b"\n" for i in range(n)]
     path, frame = tmp_path / "a.jsonl.zst", zstandard.compress(b"".join(lines))
 
     def texts(data: bytes) -> list[bytes | None]:
         path.write_bytes(data)
-        return [record.text for record in LineShard(find([str(path)], "key")[0], "text", None).records()]
+        return [record.text for record in read_lines(find([str(path)], "key")[0], "text", None)]
 
     whole = [line[10:-3] for line in lines]
     assert texts(frame) == whole
@@ -314,8 +314,8 @@ def test_urls_give_what_local_files_give(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_no_document_is_longer_than_a_part(own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long the file; where none is, the parts are what they are without the limit."""
+def test_no_document_is_longer_than_a_shard(own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the file; where none is, the shards are what they are without the limit."""
     text = b"".join(b"line %d\n" % i for i in range(30_000))
     given = {}
     for split in SPLITS:
@@ -326,7 +326,7 @@ def test_no_document_is_longer_than_a_part(own: bool, tmp_path: Path, monkeypatc
 
     def documents(limit: int) -> list[list[Any]]:
         monkeypatch.setattr(text_module, "SHARD_BYTES", limit)
-        return [document for part in SOURCES["text"](settings, "data", Fractions(0.1, 0.1)) for document in part.identity()]
+        return [document for part in SOURCES["text"](settings, "data", Fractions(0.1, 0.1)) for document in part.identity]
 
     cut = documents(1000)
     assert max(stop - start for *_, start, stop in cut) <= 1000 and len(cut) < 3 * 1.3 * len(text) / 750
@@ -412,7 +412,7 @@ def test_lines_at_a_url_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> Non
     (file,) = find(["blocks://a.jsonl"], "key")
     for start in (0, file.size // 2):
         InBlocks.fetched.clear()
-        texts = [record.text for record in LineShard(file, "text", None, start, file.size).records()]
+        texts = [record.text for record in read_lines(file, "text", None, start, file.size)]
         assert texts == [f"text {i}".encode() for i in range(10_000 - len(texts), 10_000)] and len(texts) > 4000
         assert sum(InBlocks.fetched) < 1.1 * (file.size - start)
 
@@ -435,7 +435,7 @@ class Web(InBlocks):
         return {"name": path, "size": len(self.contents[path]), "type": "file"}
 
 
-def test_urls_that_fail_are_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_that_fail_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not there, what is refused, and URLs that are none of a file."""
     for name, store in {"blocks": InBlocks, "https": Web}.items():
         monkeypatch.setitem(_registry, name, store)
@@ -453,7 +453,7 @@ def test_urls_that_fail_are_told_in_a_line(tmp_path: Path, monkeypatch: pytest.M
             find([url], "data.files")
 
 
-def test_a_file_is_read_as_its_name_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suffix_of_a_file_decides_how_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own name: not that of what a link leads to, nor the query of a URL; nor is the rest of a URL lost."""
     monkeypatch.setitem(_registry, "https", Web)
     lines = json.dumps({"text": "a text"}).encode()
@@ -469,11 +469,11 @@ def test_a_file_is_read_as_its_name_tells(tmp_path: Path, monkeypatch: pytest.Mo
     names = ["a.jsonl.gz", "b.jsonl.zst", "c.jsonl"]
     assert sorted(file.name for file in found) == sorted([*names, *names, *(f"{name}?sig=a/b.gz" for name in names)])
     for file in found:
-        assert [record.text for record in LineShard(file, "text", None).records()] == [b"a text"]
+        assert [record.text for record in read_lines(file, "text", None)] == [b"a text"]
 
 
 @pytest.mark.parametrize("kind", ["text", "parquet"])
-def test_files_are_looked_at_side_by_side(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_examined_in_parallel(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(4):
         write(tmp_path / f"{i}.parquet", TEXTS[:1]) if kind == "parquet" else (tmp_path / f"{i}.text").write_text("text")
     two, opened = threading.Barrier(2), files.File.open
@@ -485,7 +485,7 @@ def test_files_are_looked_at_side_by_side(kind: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(files.File, "open", meets)
     settings = config(tmp_path, kind, f"*.{kind}")
     found = SOURCES[kind](settings, "data", Fractions(0.1, 0.1))
-    names = [entry[0] for part in found for entry in (part.identity() if kind == "text" else [part.identity()])]
+    names = [entry[0] for part in found for entry in (part.identity if kind == "text" else [part.identity])]
     assert names == [f"{i}.{kind}" for i in range(4)]
 
 

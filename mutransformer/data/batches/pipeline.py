@@ -126,13 +126,7 @@ def eval_batches(
     eos and masked out. A split with fewer batches gives those it has, at least one; every process gets the same number. With
     packing=pad tokens that are truncated do not count.
 
-    Args:
-        text: the split to evaluate on.
-        config: seq_len T, batch_size B over all processes, packing.
-        n_batches: None for the whole split.
-        n_blocks: equal blocks of rows into which a batch is divided.
-        blocks: the blocks of this process, from mesh.data_share.
-        n_vocab: upper bound of the token ids.
+    Args: as train_batches(); n_batches = None is for all rows.
 
     Raises:
         ConfigError: the split has no token, or the batch does not divide into the blocks.
@@ -152,16 +146,9 @@ def eval_batches(
 
 def fingerprint(text: TokenSplit, config: DataConfig, seed: int) -> dict[str, Any]:
     """What determines the sequence of training batches: saved with a checkpoint, and compared when it is resumed."""
-    return {
-        "tokens": text.fingerprint,
-        "tokenizer": text.tokenizer_fingerprint,
-        "packing": config.packing,
-        "intra_document_mask": config.intra_document_mask,
-        "truncated_eos": config.truncated_eos,
-        "seq_len": config.seq_len,
-        "batch_size": config.batch_size,
-        "seed": seed,
-    }
+    keys = ("packing", "intra_document_mask", "truncated_eos", "seq_len", "batch_size")
+    settings = {key: getattr(config, key) for key in keys}
+    return {"tokens": text.fingerprint, "tokenizer": text.tokenizer_fingerprint, **settings, "seed": seed}
 
 
 def _seed(seed: int, name: str, n_sources: int) -> int:

@@ -3,7 +3,6 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -14,54 +13,29 @@ from mutransformer.data.cache.dataset import TokenDataset
 from mutransformer.errors import ConfigError
 
 
-@runtime_checkable
-class Rows(Protocol):
-    """The rows of a split of a source. Can be pickled."""
-
-    source: TokenDataset
-    n_eval: int  # rows for evaluation: every token is in one
-
-    def __len__(self) -> int:
-        """The number of rows for training, all of them complete."""
-        ...
-
-    def span(self, index: int) -> tuple[int, int]:
-        """Positions of the source's tokens in a row, T or fewer: start ... stop - 1."""
-        ...
-
-    def complete(self, index: int, tokens: Int32[np.ndarray, " T"], begins: Int32[np.ndarray, " T"] | None) -> None:
-        """Changes the tokens of a row that was read; writes 1 to `begins` where a document begins after another."""
-        ...
-
-
-def rows_of(source: TokenDataset, config: DataConfig) -> Rows:
-    """The rows of a split with the packing of the config."""
-    if config.packing == "pad":
-        return PadRows(source, config.seq_len, config.truncated_eos)
-    return ConcatRows(source, config.seq_len)
-
-
 class ConcatRows:
     """Documents joined, each with its eos, and cut. Training omits the incomplete last row; evaluation fills it with eos."""
 
     def __init__(self, source: TokenDataset, seq_len: int):
         self.source, self._seq_len = source, seq_len
-        self.n_eval = -(-source.n_tokens // seq_len)
+        self.n_eval = -(-source.n_tokens // seq_len)  # rows for evaluation: every token is in one
 
     def __len__(self) -> int:
+        """The number of rows for training, all of them complete."""
         return self.source.n_tokens // self._seq_len
 
     def span(self, index: int) -> tuple[int, int]:
+        """Positions of the source's tokens in a row, T or fewer: start ... stop - 1."""
         return index * self._seq_len, min((index + 1) * self._seq_len, self.source.n_tokens)
 
     def complete(self, index: int, tokens: Int32[np.ndarray, " T"], begins: Int32[np.ndarray, " T"] | None) -> None:
-        """A document's eos is its last token; the padding of a row counts as a document too."""
+        """Changes the tokens of a row that was read; writes 1 to `begins` where a document begins after another.
+
+        A document's eos is its last token; the padding of a row counts as a document too.
+        """
         if begins is not None:
             start = index * self._seq_len
             begins[self.source.ends_within(start, start + self._seq_len) - start] = 1
-
-    def __repr__(self) -> str:
-        return f"ConcatRows({self.source.source}, {self.source.split}, seq_len={self._seq_len})"
 
 
 class PadRows:
@@ -83,8 +57,15 @@ class PadRows:
         if self._truncated_eos:
             tokens[-1] = self.source.eos_id
 
-    def __repr__(self) -> str:
-        return f"PadRows({self.source.source}, {self.source.split}, seq_len={self._seq_len})"
+
+Rows = ConcatRows | PadRows
+
+
+def rows_of(source: TokenDataset, config: DataConfig) -> Rows:
+    """The rows of a split with the packing of the config."""
+    if config.packing == "pad":
+        return PadRows(source, config.seq_len, config.truncated_eos)
+    return ConcatRows(source, config.seq_len)
 
 
 class RowReader:

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
@@ -30,13 +30,9 @@ _log = logging.getLogger(__name__)
 
 
 def build(target: TokenShards, shards: Sequence[SourceShard], workers: int, processes: Processes) -> None:
-    """Makes this process's share of the token shards, those that exist and are intact excepted.
+    """Makes this process's share of the token shards, except those that exist and are intact.
 
-    Args:
-        target: where they lie and how they are made.
-        shards: all shards of the source.
-        workers: worker processes to start.
-        processes: of the run. The process with index i makes shards i, i + count, i + 2 * count, ...
+    Process i of the run makes shards i, i + count, i + 2 * count, ... of the source, in as many worker processes.
 
     Raises:
         ConfigError: a shard cannot be read, the tokenizer is broken, or the cache cannot be written.
@@ -48,12 +44,26 @@ def build(target: TokenShards, shards: Sequence[SourceShard], workers: int, proc
     if not missing:
         return
     _log.info("tokenizing %d of %d shards to %s/%s", len(missing), target.n_shards, target.store.root, target.folder)
-    workers, progress = min(workers, len(missing)), _Progress(target.key, len(missing))
-    if workers <= 1 or 0 < sum(shards[i].size for i in missing) <= _IN_PROCESS:
-        for n, i in enumerate(missing, start=1):
-            tokenize_shard(target, shards[i], i, threads=workers)
-            progress.log(n)
-        return
+    workers = min(workers, len(missing))
+    in_process = workers <= 1 or 0 < sum(shards[i].size for i in missing) <= _IN_PROCESS
+    started = reported = time.monotonic()
+    for done in (_in_this_process if in_process else _in_workers)(target, shards, missing, workers):
+        now = time.monotonic()
+        if now - reported >= _REPORT and 0 < done < len(missing):
+            reported = now
+            left = timedelta(seconds=round((now - started) / done * (len(missing) - done)))
+            _log.info("%s: %d of %d shards, about %s left", target.key, done, len(missing), left)
+
+
+def _in_this_process(target: TokenShards, shards: Sequence[SourceShard], missing: list[int], threads: int) -> Iterator[int]:
+    """Tokenizes shards, in several threads. Yields the number that is done."""
+    for done, i in enumerate(missing, start=1):
+        tokenize_shard(target, shards[i], i, threads)
+        yield done
+
+
+def _in_workers(target: TokenShards, shards: Sequence[SourceShard], missing: list[int], workers: int) -> Iterator[int]:
+    """Tokenizes shards in worker processes. Yields the number that is done."""
     # Not forked: JAX and tokenizers have threads.
     context = multiprocessing.get_context("spawn")
     stop, to_stop = context.Pipe(duplex=False)
@@ -64,7 +74,7 @@ def build(target: TokenShards, shards: Sequence[SourceShard], workers: int, proc
                 done, futures = wait(futures, timeout=_REPORT, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
-                progress.log(len(missing) - len(futures))
+                yield len(missing) - len(futures)
         except BrokenProcessPool:
             raise ConfigError(
                 f"{target.key}: a process that tokenized was killed, perhaps for memory; lower data.tokenize_workers"
@@ -118,18 +128,3 @@ def _start(target: TokenShards, stop: Connection) -> None:
 
 def _tokenize_in_worker(shard: SourceShard, index: int) -> None:
     tokenize_shard(_target, shard, index, threads=1)
-
-
-class _Progress:
-    """Logs from time to time how many shards are done, and how long the rest will take."""
-
-    def __init__(self, key: str, n: int):
-        self._key, self._n = key, n
-        self._started = self._logged = time.monotonic()
-
-    def log(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self._logged >= _REPORT and 0 < done < self._n:
-            self._logged = now
-            left = timedelta(seconds=round((now - self._started) / done * (self._n - done)))
-            _log.info("%s: %d of %d shards, about %s left", self._key, done, self._n, left)

@@ -3,7 +3,8 @@
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -26,12 +27,15 @@ class TokenDataset:
     fingerprint: str  # SHA-256 of the tokens; of the shards' checksums if there are several
     tokenizer_fingerprint: str
     eos_id: int
-    _tokens_before: list[int] = field(init=False)  # of each section and of the end
-    _documents_before: list[int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_tokens_before", [0, *accumulate(s.n_tokens for s in self.sections)])
-        object.__setattr__(self, "_documents_before", [0, *accumulate(s.n_documents for s in self.sections)])
+    @cached_property
+    def _tokens_before(self) -> list[int]:
+        """Of each section and of the end."""
+        return [0, *accumulate(section.n_tokens for section in self.sections)]
+
+    @cached_property
+    def _documents_before(self) -> list[int]:
+        return [0, *accumulate(section.n_documents for section in self.sections)]
 
     @property
     def n_tokens(self) -> int:

@@ -17,7 +17,7 @@ from mutransformer.data.cache.store import MANIFEST, Corrupt, Store, cache_key, 
 from mutransformer.data.cache.tokenize_shard import TokenShards
 from mutransformer.data.sources import hub
 from mutransformer.data.sources.registry import open_source
-from mutransformer.data.sources.source import SPLITS, Source, SourceShard, Split
+from mutransformer.data.sources.source import SPLITS, Source, Split
 from mutransformer.data.sources.splits import held_out_fractions
 from mutransformer.data.tokenizers.registry import open_tokenizer, training_texts
 from mutransformer.data.tokenizers.sentencepiece import train_sentencepiece
@@ -99,7 +99,9 @@ def dry_run(config: DataConfig) -> list[str]:
         lines.append(f"{config.key(name)}: {c.source} " + ", ".join(f"{key} {value}" for key, value in shown.items() if value))
         if source is not None:
             shards = source.shards()
-            done = _token_shards(config, name, source, tokenizer, store, len(shards)).present() if tokenizer else set()
+            done = set[int]()
+            if tokenizer:
+                done = replace(_token_shards(config, name, source, tokenizer, store), n_shards=len(shards)).present()
             size = sum(shard.size for i, shard in enumerate(shards) if i not in done)
             lines.append(f"  {len(shards) - len(done)} shards to tokenize" + (f", {size:,} bytes of text" if size else ""))
             if done:
@@ -108,12 +110,12 @@ def dry_run(config: DataConfig) -> list[str]:
             hashed = f"by hash, validation {config.validation_fraction:.4%}, test {config.test_fraction:.4%}"
             lines.append("  splits: " + ("the source's own" if own else hashed))
     lines.append(f"cache: {config.cache_dir}" + (f", copies in {config.local_dir}" if store.remote else ""))
-    lines.append(f"rows: {config.packing} of {config.seq_len} tokens; {_workers(config)} processes")
+    lines.append(f"rows: {config.packing} of {config.seq_len} tokens; {config.tokenize_workers or _cores()} processes")
     return lines
 
 
-def _workers(config: DataConfig) -> int:
-    return config.tokenize_workers or len(os.sched_getaffinity(0))
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _pin_revisions(config: DataConfig, store: Store) -> dict[str, MixedSourceConfig]:
@@ -148,14 +150,11 @@ def _open_sources(config: DataConfig, settings: dict[str, MixedSourceConfig]) ->
     }
 
 
-def _folder(config: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
+def _token_shards(config: DataConfig, name: str, source: Source, tokenizer: Tokenizer, store: Store) -> TokenShards:
+    """Those of a source whose shards are not counted yet."""
     fractions = held_out_fractions(config)
-    return f"tokens-{cache_key([source.identity, tokenizer.fingerprint, config.add_bos, *fractions, config.on_bad_record])}"
-
-
-def _token_shards(config: DataConfig, name: str, source: Source, tokenizer: Tokenizer, store: Store, n: int) -> TokenShards:
-    folder, fractions = _folder(config, source, tokenizer), held_out_fractions(config)
-    return TokenShards(store, folder, config.key(name), n, tokenizer, config.add_bos, fractions, config.on_bad_record)
+    key = cache_key([source.identity, tokenizer.fingerprint, config.add_bos, *fractions, config.on_bad_record])
+    return TokenShards(store, f"tokens-{key}", config.key(name), 0, tokenizer, config.add_bos, fractions, config.on_bad_record)
 
 
 def _tokens(
@@ -165,8 +164,8 @@ def _tokens(
 
     Whatever a process finds, it passes the same three barriers, so that none waits for one that is already done.
     """
-    folder = _folder(config, source, tokenizer)
-    place = f"{folder}/{MANIFEST}"
+    target = _token_shards(config, name, source, tokenizer, store)
+    folder, place = target.folder, f"{target.folder}/{MANIFEST}"
     where = f"the cache {store.root}/{folder}"
     tokens = None
     try:
@@ -176,13 +175,12 @@ def _tokens(
         _log.warning("%s is corrupt and is built again: %s", where, error)
         store.remove(place)
     processes.barrier(f"{where}: checked")  # from here on a manifest means that nothing is to be made
-    target = None
-    if store.read(place) is None:
-        shards: list[SourceShard] = source.shards()
-        target = _token_shards(config, name, source, tokenizer, store, len(shards))
-        build(target, shards, _workers(config), processes)
+    if incomplete := store.read(place) is None:
+        shards = source.shards()
+        target = replace(target, n_shards=len(shards))
+        build(target, shards, config.tokenize_workers or _cores(), processes)
     processes.barrier(f"{where}: tokenized")
-    if target and processes.index == 0:
+    if incomplete and processes.index == 0:
         manifest = {
             "shards": collect(target),
             "source": config.mixture[name].source,

@@ -36,9 +36,9 @@ class ShardWriter:
     """Writes a shard, document by document. Tokens of train go to its file; what follows them is buffered beside it."""
 
     def __init__(self, path: Path, dtype: str):
-        self._file = open(path, "wb")
         self._dtype = np.dtype(dtype)
-        self._held = {split: SpooledTemporaryFile(_BUFFER, dir=str(path.parent)) for split in SPLITS if split != "train"}
+        held_out = {split: SpooledTemporaryFile(_BUFFER, dir=str(path.parent)) for split in SPLITS[1:]}
+        self._files: dict[str, Any] = {"train": open(path, "wb")} | held_out
         self._hash = {split: hashlib.sha256() for split in SPLITS}
         self._ends = {split: array("Q") for split in SPLITS}
         self._counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
@@ -62,28 +62,25 @@ class ShardWriter:
         for split, pending in self._pending.items():
             data = np.concatenate(pending).astype(self._dtype).tobytes() if pending else b""
             self._hash[split].update(data)
-            if split == "train":
-                self._file.write(data)
-            else:
-                self._held[split].write(data)
+            self._files[split].write(data)
             pending.clear()
         self._n_pending = 0
 
     def finish(self) -> dict[str, Any]:
         """Completes the file. Returns the counts and the SHA-256 of the tokens of each split."""
         self._write()
-        with self._file:
-            for held in self._held.values():
-                with held:
-                    held.seek(0)
-                    shutil.copyfileobj(held, self._file, 1 << 20)
-            self._file.write(bytes(-self._file.tell() % 8))
-            for ends in self._ends.values():
-                self._file.write(np.array(ends, "<u8").tobytes())
+        shard = self._files["train"]
+        for split in SPLITS[1:]:
+            self._files[split].seek(0)
+            shutil.copyfileobj(self._files[split], shard, 1 << 20)
+        shard.write(bytes(-shard.tell() % 8))
+        for ends in self._ends.values():
+            shard.write(np.array(ends, "<u8").tobytes())
+        self.close()
         return {split: self._counts[split] | {"sha256": self._hash[split].hexdigest()} for split in SPLITS}
 
     def close(self) -> None:
-        for file in (self._file, *self._held.values()):
+        for file in self._files.values():
             file.close()
 
 

@@ -33,17 +33,11 @@ class Corrupt(Exception):
 
 @dataclass(frozen=True)
 class Store:
-    """Objects by name, e.g. "folder/file", below a local folder or a URL. Can be pickled.
+    """Objects by name, e.g. "folder/file", below a local folder or a URL. Can be pickled."""
 
-    Attributes:
-        root: a folder, or a URL of anything that fsspec can write complete objects to; renaming and appending are not needed.
-        local_dir: for copies of objects at a URL, named by their checksums.
-        read_only: missing objects are not made.
-    """
-
-    root: str
-    local_dir: str
-    read_only: bool = False
+    root: str  # a folder, or a URL of anything to which fsspec can write complete objects; it need not rename or append
+    local_dir: str  # for copies of objects at a URL, named by their checksums
+    read_only: bool = False  # missing objects are not made
 
     @property
     def remote(self) -> bool:
@@ -53,7 +47,7 @@ class Store:
         """The object; None if there is none."""
         with self._errors("read"):
             try:
-                return self._fs().cat_file(self._url(name)) if self.remote else self._path(name).read_bytes()
+                return self._fs().cat_file(self._url(name))
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
@@ -61,17 +55,15 @@ class Store:
         """The objects directly below a folder; none if it does not exist."""
         with self._errors("read"):
             try:
-                if self.remote:
-                    self._fs().invalidate_cache()
-                    return {path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs().ls(self._url(folder), detail=False)}
-                return {path.name for path in self._path(folder).iterdir()}
+                self._fs().invalidate_cache()
+                return {path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs().ls(self._url(folder), detail=False)}
             except (FileNotFoundError, NotADirectoryError):
                 return set()
 
     def remove(self, name: str) -> None:
         """Removes an object if it exists."""
         with self._errors("write"), suppress(FileNotFoundError):
-            self._fs().rm_file(self._url(name)) if self.remote else self._path(name).unlink()
+            self._fs().rm_file(self._url(name))
 
     def scratch(self, name: str) -> Path:
         """A new path from which put() can take a file. Removes scratch files of killed processes."""
@@ -135,10 +127,10 @@ class Store:
         return copy
 
     def _fs(self) -> Any:
-        return fsspec.filesystem(self.root.split("://")[0])
+        return fsspec.filesystem(self.root.split("://")[0] if self.remote else "file")
 
     def _url(self, name: str) -> str:
-        return f"{self.root.rstrip('/')}/{name}"
+        return f"{self.root.rstrip('/')}/{name}" if self.remote else str(self._path(name))
 
     def _path(self, name: str) -> Path:
         return Path(self.root.removeprefix("file://")).expanduser() / name
@@ -208,12 +200,8 @@ def cached_files(
 ) -> list[Path]:
     """Local paths of small files that belong together, made if they are missing or corrupt.
 
-    Args:
-        store: where they are kept.
-        kind: the first part of their folder's name.
-        settings: what determines every byte of them, as JSON values.
-        files: their names.
-        write: writes them to the folder that it is given and returns facts to keep with them, as JSON values.
+    They are kept in a folder named by `kind` and by settings (JSON values) that determine every byte of them. write(folder)
+    writes the named files to a temporary folder and returns facts, as JSON values, to keep with them.
 
     Raises:
         ConfigError: the store cannot be used.

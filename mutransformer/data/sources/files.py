@@ -26,21 +26,13 @@ _BLOCK = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class File:
-    """A file that exists. Can be pickled.
+    """A file that exists. Can be pickled."""
 
-    Attributes:
-        name: path below the fixed part of the pattern that matched it: independent of where the folder lies.
-        path: local path or URL.
-        size: bytes.
-        version: changes with the contents: their SHA-256, or what the store behind the URL reports.
-        store: None for a local file; the fsspec file system that holds it, and the path there.
-    """
-
-    name: str
-    path: str
-    size: int
-    version: str
-    store: tuple[Any, str] | None = None
+    name: str  # path below the fixed part of the pattern that matched it: independent of where the folder lies
+    path: str  # local path or URL
+    size: int  # bytes
+    version: str  # changes with the contents: their SHA-256, or what the store behind the URL reports
+    store: tuple[Any, str] | None = None  # None for a local file; the fsspec file system that holds it, and the path there
 
     @property
     def remote(self) -> bool:
@@ -81,29 +73,8 @@ class File:
         return (self.name.partition("?")[0] if self.path.startswith(_HTTP) else self.name).endswith(suffixes)
 
 
-@dataclass(frozen=True)
-class FileShard:
-    """What shards of a file with a column of texts have in common."""
-
-    file: File
-    column: str
-    split: Split | None  # None: by a hash of each text
-
-    @property
-    def remote(self) -> bool:
-        return self.file.remote
-
-    @property
-    def place(self) -> str:
-        return self.file.path
-
-
 def find(patterns: Iterable[str], key: str) -> list[File]:
-    """Every file that a pattern matches, once, in order of names. Local files are read, to notice a change.
-
-    Args:
-        patterns: local paths, globs or URLs.
-        key: the setting that holds them.
+    """Every file that a path, glob or URL matches, once, in order of names. Local files are read, to notice a change.
 
     Raises:
         ConfigError: a pattern matches nothing, names a folder, or a file cannot be read.
@@ -137,7 +108,7 @@ def find_by_split(config: SourceConfig, key: str) -> list[tuple[Split | None, Fi
     if not config.validation_files:
         return [(None, file) for file in find(config.files, f"{key}.files")[: config.max_parts]]
     named: dict[Split, str] = {"train": "files", "validation": "validation_files", "test": "test_files"}
-    found = {split: find(getattr(config, name), f"{key}.{name}") for split, name in named.items()}
+    found: dict[Split, list[File]] = {split: find(getattr(config, name), f"{key}.{name}") for split, name in named.items()}
     seen: dict[str, str] = {}
     for split, files in found.items():
         for file in files:

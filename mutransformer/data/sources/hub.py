@@ -6,7 +6,7 @@ libraries give them. Those read a token from the environment; this code reads it
 
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +14,6 @@ from mutransformer.config.data import SourceConfig
 from mutransformer.data.cache.store import checksum
 from mutransformer.data.sources.source import SPLITS, Record, SourceShard, Split, text_record
 from mutransformer.errors import ConfigError, check, first_line, translate_errors
-
-
-@dataclass(frozen=True)
-class HubShard:
-    """A shard of a data set, streamed."""
-
-    shard: Any  # a datasets.IterableDataset
-    index: int
-    path: str
-    column: str
-    split: Split | None
-    key: str  # of the source's settings
-    remote: bool
-    size: int = 0  # unknown
-
-    @property
-    def place(self) -> str:
-        return f"{self.path}, {self.split or 'split'} shard {self.index}"
-
-    def identity(self) -> list[Any]:
-        return [self.index, self.column, self.split]
-
-    def records(self) -> Iterator[Record]:
-        shard, names = self.shard, self.shard.column_names
-        if names is not None:  # known before a row is read; other columns, such as a broken image, are then not decoded
-            self._check(names)
-            shard = shard.select_columns([self.column])
-        for row, fields in enumerate(shard):
-            self._check(fields)
-            yield text_record(f"{self.place}, row {row}", self.column, fields[self.column], self.split)
-
-    def _check(self, names: Collection[str]) -> None:
-        if self.column not in names:
-            raise ConfigError(f"{self.key}.column = {self.column}: no such column; {self.path} has {', '.join(names)}")
 
 
 def latest_commit(path: str, key: str, revision: str | None = None) -> str:
@@ -91,7 +57,7 @@ def hub_shards(config: SourceConfig, key: str) -> list[SourceShard]:
     except ImportError:
         raise ConfigError(f"{key}.source = hub: needs datasets: pip install 'mutransformer[hf]'") from None
     datasets.disable_progress_bars()
-    location = {"path": str(Path(path).expanduser())} if folder else {"path": path, "revision": config.revision}
+    location: dict[str, Any] = {"path": str(Path(path).expanduser())} if folder else {"path": path, "revision": config.revision}
     with translate_errors(f"{key}.path = {path}", describe=describe_error):
         loaded: Any = datasets.load_dataset(**location, name=config.subset, streaming=True)
     own = set(SPLITS) <= set(loaded)
@@ -101,9 +67,25 @@ def hub_shards(config: SourceConfig, key: str) -> list[SourceShard]:
     for name, split in names:
         n = loaded[name].num_shards
         for i in range(min(n, config.max_parts or n)):
-            shard = loaded[name].shard(num_shards=n, index=i)
-            shards.append(HubShard(shard, i, path, config.column, split, key, remote=not folder))
+            place = f"{path}, {split or 'split'} shard {i}"
+            records = partial(_read, loaded[name].shard(num_shards=n, index=i), place, config, key, split)
+            shards.append(SourceShard(place, not folder, 0, [i, config.column, split], records, split))
     return shards
+
+
+def _read(shard: Any, place: str, config: SourceConfig, key: str, split: Split | None) -> Iterator[Record]:
+    """The records of a datasets.IterableDataset, streamed."""
+
+    def check_column(names: Collection[str]) -> None:
+        if config.column not in names:
+            raise ConfigError(f"{key}.column = {config.column}: no such column; {config.path} has {', '.join(names)}")
+
+    if shard.column_names is not None:  # known before a row is read; other columns, such as a broken image, are then not decoded
+        check_column(shard.column_names)
+        shard = shard.select_columns([config.column])
+    for row, fields in enumerate(shard):
+        check_column(fields)
+        yield text_record(f"{place}, row {row}", config.column, fields[config.column], split)
 
 
 def describe_error(error: BaseException) -> str:

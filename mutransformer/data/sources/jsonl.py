@@ -2,59 +2,47 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from mutransformer.config.data import SourceConfig
-from mutransformer.data.sources.files import File, FileShard, find_by_split
-from mutransformer.data.sources.source import SHARD_BYTES, UTF8_BOM, Record, SourceShard, text_record
+from mutransformer.data.sources.files import File, find_by_split
+from mutransformer.data.sources.source import SHARD_BYTES, UTF8_BOM, Record, SourceShard, Split, text_record
 from mutransformer.data.sources.splits import Fractions
 from mutransformer.errors import first_line
 
 
-@dataclass(frozen=True)
-class LineShard(FileShard):
-    """The lines of a JSON-lines file that begin at bytes start ... stop - 1; of a compressed file all lines."""
-
-    start: int = 0
-    stop: int | None = None  # None: to the end
-
-    @property
-    def size(self) -> int:
-        return (self.file.size if self.stop is None else self.stop) - self.start
-
-    def identity(self) -> list[Any]:
-        return [self.file.name, self.file.version, self.start, self.stop, self.column, self.split]
-
-    def records(self) -> Iterator[Record]:
-        lines_before: int | None = None  # counted when a message needs it
-        with self.file.decompressed() as file:
-            at = self.start
-            if at:
-                file.seek(at - 1)
-                at += len(file.readline()) - 1  # the rest of a line that belongs to the shard before
-            for number, line in enumerate(file, start=1):
-                if self.stop is not None and at >= self.stop:
-                    return
-                record = _parse(line.removeprefix(UTF8_BOM) if at == 0 else line, self.column)
-                if record is not None and record.text is None:
-                    if lines_before is None:
-                        lines_before = count_newlines(self.file, at) - number + 1 if self.start else 0
-                    yield record._replace(place=f"{self.file.path}:{lines_before + number}")
-                elif record is not None:
-                    yield record._replace(place=self.file.path, split=self.split)
-                at += len(line)
-
-
 def jsonl_shards(config: SourceConfig, key: str, fractions: Fractions) -> list[SourceShard]:
+    def shard(file: File, split: Split | None, start: int, stop: int | None) -> SourceShard:
+        identity = [file.name, file.version, start, stop, config.column, split]
+        records = partial(read_lines, file, config.column, split, start, stop)
+        return SourceShard(file.path, file.remote, (stop or file.size) - start, identity, records, split)
+
     shards: list[SourceShard] = []
     for split, file in find_by_split(config, key):
-        if file.compressed:
-            shards.append(LineShard(file, config.column, split))
-        else:
-            starts = range(0, max(1, file.size), SHARD_BYTES)
-            shards += [LineShard(file, config.column, split, at, min(at + SHARD_BYTES, file.size)) for at in starts]
+        starts = range(0, 1 if file.compressed else max(1, file.size), SHARD_BYTES)
+        shards += [shard(file, split, at, None if file.compressed else min(at + SHARD_BYTES, file.size)) for at in starts]
     return shards
+
+
+def read_lines(file: File, column: str, split: Split | None, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+    """The lines that begin at bytes start ... stop - 1, to the end if stop is None; of a compressed file all lines."""
+    lines_before: int | None = None  # counted when a message needs it
+    with file.decompressed() as opened:
+        at = start
+        if at:
+            opened.seek(at - 1)
+            at += len(opened.readline()) - 1  # the rest of a line that belongs to the shard before
+        for number, line in enumerate(opened, start=1):
+            if stop is not None and at >= stop:
+                return
+            record = _parse(line.removeprefix(UTF8_BOM) if at == 0 else line, column)
+            if record is not None and record.text is None:
+                if lines_before is None:
+                    lines_before = count_newlines(file, at) - number + 1 if start else 0
+                yield record._replace(place=f"{file.path}:{lines_before + number}")
+            elif record is not None:
+                yield record._replace(place=file.path, split=split)
+            at += len(line)
 
 
 def _parse(line: bytes, column: str) -> Record | None:

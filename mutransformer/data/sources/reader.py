@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, TypeVar
 
 from mutransformer.data.sources.hub import describe_error
-from mutransformer.data.sources.source import Record, SourceShard, Split
+from mutransformer.data.sources.source import SourceShard, Split
 from mutransformer.data.sources.splits import Fractions, split_of
 from mutransformer.errors import ConfigError, check
 
@@ -27,28 +27,21 @@ class RecordReader:
     Raises:
         ConfigError: during the iteration: a record is bad and data.on_bad_record=error.
         ReadError: during the iteration: the shard cannot be read further.
-
-    Attributes:
-        skipped: the number of bad records so far.
-        first_skipped: place and reason of the first one.
     """
 
     def __init__(self, shard: SourceShard, key: str, on_bad_record: Literal["error", "skip"], fractions: Fractions):
         self._shard, self._key, self._skip, self._fractions = shard, key, on_bad_record == "skip", fractions
-        self.skipped, self.first_skipped = 0, ""
+        self.skipped, self.first_skipped = 0, ""  # the number of bad records so far; place and reason of the first one
 
     def __iter__(self) -> Iterator[tuple[bytes, Split]]:
-        for record in self._records():
-            if record.text is None:
-                problem = f"{record.place}: {record.reason}"
-                check(self._skip, f"{self._key}: {problem}; data.on_bad_record=skip skips bad records")
-                self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or problem
-            elif record.text:
-                yield record.text, record.split or split_of(record.text, self._fractions)
-
-    def _records(self) -> Iterator[Record]:
         try:
-            yield from self._shard.records()
+            for record in self._shard.records():
+                if record.text is None:
+                    problem = f"{record.place}: {record.reason}"
+                    check(self._skip, f"{self._key}: {problem}; data.on_bad_record=skip skips bad records")
+                    self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or problem
+                elif record.text:
+                    yield record.text, record.split or split_of(record.text, self._fractions)
         except ConfigError:
             raise
         except Exception as error:  # raised by a file system, a decompressor or the Hub's library

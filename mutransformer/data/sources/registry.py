@@ -21,12 +21,9 @@ SOURCES: dict[str, Callable[[SourceConfig, str, Fractions], list[SourceShard]]] 
 
 
 def open_source(config: MixedSourceConfig, key: str, fractions: Fractions) -> Source:
-    """A source with the identity of its text; a Hub data set is not listed yet.
+    """A source with the identity of its text; a Hub data set, whose revision must be a commit, is not listed yet.
 
-    Args:
-        config: its settings; of a Hub data set with the commit as revision.
-        key: where the settings stand.
-        fractions: of whole files to hold out; records are divided later, by split_of().
+    Only whole files are held out by their fractions here; records are divided later, by split_of().
 
     Raises:
         ConfigError: a file is missing or unreadable, a glob matches nothing, or there is too little text for three splits.
@@ -34,4 +31,4 @@ def open_source(config: MixedSourceConfig, key: str, fractions: Fractions) -> So
     if config.source == "hub":
         return Source(config, key, hub.identity(config), lambda: hub.hub_shards(config, key))
     shards = SOURCES[config.source](config, key, fractions)
-    return Source(config, key, [shard.identity() for shard in shards], lambda: shards)
+    return Source(config, key, [shard.identity for shard in shards], lambda: shards)

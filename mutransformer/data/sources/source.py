@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 from mutransformer.config.data import MixedSourceConfig
 
@@ -22,53 +22,26 @@ class Record(NamedTuple):
     reason: str = ""  # set where text is None
 
 
-@runtime_checkable
-class SourceShard(Protocol):
+@dataclass(frozen=True)
+class SourceShard:
     """A part of a source. Can be pickled."""
 
-    @property
-    def size(self) -> int:
-        """Approximate bytes; 0 if unknown."""
-        ...
-
-    @property
-    def remote(self) -> bool:
-        """Whether reading can fail temporarily, so that it is retried."""
-        ...
-
-    @property
-    def place(self) -> str:
-        """The file or shard, for messages."""
-        ...
-
-    def identity(self) -> list[Any]:
-        """What determines the records, as JSON values."""
-        ...
-
-    def records(self) -> Iterator[Record]:
-        """The records in order.
-
-        Raises:
-            ConfigError: the shard is not of the format that the settings name.
-        """
-        ...
+    place: str  # the file or shard, for messages
+    remote: bool  # whether reading can fail temporarily, so that it is retried
+    size: int  # approximate bytes; 0 if unknown
+    identity: list[Any]  # what determines the records, as JSON values
+    records: Callable[[], Iterator[Record]]  # reads them in order; raises ConfigError if the file has another format
+    split: Split | None = None  # of all records; None: they have their own, or none yet
 
 
 @dataclass(frozen=True)
 class Source:
-    """Text that has not been read yet.
-
-    Attributes:
-        config: settings of the source.
-        key: where they stand, for messages.
-        identity: what determines the records, as JSON values.
-        shards: lists all shards, in order; may query a store or the Hub.
-    """
+    """Text that has not been read yet."""
 
     config: MixedSourceConfig
-    key: str
-    identity: list[Any]
-    shards: Callable[[], list[SourceShard]]
+    key: str  # where the settings stand, for messages
+    identity: list[Any]  # what determines the records, as JSON values
+    shards: Callable[[], list[SourceShard]]  # lists all of them, in order; may query a store or the Hub
 
 
 def text_record(place: str, column: str, value: Any, split: Split | None = None) -> Record:

@@ -9,9 +9,9 @@ import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from mutransformer.config.data import SourceConfig
 from mutransformer.data.sources.cut import cut_points
@@ -42,38 +42,16 @@ class Document:
             return file.read(self.stop - self.start)
 
 
-@dataclass(frozen=True)
-class DocumentShard:
-    """Documents with their splits."""
-
-    documents: tuple[Document, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(d.stop - d.start for d in self.documents)
-
-    @property
-    def remote(self) -> bool:
-        return any(d.file.remote for d in self.documents)
-
-    @property
-    def place(self) -> str:
-        paths = [d.file.path for d in self.documents]
-        return paths[0] if len(set(paths)) == 1 else f"{paths[0]} ... {paths[-1]}"
-
-    def identity(self) -> list[Any]:
-        return [[d.name, d.split, d.file.version, d.start, d.stop] for d in self.documents]
-
-    def records(self) -> Iterator[Record]:
-        for d in self.documents:
-            data = d.data
-            try:
-                data.decode()
-                yield Record(d.file.path, data, d.split)
-            except UnicodeDecodeError as error:
-                line = data.count(b"\n", 0, error.start) + count_newlines(d.file, d.start) + 1
-                place = f"{d.file.path}, line {line}, byte {d.start + error.start}"
-                yield Record(place, None, reason=f"not UTF-8 ({error.reason})")
+def read_documents(documents: list[Document]) -> Iterator[Record]:
+    for d in documents:
+        data = d.data
+        try:
+            data.decode()
+            yield Record(d.file.path, data, d.split)
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + count_newlines(d.file, d.start) + 1
+            place = f"{d.file.path}, line {line}, byte {d.start + error.start}"
+            yield Record(place, None, reason=f"not UTF-8 ({error.reason})")
 
 
 def stdlib_shards(config: SourceConfig, key: str, fractions: Fractions) -> list[SourceShard]:
@@ -160,4 +138,15 @@ def _group(pieces: Iterable[Document]) -> list[SourceShard]:
             size = 0
         groups[-1].append(document)
         size += document.stop - document.start
-    return [DocumentShard(tuple(group)) for group in groups]
+    return [_shard(group) for group in groups]
+
+
+def _shard(documents: list[Document]) -> SourceShard:
+    paths = [d.file.path for d in documents]
+    return SourceShard(
+        place=paths[0] if len(set(paths)) == 1 else f"{paths[0]} ... {paths[-1]}",
+        remote=any(d.file.remote for d in documents),
+        size=sum(d.stop - d.start for d in documents),
+        identity=[[d.name, d.split, d.file.version, d.start, d.stop] for d in documents],
+        records=partial(read_documents, documents),
+    )

@@ -12,22 +12,11 @@ from jaxtyping import Int32, Integer
 class Tokenizer(Protocol):
     """Ids lie in 0 ... n_vocab - 1; pad_id may equal eos_id. Can be pickled."""
 
-    @property
-    def n_vocab(self) -> int: ...
-
-    @property
-    def bos_id(self) -> int: ...
-
-    @property
-    def eos_id(self) -> int: ...
-
-    @property
-    def pad_id(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of everything that determines the ids of a text."""
-        ...
+    n_vocab: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    fingerprint: str  # SHA-256 of everything that determines the ids of a text
 
     def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
         """The ids of each text, without bos and eos; a text that spells a special token gets ordinary ids."""
