@@ -1,6 +1,6 @@
-"""The table of results/scale from plans as JSON: python scripts/scale_report.py results/scale
+"""Prints the table of results/scale as Markdown: python scripts/scale_report.py results/scale
 
-Each FILE.json there is what `plan.py --compile --json` printed. Prints Markdown; a row a file, by name.
+Each FILE.json there is the output of `plan.py --compile --json`, and gives one row, in the order of names.
 """
 
 import argparse
@@ -15,8 +15,7 @@ from mutransformer.errors import FINISHED, check
 def row(path: Path) -> list[str]:
     plan = json.loads(path.read_text(encoding="utf-8"))
     compiled, hybrid = plan["compiled"], plan["compiled"]["costings"]["hybrid"]
-    held = compiled["memory"]
-    state = sum(held[key] for key in ("parameters", "optimizer"))
+    state = sum(compiled["memory"][key] for key in ("parameters", "optimizer"))
     return [
         path.stem,
         f"{plan['topology']}, {' x '.join(map(str, plan['mesh'].values()))}",
@@ -34,19 +33,19 @@ def row(path: Path) -> list[str]:
 
 
 HEADER = [
-    *("case", "slice, mesh", "remat", "step, s", "all by cycles, s", "MFU", "MFU, 6N + 12LTd", "products, s", "kernels, s"),
-    *("exposed of comm., s", "peak, GB", "state, GB"),
+    *("case", "slice, mesh", "remat", "step, s", "step by cycles, s", "MFU", "MFU, 6N + 12LTd", "matmul, s", "kernels, s"),
+    *("exposed of all comm., s", "peak, GB", "state, GB"),
 ]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
 
     def run() -> int:
-        paths = sorted(given.folder.glob("*.json"))
-        check(bool(paths), f"{given.folder}: holds no .json of plan.py --compile --json")
+        paths = sorted(args.folder.glob("*.json"))
+        check(bool(paths), f"{args.folder}: contains no .json of plan.py --compile --json")
         rows = [HEADER, ["---"] * len(HEADER), *(row(path) for path in paths)]
         print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
         return FINISHED

@@ -1,5 +1,6 @@
 """The planner end to end: scripts/plan.py, the Python API, and the TPU compiler where it is installed."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path

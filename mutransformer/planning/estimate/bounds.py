@@ -13,7 +13,7 @@ from mutransformer.planning.estimate.work import Work, abstract_batch, count_ste
 from mutransformer.planning.kernel_flops import KernelFlops
 from mutransformer.planning.scenario import Scenario
 
-# Only for `guess`, which ranks meshes and remat policies. Fitted to simulated steps of a 1.3 B model on 64 v5p chips, with and
+# Only for `guess`, which ranks meshes and remat policies. Set between simulated steps of a 1.3 B model on 64 v5p chips, with and
 # without XLA's tuning flags: matrix products reach this fraction of peak, and this fraction of communication is exposed.
 MXU_EFFICIENCY = 0.75
 EXPOSED = 0.75
