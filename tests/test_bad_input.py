@@ -265,41 +265,41 @@ def seal(checkpoint):
 
 
 def damage_step(run: Path, what: str) -> None:
-    newest = run / "checkpoints/2"
+    latest = run / "checkpoints/2"
     match what:
         case "an empty checkpoint":
-            shutil.rmtree(newest)
+            shutil.rmtree(latest)
             (run / "checkpoints/5").mkdir()
         case "a file instead of the checkpoints":
-            shutil.rmtree(newest.parent)
-            newest.parent.touch()
+            shutil.rmtree(latest.parent)
+            latest.parent.touch()
         case "an emptied state":
-            shutil.rmtree(newest / "state")
-            (newest / "state").mkdir()
+            shutil.rmtree(latest / "state")
+            (latest / "state").mkdir()
         case "a state that lacks a file":
             largest = max(
-                (path for path in newest.joinpath("state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+                (path for path in latest.joinpath("state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
             )
             largest.unlink()
         case "a state cut in half":
-            for path in newest.joinpath("state/d").iterdir():
+            for path in latest.joinpath("state/d").iterdir():
                 os.truncate(path, path.stat().st_size // 2)
-            for path in newest.joinpath("state/ocdbt.process_0/d").iterdir():
+            for path in latest.joinpath("state/ocdbt.process_0/d").iterdir():
                 os.truncate(path, path.stat().st_size // 2)
         case "a broken run record":
-            (newest / "run/metadata").write_text('{"config": ')
+            (latest / "run/metadata").write_text('{"config": ')
         case "a run record that is no record":
-            (newest / "run/metadata").write_text("[1, 2]")
-            seal(newest)
+            (latest / "run/metadata").write_text("[1, 2]")
+            seal(latest)
         case "a run record without its parts":
-            (newest / "run/metadata").write_text("{}")
-            seal(newest)
+            (latest / "run/metadata").write_text("{}")
+            seal(latest)
         case "a run record without a position":
-            record = json.loads((newest / "run/metadata").read_bytes())
-            (newest / "run/metadata").write_text(json.dumps(record | {"position": {}}))
-            seal(newest)
+            record = json.loads((latest / "run/metadata").read_bytes())
+            (latest / "run/metadata").write_text(json.dumps(record | {"position": {}}))
+            seal(latest)
         case "no run record":
-            shutil.rmtree(newest / "run")
+            shutil.rmtree(latest / "run")
         case _:
             raise AssertionError(what)
 

@@ -15,7 +15,7 @@ from mutransformer.config import setting
 from mutransformer.config.schema import Config, all_settings, flatten
 from mutransformer.errors import ConfigError, check
 
-# Keys of version 0.1.0's predecessors, and what they are called now.
+# Keys of earlier versions, and their names now.
 RENAMED = {
     "mesh.slices": "mesh.replicas",
     "mesh.streams": "mesh.overlap_groups",
@@ -105,13 +105,13 @@ def _merge(merged: Any, arg: str) -> Any:
     try:
         if is_file(arg):
             path = arg if Path(arg).is_file() else shipped_configs().get(arg, arg)
-            given = OmegaConf.load(path)
+            settings = OmegaConf.load(path)
         else:
-            given = OmegaConf.from_dotlist([arg])
-        check(isinstance(given, DictConfig), f"{arg}: must hold `key: value` lines")
-        missing = sorted(OmegaConf.missing_keys(given))
+            settings = OmegaConf.from_dotlist([arg])
+        check(isinstance(settings, DictConfig), f"{arg}: must hold `key: value` lines")
+        missing = sorted(OmegaConf.missing_keys(settings))
         check(not missing, f"{arg}: no value for {', '.join(missing)}")
-        return OmegaConf.merge(merged, given)
+        return OmegaConf.merge(merged, settings)
     except ConfigKeyError as error:
         at = f"{arg}: " if is_file(arg) or not error.full_key else ""
         raise ConfigError(f"{at}{_unknown(str(error.full_key))}") from None

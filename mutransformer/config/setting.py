@@ -63,7 +63,7 @@ def check_settings(group: Any, prefix: str) -> None:
         check(within, f"{key} = {value}: must be {_limits(metadata['bounds'])}")
         if metadata["path"]:
             for path in value if isinstance(value, list) else [value]:
-                check_path(key, path, urls=metadata["path"] == "url")
+                check_path(key, str(path), urls=metadata["path"] == "url")
 
 
 class Setting(NamedTuple):
