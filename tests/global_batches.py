@@ -16,18 +16,18 @@ from jax.experimental import multihost_utils
 from mutransformer.config.load import load
 from mutransformer.data.batches import pipeline
 from mutransformer.data.cache.prepare import prepare
-from mutransformer.sharding.mesh import data_share, make_mesh, put
-from mutransformer.sharding.processes import join_processes
+from mutransformer.sharding.mesh import data_share, make_mesh, put_batch
+from mutransformer.sharding.processes import all_processes, join_processes
 
 config = load(sys.argv[3:])
 join_processes(config.distributed)
 mesh = make_mesh(config.mesh, [jax.devices()[int(i)] for i in sys.argv[2]])
-corpus = prepare(config.data, jax.process_count(), jax.process_index())
+corpus = prepare(config.data, all_processes())
 n_vocab = corpus.tokenizer.n_vocab
 batches = pipeline.train_batches(corpus.splits["train"], config.data, config.seed, *data_share(mesh), n_vocab)
 lines = []
 for _ in range(50):
-    batch = [a for a in put(next(batches), mesh) if a is not None]
+    batch = [a for a in put_batch(next(batches), mesh) if a is not None]
     whole = [np.ascontiguousarray(multihost_utils.process_allgather(a, tiled=True)) for a in batch]
     lines.append(f"{hashlib.sha256(b''.join(a.tobytes() for a in whole)).hexdigest()} {[a.shape for a in whole]}")
 batches.close()

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from programs import program
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
@@ -28,10 +29,8 @@ from mutransformer.data.cache import store as cache
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.errors import USAGE_ERROR
 from mutransformer.sharding import devices as hardware
-from mutransformer.sharding.mesh import make_mesh
 from mutransformer.training import metrics
-from mutransformer.training.checkpoint import SEAL, Checkpoints, _hashes
-from mutransformer.training.state import init_state
+from mutransformer.training.checkpoint import CHECKSUMS, Checkpoints, _checksums
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(f"line {i} of a small text, number {i * i}\n" for i in range(60))
@@ -225,7 +224,7 @@ def test_token_outside_the_vocabulary(settings, tmp_path, train):
     manifest = file.with_name("manifest.json")
     entry = json.loads(manifest.read_bytes())["entry"]
     entry["shards"][0]["sha256"] = hashlib.sha256(data).hexdigest()
-    manifest.write_bytes(cache.seal(entry))
+    manifest.write_bytes(cache.to_json(entry))
     outcome = train(*settings)
     check_refused(outcome, r"00000-of-00001.bin, train token \d+: id 259 is outside the vocabulary of 259")
     assert not list((tmp_path / "runs/run/checkpoints").iterdir())
@@ -239,7 +238,7 @@ def finished(tmp_path_factory):
     config = load(small_run(folder))
     corpus = prepare(config.data)
     config = config.with_vocab(corpus.tokenizer.n_vocab)
-    state = init_state(config, make_mesh(config.mesh))
+    state = program(config).init_state()
     with closing(Checkpoints(config)) as checkpoints:
         data = fingerprint(corpus.splits["train"], config.data, config.seed)
         checkpoints.save(dataclasses.replace(state, step=state.step + config.steps), {"next_index": config.steps}, data, loss=5.5)
@@ -261,7 +260,7 @@ def goes_on(finished, settings):
 
 def seal(checkpoint):
     """As if it had been written so."""
-    (checkpoint / SEAL).write_text(json.dumps(_hashes(checkpoint)))
+    (checkpoint / CHECKSUMS).write_text(json.dumps(_checksums(checkpoint)))
 
 
 def damage_step(run: Path, what: str) -> None:

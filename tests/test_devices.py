@@ -4,11 +4,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from mutransformer.config.run import ProfileConfig
-from mutransformer.sharding.devices import Profile, memory_in_use, peak_flops
+from mutransformer.sharding.devices import memory_in_use, peak_flops
 
 
 def device(stats: Any) -> Any:
@@ -67,39 +65,3 @@ def test_memory_is_that_of_the_fullest_device():
     one, two = {"bytes_in_use": 5, "peak_bytes_in_use": 7}, {"bytes_in_use": 3, "peak_bytes_in_use": 9}
     assert memory_in_use([device(one), device(two)]) == {"bytes_in_use": 5, "peak_bytes": 9}
     assert memory_in_use([device(one), device(None)]) is None
-
-
-def test_profile_traces_the_window(tmp_path, monkeypatch):
-    waited = []
-    monkeypatch.setattr(jax, "block_until_ready", waited.append)
-    profile = Profile(ProfileConfig(start=1, stop=3), tmp_path)
-    double = jax.jit(lambda x: 2 * x)
-    running = []
-    for i in range(5):
-        profile.step(i, wait_for=i)
-        running.append(profile.running)
-        double(jnp.ones(3))
-    assert running == [False, True, True, False, False]
-    assert waited == [1, 3]
-    assert len(list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))) == 1
-    assert len(list(tmp_path.glob("plugins/profile/*/*.trace.json.gz"))) == 1
-
-
-def test_profile_resumed_within_the_window_and_cut_short(tmp_path):
-    profile = Profile(ProfileConfig(start=1, stop=30), tmp_path)
-    profile.step(7)
-    assert profile.running
-    profile.close(jnp.ones(3))
-    profile.close()
-    assert not profile.running
-    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
-
-
-@pytest.mark.parametrize("process", [0, 1])
-def test_no_profile_unless_asked_for_on_process_0(tmp_path, monkeypatch, process):
-    monkeypatch.setattr(jax, "process_index", lambda: process)
-    profile = Profile(ProfileConfig() if process == 0 else ProfileConfig(start=0, stop=9), tmp_path)
-    for i in range(3):
-        profile.step(i)
-    profile.close()
-    assert not list(tmp_path.iterdir())

@@ -114,13 +114,13 @@ def test_joined_nothing_of_it_is_computed() -> None:
     apart, _ = rows("relu")
     joined = apart._replace(segments=None)
 
-    def program(settings: Config, batch: Batch) -> tuple[int, str]:
-        traced = jax.make_jaxpr(make_loss_and_grads(program(settings, mesh, BOS)))(params(config), batch)
-        return len(traced.jaxpr.invars) - len(jax.tree.leaves(params(config))), str(traced)
+    def traced(settings: Config, batch: Batch) -> tuple[int, str]:
+        jaxpr = jax.make_jaxpr(make_loss_and_grads(program(settings, mesh, BOS)))(params(config), batch)
+        return len(jaxpr.jaxpr.invars) - len(jax.tree.leaves(params(config))), str(jaxpr)
 
-    plain, masked = program(config, joined), load([*TINY, f"data.seq_len={T}", "mesh.x=1", "data.intra_document_mask=true"])
+    plain, masked = traced(config, joined), load([*TINY, f"data.seq_len={T}", "mesh.x=1", "data.intra_document_mask=true"])
     assert plain[0] == 2 and Batch(apart.tokens, apart.mask).segments is None
-    assert program(masked, joined) == plain, "the batch alone decides, not the setting"
+    assert traced(masked, joined) == plain, "the batch alone decides, not the setting"
     compared = f"bool[2,64,{T}]"  # a query and a key of each row; the causal mask knows no rows
     assert compared not in plain[1]
     n_inputs, text = program(masked, apart)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokens import mixture
 
-from mutransformer.training.evaluate import ngram_losses, results
+from mutransformer.training.evaluate import loss_metrics, ngram_losses
 
 
 def test_unigram_and_bigram_against_loops() -> None:
@@ -36,4 +36,4 @@ def test_a_bigram_finds_what_a_unigram_cannot() -> None:
 
 def test_bits_per_byte() -> None:
     file = mixture([[0] * 100], n_bytes=400)
-    assert results(math.log(2), file) == pytest.approx({"loss": math.log(2), "perplexity": 2.0, "bits_per_byte": 0.25})
+    assert loss_metrics(math.log(2), file) == pytest.approx({"loss": math.log(2), "perplexity": 2.0, "bits_per_byte": 0.25})

@@ -27,6 +27,7 @@ from mutransformer.study.sweep import grid, records
 from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun
 from mutransformer.study.sweep.run import _groups
 from mutransformer.training.loop import train
+from mutransformer.training.program import build_with_data
 
 SCRIPT = "scripts/sweep.py"
 STEPS = 80
@@ -120,7 +121,7 @@ def test_a_run_of_a_sweep_equals_one_of_train(complete: Path, folder: Path) -> N
     (ours,) = (run for run in records.read(complete) if run.key == ("mup", 32, 2**-6, 1))
     more = ("model.d_model=32", "optim.lr=0.015625", "seed=1", "log.every=1", "name=alone", f"eval.every={STEPS}")
     config = load(arguments(folder, *more))
-    assert train(config) == FINISHED
+    assert train(*build_with_data(config)) == FINISHED
     logged = [json.loads(line) for line in (config.rundir / "metrics.jsonl").read_text().splitlines()]
     means = np.mean(np.reshape([line["train/loss"] for line in logged], (-1, 10)), axis=1)
     theirs = dataclasses.replace(ours, train_loss=means.tolist(), validation_loss=logged[-1]["validation/loss"])

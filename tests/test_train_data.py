@@ -9,6 +9,7 @@ from test_sources import TEXTS, write
 
 from mutransformer.config.load import load
 from mutransformer.training.loop import train
+from mutransformer.training.program import build_with_data
 
 TEXT = [f"{k}: {text}" for k in range(6) for text in TEXTS]
 
@@ -51,7 +52,7 @@ def test_the_whole_way(kind: str, kept: list[str], tmp_path: Path) -> None:
         "log.every=1",
     ]
     config = load([*small, *quiet, *settings(kind, tmp_path), f"data.cache_dir={tmp_path}/cache", f"workdir={tmp_path}/runs"])
-    assert train(config) == 0
+    assert train(*build_with_data(config)) == 0
     run = tmp_path / "runs/run"
     losses = [json.loads(line).get("train/loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [loss for loss in losses if loss is not None]

@@ -54,7 +54,7 @@ def run(args: Namespace) -> int:
         result = rank(config, args.topology, top=args.top, compile_top=compile_top, kernels=kernels)
     else:
         result = plan(config, args.topology, mesh=args.mesh, compile=args.compile, kernels=kernels)
-        if args.timeline:
+        if args.timeline and result.simulated:
             from mutransformer.planning.timeline import draw
 
             draw(result.simulated, f"{config.name} on {result.estimate.scenario.topology}", args.timeline)
