@@ -123,7 +123,7 @@ def test_joined_nothing_of_it_is_computed() -> None:
     assert traced(masked, joined) == plain, "the batch alone decides, not the setting"
     compared = f"bool[2,64,{T}]"  # a query and a key of each row; the causal mask knows no rows
     assert compared not in plain[1]
-    n_inputs, text = program(masked, apart)
+    n_inputs, text = traced(masked, apart)
     assert n_inputs == 3 and compared in text
 
 

@@ -204,8 +204,8 @@ def test_bad_lines_are_reported_by_place_or_counted(
     with caplog.at_level(logging.WARNING):
         found = texts_of(config(tmp_path, "jsonl", name, on_bad_record="skip"))
     assert sum(map(len, found.values())) == len(TEXTS)
-    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert re.match(rf"^data: 2 bad records were skipped, the first: .*{re.escape(name)}:61: {reason}$", line)
+    (message,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert re.match(rf"^data: 2 bad records were skipped, the first: .*{re.escape(name)}:61: {reason}$", message)
     assert texts_of(config(tmp_path, "jsonl", name, on_bad_record="skip")) == found
 
 

@@ -222,7 +222,7 @@ class _Counter:
 
     def _flops_and_collectives(self, eqn: core.JaxprEqn) -> None:
         name, params, work = eqn.primitive.name, eqn.params, self.work
-        shapes, results = ([getattr(v.aval, "shape", ()) for v in each] for each in (eqn.invars, eqn.outvars))
+        shapes, results = ([_shape(v) for v in each] for each in (eqn.invars, eqn.outvars))
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             work.matmul_flops += 2.0 * math.prod(results[0]) * math.prod(shapes[0][d] for d in contracted)
@@ -245,3 +245,7 @@ def _inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
         for each in value if isinstance(value, tuple | list) else (value,):
             if isinstance(each, core.Jaxpr | core.ClosedJaxpr):
                 yield each.jaxpr if isinstance(each, core.ClosedJaxpr) else each
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return getattr(variable.aval, "shape", ())
