@@ -15,6 +15,7 @@ from sweeps import LOGGED, RATES, WIDTHS, make_run, sweep
 
 from mutransformer.cli import main
 from mutransformer.errors import ConfigError
+from mutransformer.study import figures
 from mutransformer.study.sweep.records import FILE, Run, append
 from mutransformer.study.transfer import plots
 from mutransformer.study.transfer.analysis import Variant, analyze
@@ -333,7 +334,8 @@ def test_odd_sweeps_can_be_drawn(runs, tmp_path):
 # The command
 
 
-def test_passing_and_failing_sweeps(tmp_path, capsys):
+def test_passing_and_failing_sweeps(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figures, "save", lambda *_, **__: None)  # drawn in other tests
     append(tmp_path / "mup" / FILE, sweep())
     append(tmp_path / "sp" / FILE, sweep("sp", lambda width: -5.5 - math.log2(width / 64)))
     assert main(["report", str(tmp_path / "mup"), str(tmp_path / "sp" / FILE)]) == 0

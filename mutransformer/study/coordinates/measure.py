@@ -23,16 +23,13 @@ from mutransformer.sharding.collectives import mean_xy
 from mutransformer.study.sweep.grid import VariantConfig
 from mutransformer.study.sweep.parallel_runs import RUNS, ParallelRuns
 
+# size: mean |x|, over layers too. change: mean |x - x at step 0| on the same batch. update: mean |w - w before| of a weight.
 Kind = Literal["size", "change", "update"]
 
 
 @dataclass(frozen=True)
 class Coordinate:
-    """One measured number.
-
-    Attributes:
-        kind: size: mean |x|, over layers too. change: mean |x - x at step 0| on the same batch. update: mean |w - w before|.
-    """
+    """One measured number."""
 
     variant: str  # the parametrization
     at: int  # the model's width or depth
@@ -46,12 +43,7 @@ class Coordinate:
 def measure(variant: VariantConfig, at: int, seeds: Sequence[int], steps: int, corpus: Corpus) -> list[Coordinate]:
     """Trains on one batch, the same at every step, and measures the model before the first update and after each.
 
-    Args:
-        variant: the config.
-        at: its width or depth, to be recorded.
-        seeds: one run for each, with its own weights and batch.
-        steps: updates.
-        corpus: the source of the batches.
+    `at` is the variant's width or depth, to be recorded. Each seed has its own weights and batch.
     """
     config, n_vocab = variant.config, corpus.tokenizer.n_vocab
     filled = [*seeds, *[seeds[-1]] * (-len(seeds) % len(jax.devices()))]
@@ -76,7 +68,8 @@ def measure(variant: VariantConfig, at: int, seeds: Sequence[int], steps: int, c
         if step:
             before = jax.tree.map(jnp.copy, state.params)
             state, _ = runs.step(state, batches)
-            record(step, "update", _by_name(updates(before, state.params)))
+            moved = jax.tree_util.tree_leaves_with_path(updates(before, state.params))
+            record(step, "update", {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in moved})
         size, change = sizes_and_changes((start, state.params), placed, runs.hyper.data)
         record(step, "size", size)
         if step:
@@ -105,8 +98,3 @@ def _mean_abs(x: Array) -> Array:
 
 def _mean_abs_update(before: Array, after: Array) -> Array:
     return jnp.mean(jnp.abs(after - before), axis=tuple(range(1, before.ndim)))
-
-
-def _by_name(tree: Any) -> dict[str, Array]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 from mutransformer.study.coordinates.slopes import SlopeFit
 from mutransformer.study.figures import Figure, Line2D, shades
@@ -13,7 +13,7 @@ TITLES = {"size": "mean |x|", "change": "mean |change of x since the start|", "u
 CONTROL: dict[str, Any] = {"color": "#9a9a9a", "linestyle": "--", "linewidth": 1.0, "zorder": 1}
 
 
-def coordinates(fits: Sequence[SlopeFit], subject: str, control: Optional[str], axis: Axis) -> Figure:
+def coordinates(fits: Sequence[SlopeFit], subject: str, control: str | None, axis: Axis) -> Figure:
     """The fits, all of one kind; the control's lines are dashed."""
     names = list(dict.fromkeys(fit.name for fit in fits))
     steps = sorted({fit.step for fit in fits})

@@ -27,21 +27,10 @@ _log = logging.getLogger(__name__)
 def coordinate_check(
     subject: Configs, control: Configs, axis: Axis, seeds: Sequence[int], steps: int, limits: Limits, folder: Path
 ) -> list[Verdict]:
-    """Measures every config and judges the result.
+    """Measures every config of the checked parametrization and of one that should fail (empty: none), and judges the result.
 
-    Args:
-        subject: the checked parametrization.
-        control: one that should fail; empty for none.
-        axis: what varies over the configs.
-        seeds, steps: as `measure` takes them.
-        limits: bounds of a passing check.
-        folder: for coordinates.csv, figures as PNG and SVG, and TensorBoard files.
-
-    Returns:
-        The verdicts on the subject and on the control.
-
-    Raises:
-        ConfigError: a setting does not fit the data; matplotlib is not installed.
+    Writes coordinates.csv, figures as PNG and SVG, and TensorBoard files to the folder. Raises ConfigError if a setting does not
+    fit the data or matplotlib is not installed.
     """
     from mutransformer.study import figures  # needs matplotlib, which is an extra
     from mutransformer.study.coordinates import plots

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import numpy as np
 
@@ -28,7 +27,7 @@ class SlopeFit:
     at: list[int]  # widths or depths, ascending
     means: list[float]  # over seeds
     slope: float  # of log(mean) against log(at), least squares; NaN if a mean is zero or not finite
-    spread: Optional[float]  # standard deviation of the slopes of single seeds; None for one seed
+    spread: float | None  # standard deviation of the slopes of single seeds; None for one seed
 
     @property
     def growth(self) -> float:

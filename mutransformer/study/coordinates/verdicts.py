@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 from mutransformer.study.coordinates.slopes import SlopeFit
 from mutransformer.study.sweep.grid import Axis
@@ -23,7 +22,7 @@ class Limits:
     depth_growth: float = 10.0  # at least: the factor by which it grows over the depths in the control
 
 
-def judge(fits: Sequence[SlopeFit], subject: str, control: Optional[str], axis: Axis, limits: Limits) -> list[Verdict]:
+def judge(fits: Sequence[SlopeFit], subject: str, control: str | None, axis: Axis, limits: Limits) -> list[Verdict]:
     """The verdict on the checked variant, and on whether the control fails as it should."""
     subjects, controls = ([fit for fit in fits if fit.variant == variant] for variant in (subject, control))
     flat = (_flat_over_width if axis == "width" else _flat_over_depth)(subjects, limits)

@@ -42,13 +42,11 @@ def configs(
 
     Args:
         args: YAML files and overrides, as for training.
-        axis: whether `sizes` are values of model.d_model or of model.n_layer.
-        sizes: distinct.
+        sizes: distinct values of model.d_model or model.n_layer.
         sets: swept settings, each "key=value,value,...".
         label: the variant's name, before its swept settings; None: the parametrization.
 
-    Raises:
-        ConfigError: a setting is invalid or does not fit a size, or two variants would have the same name.
+    Raises ConfigError if a setting is invalid or does not fit a size, or if two variants would have the same name.
     """
     found: dict[tuple[str, int], VariantConfig] = {}
     for combination in itertools.product(*map(_settings, sets)):
@@ -82,11 +80,7 @@ def seeds(option: str, text: str) -> list[int]:
 
 
 def rates(option: str, text: str) -> list[float]:
-    """Learning rates, ascending: "2^-10:2^-2:1" (first:last:step in octaves) or a list, "2^-6,0.03".
-
-    Raises:
-        ConfigError: the text has neither form, a rate is not positive, or there is none.
-    """
+    """Learning rates, ascending: "2^-10:2^-2:1" (first:last:step in octaves) or a list, "2^-6,0.03". Raises ConfigError."""
     parts = text.split(":")
     as_range = len(parts) == 3 and "," not in text
     form = "2^-10:2^-2:1 (first:last:step in octaves), or rates separated by commas"

@@ -46,12 +46,8 @@ class RunGroup(Protocol):
     def step(self, state: TrainState[Array], batches: Sequence[Batch]) -> tuple[TrainState[Array], Array]:
         """One update of every run.
 
-        Args:
-            state: donated.
-            batches: one for each of `seeds`, host arrays [B, T], this process's rows of them.
-
-        Returns:
-            The new state, and the losses before the update in nats per token, on the devices: [R], or [] for a single run.
+        Takes a state, which is donated, and for each of `seeds` this process's rows of a batch, host arrays [B, T]. Returns the
+        new state, and the losses before the update in nats per token, on the devices: [R], or [] for a single run.
         """
         ...
 
@@ -139,14 +135,10 @@ class ParallelRuns(RunGroup):
         self._gather = jax.jit(jnp.stack, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
     def map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[[Any, Batch, Array], Any]:
-        """A per-device function of one run's (weights, batch), as step.device_grads returns -> one of all runs.
+        """A per-device function of one run's (weights, batch), as step.device_grads returns -> one of all runs, not jitted.
 
-        Args:
-            function: of weights, or of whatever tree in_specs is of, and a batch.
-            in_specs, out_specs: of the stacked weights and results.
-
-        Returns:
-            A function of (stacked weights, batches of all seeds, index of each run's batch [R]). Not jitted.
+        That is a function of (stacked weights, batches of all seeds, index of each run's batch [R]); in_specs and out_specs are
+        those of the stacked weights, or whatever tree takes their place, and of the stacked results.
         """
 
         def on_device(weights: Any, batches: Batch, data: Array) -> Any:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from beartype.door import is_bearable
 from beartype.vale import Is
@@ -22,7 +22,7 @@ Finite = Annotated[float, Is[lambda x: math.isfinite(x)]]  # JSON's 1e999 is rea
 Count = Annotated[Integer, Is[lambda n: n > 0]]
 Rate = Annotated[Finite, Is[lambda x: x > 0]]
 Steps = Annotated[list[Integer], Is[lambda items: all(is_bearable(n, Integer) for n in items)]]
-Losses = Annotated[list[Optional[Finite]], Is[lambda items: all(is_bearable(x, Optional[Finite]) for x in items)]]
+Losses = Annotated[list[Finite | None], Is[lambda items: all(is_bearable(x, Finite | None) for x in items)]]
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Run:
     seed: Integer  # of weights and data order
     status: Literal["finished", "diverged"]  # diverged: a loss is not finite
     steps: Count  # updates planned; a diverged run continues, but its later losses are meaningless
-    diverged_at: Optional[Integer]  # the first step whose loss is not finite
+    diverged_at: Integer | None  # the first step whose loss is not finite
     logged: Steps  # step numbers, ascending, at most `steps`
     train_loss: Losses  # before the update, mean over the steps since the previous logged step
-    validation_loss: Optional[Finite]  # after the last update
+    validation_loss: Finite | None  # after the last update
     seconds: Finite  # wall-clock time of the runs trained at once / their number, compilation included
     settings: dict[str, Any]  # dotted keys whose values are not the defaults
 
@@ -101,15 +101,13 @@ def join(paths: Iterable[Path]) -> list[Run]:
     for path in paths:
         for run in read(path):
             first, where = found.setdefault(run.key, (run, path))
-            check(
-                replace(run, seconds=first.seconds, settings=first.settings) == first,
-                f"{path}: {run.variant}, width {run.width}, lr {run.lr}, seed {run.seed} is repeated with different losses"
-                + ("" if where == path else f"; the other is in {where}"),
-            )
+            same = replace(run, seconds=first.seconds, settings=first.settings) == first
+            text = f"{path}: {run.variant}, width {run.width}, lr {run.lr}, seed {run.seed} is repeated with different losses"
+            check(same, text if where == path else f"{text}; the other is in {where}")
     return [run for run, _ in found.values()]
 
 
-def setting_values(runs: Sequence[Run], keys: Optional[Sequence[str]] = None) -> dict[str, list[str]]:
+def setting_values(runs: Sequence[Run], keys: Sequence[str] | None = None) -> dict[str, list[str]]:
     """The distinct values, as text, of these settings; None: of all that are not at their default in every run, but VARIED."""
     keys = sorted({key for run in runs for key in run.settings} - VARIED) if keys is None else keys
     return {key: list(dict.fromkeys(str(run.settings.get(key, "default")) for run in runs)) for key in keys}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ from mutransformer.sharding.processes import StopRequest, stop_on_signals
 from mutransformer.study.sweep import records
 from mutransformer.study.sweep.grid import Point, VariantConfig, non_defaults
 from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun
-from mutransformer.study.tensorboard import open_writer, write_result
+from mutransformer.study.tensorboard import open_writer
 from mutransformer.study.verdict import count
 from mutransformer.training.program import prepare_data
 
@@ -40,12 +40,11 @@ PER_RUN = {"optim.lr", "seed", "name", "workdir", "model.n_vocab"}  # settings t
 _log = logging.getLogger(__name__)
 
 
-def sweep(variants: Sequence[VariantConfig], points: Sequence[Point], folder: Path, memory: Optional[int] = None) -> int:
+def sweep(variants: Sequence[VariantConfig], points: Sequence[Point], folder: Path, memory: int | None = None) -> int:
     """Trains each config at each point, except those already in the folder's runs.jsonl.
 
     Args:
         variants: in the order in which they are trained.
-        points: learning rates and seeds.
         folder: for runs.jsonl, TensorBoard files and snapshots.
         memory: bytes that runs may use on a device; None: what the device has.
 
@@ -91,16 +90,13 @@ def _missing(variant: VariantConfig, points: Sequence[Point], done: Sequence[rec
     for run in runs:
         keys = (ours.keys() | run.settings.keys()) - PER_RUN
         differing = sorted(key for key in keys if ours.get(key) != run.settings.get(key))
-        check(
-            not differing,
-            f"{path}: its runs of {run.variant} at width {run.width} had other settings: {', '.join(differing)}; "
-            "choose another --out or --label",
-        )
+        text = f"{path}: its runs of {run.variant} at width {run.width} had other settings: {', '.join(differing)}"
+        check(not differing, f"{text}; choose another --out or --label")
     return [point for point in points if point not in {(run.lr, run.seed) for run in runs}]
 
 
 def _groups(
-    config: Config, corpus: Corpus, points: Sequence[Point], memory: Optional[int]
+    config: Config, corpus: Corpus, points: Sequence[Point], memory: int | None
 ) -> Iterator[tuple[RunGroup, list[Point]]]:
     """The points in groups that the devices can train at once: all if they fit, else half as many, and at last one by one.
 
@@ -147,7 +143,8 @@ def _train(
             source.set_state({"next_index": step})
         where = f"{count(len(points), 'run')} {group.layout} on {count(len(jax.devices()), 'device')}"
         _log.info("%s width %d: %s%s", variant.name, variant.width, where, f", resuming after step {step}" if step else "")
-        progress, unread, saved = _Progress(variant, points), list[Array](), time.perf_counter()
+        unread, saved = list[Array](), time.perf_counter()
+        first: tuple[int, float] | None = None  # the first logged step and its time: leaves out compilation
         while step < config.steps:
             state, loss = group.step(state, [next(source) for source in sources])
             unread.append(loss)
@@ -155,11 +152,13 @@ def _train(
             stopping = stop.requested  # read once: a request from here on takes effect after the next step
             if step % config.log.every and step != config.steps and not stopping:
                 continue
-            latest = losses[step - len(unread) : step] = group.read(unread)[:, : len(points)]
-            unread.clear()
+            before, latest = step - len(unread), group.read(unread)[:, : len(points)]
+            losses[before:step], unread = latest, []
             for writer, mean in zip(writers, latest.mean(axis=0), strict=False):
                 writer.add_scalar("train/loss", float(mean), step)
-            progress.log(step, latest)
+            if first is None or step * 4 // config.steps > before * 4 // config.steps:
+                _log.info("%s", _progress(variant, points, step, latest, first))
+            first = first or (step, time.perf_counter())
             if stopping or time.perf_counter() - saved > SNAPSHOT_SECONDS:
                 snapshots.save(step, args=ocp.args.StandardSave((state, losses)))
                 snapshots.wait_until_finished()
@@ -173,7 +172,9 @@ def _train(
         for writer, run in zip(writers, runs, strict=False):
             if run.validation_loss is not None:
                 settings = flatten(config) | {"variant": run.variant, "optim.lr": run.lr, "seed": run.seed}
-                write_result(writer, settings, "validation/loss", run.validation_loss, run.steps)
+                kept = {key: value for key, value in settings.items() if isinstance(value, bool | int | float | str)}
+                # TensorBoard's table of hyperparameters; another name would make another TensorBoard run, in a subfolder.
+                writer.add_hparams(kept, {"validation/loss": run.validation_loss}, name=".", global_step=run.steps)
     if jax.process_index() == 0:
         shutil.rmtree(snapshots.directory, ignore_errors=True)
     return runs
@@ -194,27 +195,19 @@ def _writers(folder: Path, variant: VariantConfig, points: Sequence[Point], step
     return [open_writer(folder, n, purge_step=step + 1, filename_suffix=f".{step}", flush_secs=30) for n in names]
 
 
-class _Progress:
-    """Log messages about a group: at its first logged step and at every quarter of its steps."""
-
-    def __init__(self, variant: VariantConfig, points: Sequence[Point]):
-        self._variant, self._points = variant, points
-        self._start: tuple[int, float] | None = None  # the first logged step and its time: leaves out compilation
-
-    def log(self, step: int, losses: Float[np.ndarray, "n R"]) -> None:
-        """Reports the run with the lowest mean loss over the last n steps, and the speed."""
-        steps, before, means, now = self._variant.config.steps, step - len(losses), losses.mean(axis=0), time.perf_counter()
-        text = f"{self._variant.name} width {self._variant.width}: step {step}/{steps}"
-        if np.isfinite(means).any():
-            best = int(np.argmin(np.where(np.isfinite(means), means, np.inf)))
-            text += f"  best loss {means[best]:.4f} at lr 2^{math.log2(self._points[best][0]):g}"
-        if self._start is not None:
-            seconds = (now - self._start[1]) / (step - self._start[0])
-            tokens = len(self._points) * self._variant.config.tokens_per_step / seconds
-            text += f"  {tokens / 1000:,.1f}k tok/s over all runs  eta {seconds * (steps - step):.0f} s"
-        if self._start is None or step * 4 // steps > before * 4 // steps:
-            _log.info("%s", text)
-        self._start = self._start or (step, now)
+def _progress(
+    variant: VariantConfig, points: Sequence[Point], step: int, losses: Float[np.ndarray, "n R"], since: tuple[int, float] | None
+) -> str:
+    """The run with the lowest mean loss over the last n steps, and the speed since an earlier (step, time)."""
+    config, means = variant.config, np.where(np.isfinite(losses).all(axis=0), losses.mean(axis=0), np.inf)
+    text, best = f"{variant.name} width {variant.width}: step {step}/{config.steps}", int(np.argmin(means))
+    if np.isfinite(means[best]):
+        text += f"  best loss {means[best]:.4f} at lr 2^{math.log2(points[best][0]):g}"
+    if since is not None:
+        seconds = (time.perf_counter() - since[1]) / (step - since[0])
+        text += f"  {len(points) * config.tokens_per_step / seconds / 1000:,.1f}k tok/s over all runs"
+        text += f"  eta {seconds * (config.steps - step):.0f} s"
+    return text
 
 
 def _record(

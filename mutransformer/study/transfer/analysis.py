@@ -6,7 +6,6 @@ Learning rates are given as log2, losses in nats per token, drifts in octaves (f
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import numpy as np
 
@@ -34,9 +33,14 @@ class Cell:
         return float(np.mean(list(self.losses.values())))
 
     @property
-    def spread(self) -> Optional[float]:
+    def spread(self) -> float | None:
         """Standard deviation over seeds; None for one seed or a diverged one."""
         return None if self.diverged or len(self.losses) < 2 else float(np.std(list(self.losses.values()), ddof=1))
+
+    def __str__(self) -> str:
+        if self.diverged:
+            return "diverged" if self.diverged == len(self.losses) else f"diverged ({self.diverged} of {len(self.losses)})"
+        return f"{self.mean:.3f}" + ("" if self.spread is None else f" ± {self.spread:.3f}")
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,16 @@ class WidthFit:
     """The learning rates of one width."""
 
     cells: dict[float, Cell]  # by rate, ascending
-    best: Optional[float]  # the rate with the lowest mean loss; None: every rate diverged
+    best: float | None  # the rate with the lowest mean loss; None: every rate diverged
     optimum: Optimum  # of the mean losses, with a standard error unless there is one seed or one without an optimum
-    seed_optima: dict[int, Optional[float]]  # of each seed's own losses; None where no parabola could be fitted
+    seed_optima: dict[int, float | None]  # of each seed's own losses; None where no parabola could be fitted
 
     @property
     def best_loss(self) -> float:
         """The lowest mean loss of the grid; infinite if every rate diverged."""
         return math.inf if self.best is None else self.cells[self.best].mean
 
-    def penalty(self, rate: Optional[float]) -> Optional[float]:
+    def penalty(self, rate: float | None) -> float | None:
         """The mean loss at a rate minus the lowest; infinite if it diverged there, None if there is no run or no lowest."""
         return None if self.best is None or rate not in self.cells else self.cells[rate].mean - self.best_loss
 
@@ -79,7 +83,7 @@ class Variant:
         return self.name + " (control)" * self.control
 
     @property
-    def tuned(self) -> Optional[float]:
+    def tuned(self) -> float | None:
         """The best rate of the narrowest width."""
         return self.fits[self.widths[0]].best
 
@@ -116,7 +120,7 @@ class Variant:
         return sum(cell.diverged for fit in self.fits.values() for cell in fit.cells.values())
 
 
-def analyze(runs: Sequence[Run], controls: Sequence[str] = (), rate: Optional[float] = None) -> list[Variant]:
+def analyze(runs: Sequence[Run], controls: Sequence[str] = (), rate: float | None = None) -> list[Variant]:
     """The numbers of each variant, controls last.
 
     Args:
@@ -137,7 +141,7 @@ def analyze(runs: Sequence[Run], controls: Sequence[str] = (), rate: Optional[fl
     return [_variant(name, control[name], [run for run in runs if run.variant == name], rate) for name in ordered]
 
 
-def _variant(name: str, control: bool, runs: list[Run], rate: Optional[float]) -> Variant:
+def _variant(name: str, control: bool, runs: list[Run], rate: float | None) -> Variant:
     widths, rates = sorted({run.width for run in runs}), sorted({math.log2(run.lr) for run in runs})
     lengths = sorted({run.steps for run in runs})
     check(len(widths) > 1, f"{name}: one width only ({widths[0]}): nothing to compare")
@@ -178,7 +182,7 @@ def _fit(runs: Sequence[Run], grid: Sequence[float]) -> WidthFit:
     return WidthFit(cells, argmin(means), Optimum(at, optimum.loss, optimum.why), seed_optima)
 
 
-def _stderr(by_seed: Sequence[Optional[float]]) -> Optional[float]:
+def _stderr(by_seed: Sequence[float | None]) -> float | None:
     # A seed without a value cannot be left out: those that remain would agree too well.
     values = [value for value in by_seed if value is not None]
     if len(values) < 2 or len(values) < len(by_seed):
@@ -186,7 +190,7 @@ def _stderr(by_seed: Sequence[Optional[float]]) -> Optional[float]:
     return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
-def _paired_stderr(a: WidthFit, b: WidthFit) -> Optional[float]:
+def _paired_stderr(a: WidthFit, b: WidthFit) -> float | None:
     """The standard error of the difference of two optima, paired by seed."""
     pairs = [(a.seed_optima[seed], b.seed_optima[seed]) for seed in sorted(a.seed_optima.keys() & b.seed_optima.keys())]
     return _stderr([None if x is None or y is None else x - y for x, y in pairs])

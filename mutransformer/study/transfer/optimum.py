@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 
 @dataclass(frozen=True)
@@ -12,7 +11,7 @@ class Bounds:
 
     low: float
     high: float
-    stderr: Optional[float] = None
+    stderr: float | None = None
 
     @property
     def is_point(self) -> bool:
@@ -31,11 +30,11 @@ class Optimum:
     """The best log2(LR): a point if a parabola could be fitted."""
 
     at: Bounds
-    loss: Optional[float]  # of the parabola at its vertex; None without one
+    loss: float | None  # of the parabola at its vertex; None without one
     why: str  # why no parabola could be fitted, as "at the lower edge of the grid"; empty for a point
 
 
-def argmin(losses: Mapping[float, float]) -> Optional[float]:
+def argmin(losses: Mapping[float, float]) -> float | None:
     """The rate with the lowest finite loss, the lower of two equals; None if there is none."""
     return min((rate for rate in sorted(losses) if math.isfinite(losses[rate])), key=lambda rate: losses[rate], default=None)
 
@@ -45,10 +44,7 @@ def locate(losses: Mapping[float, float], grid: Sequence[float]) -> Optimum:
 
     Where a neighbor of the lowest loss is missing or diverged there are only bounds. A neighbor with a higher loss bounds the
     optimum by the midpoint of the two, as for any curve symmetric about its minimum; one that diverged bounds it by itself.
-
-    Args:
-        losses: by log2(LR), infinite where diverged.
-        grid: every log2(LR) expected, ascending.
+    Losses are by log2(LR), infinite where diverged; the grid is every log2(LR) expected, ascending.
     """
     best = argmin(losses)
     if best is None:

@@ -3,7 +3,7 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,13 +17,7 @@ COLUMNS = 3  # of panels, at most: a README shows a figure at a width of about 9
 EDGE = 0.97  # the height, within a panel, of marks for values beyond it
 WRONG: dict[str, Any] = {"linestyle": "none", "marker": "v", "color": "#d6272a", "markersize": 4}
 TUNED: dict[str, Any] = {"linestyle": ":", "color": "#888888", "linewidth": 1.2}
-OPTIMUM: dict[str, Any] = {
-    "linestyle": "none",
-    "marker": "D",
-    "markersize": 6,
-    "markeredgecolor": "black",
-    "markeredgewidth": 0.9,
-}
+OPTIMUM: dict[str, Any] = dict(linestyle="none", marker="D", markersize=6, markeredgecolor="black", markeredgewidth=0.9)
 DIVERGED: dict[str, Any] = {"linestyle": "none", "marker": "x", "markersize": 5.5, "markeredgewidth": 1.5}
 
 
@@ -32,7 +26,7 @@ def loss_against_rate(variants: Sequence[Variant]) -> Figure:
     rows, columns = _grid(len(variants))
     figure = Figure(figsize=(max(5.0, 3.2 * columns + 0.4), 2.9 * rows + 0.6))
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    colors = _colors(variants)
+    colors = shades(sorted({width for variant in variants for width in variant.widths}))
     for axes, variant in zip(panels.flat, variants, strict=False):
         axes.set(title=_title(variant), xlabel="log2(learning rate)", ylim=loss_range(variants))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
@@ -46,10 +40,8 @@ def loss_against_rate(variants: Sequence[Variant]) -> Figure:
         axes.remove()
     for axes in panels[:, 0]:
         axes.set_ylabel("validation loss, nats per token")
-    marks = [
-        Line2D([], [], **OPTIMUM, color="#bbbbbb", label="vertex of the parabola"),
-        Line2D([], [], **TUNED, label="best at the narrowest width"),
-    ]
+    marks = [Line2D([], [], **OPTIMUM, color="#bbbbbb", label="vertex of the parabola")]
+    marks.append(Line2D([], [], **TUNED, label="best at the narrowest width"))
     if any(variant.diverged for variant in variants):
         marks.append(Line2D([], [], **DIVERGED, color="#555555", label="diverged"))
     _legend(figure, colors, marks)
@@ -70,15 +62,12 @@ def _rate_line(axes: Axes, fit: WidthFit, color: Any, offset: float) -> None:
 
 def loss_range(variants: Sequence[Variant]) -> tuple[float, float]:
     """Limits that show the lowest losses and their neighborhood, not losses far above them."""
-    best, nearby, highest = [], [], []
-    for fit in (fit for variant in variants for fit in variant.fits.values()):
-        means = {rate: cell.mean for rate, cell in fit.cells.items() if math.isfinite(cell.mean)}
-        if fit.best is not None:
-            best.append(means[fit.best])
-            highest.append(max(means.values()))
-            nearby += [loss for rate, loss in means.items() if abs(rate - fit.best) <= 2.01]
-    if not best:
+    fits = [(fit, fit.best) for variant in variants for fit in variant.fits.values()]
+    means = [({r: c.mean for r, c in fit.cells.items() if not c.diverged}, best) for fit, best in fits if best is not None]
+    if not means:
         return 0.0, 1.0
+    best, highest = [losses[rate] for losses, rate in means], [max(losses.values()) for losses, _ in means]
+    nearby = [loss for losses, best_rate in means for rate, loss in losses.items() if abs(rate - best_rate) <= 2.01]
     low, high = min(best), max(best)
     top = min(max(highest), max(high + (high - low) / 3, float(np.quantile(nearby, 0.9))))
     margin = 0.06 * (top - low) or 0.1
@@ -90,7 +79,7 @@ def loss_against_step(variants: Sequence[Variant]) -> Figure:
     rows, columns = _grid(len(variants))
     figure = Figure(figsize=(max(5.5, 3.2 * columns + 0.4), 4.4 * rows + 0.5))
     panels = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 2] * rows)
-    colors = _colors(variants)
+    colors = shades(sorted({width for variant in variants for width in variant.widths}))
     for at, variant in enumerate(variants):
         upper, lower = panels[2 * (at // columns) :, at % columns][:2]
         upper.set_title(_title(variant, variant.ordering.rate))
@@ -157,13 +146,9 @@ def _grid(n: int) -> tuple[int, int]:
     return rows, -(-n // rows)
 
 
-def _title(variant: Variant, rate: Optional[float] = None) -> str:
+def _title(variant: Variant, rate: float | None = None) -> str:
     title = textwrap.fill(variant.title, 34).replace("$", r"\$")  # matplotlib would read $ as mathematics
     return title if rate is None else f"{title}\nat learning rate $2^{{{rate:.4g}}}$"
-
-
-def _colors(variants: Sequence[Variant]) -> dict[int, Any]:
-    return shades(sorted({width for variant in variants for width in variant.widths}))
 
 
 def _legend(figure: Figure, colors: dict[int, Any], marks: list[Line2D]) -> None:

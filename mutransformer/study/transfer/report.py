@@ -5,11 +5,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Optional
 
 from mutransformer.errors import check
 from mutransformer.study.sweep.records import Run, setting_values
-from mutransformer.study.transfer.analysis import Cell, Variant, analyze
+from mutransformer.study.transfer.analysis import Variant, analyze
 from mutransformer.study.transfer.verdicts import drift_in_words, judge, nats, ordering_in_words, transfers
 from mutransformer.study.transfer.width_ordering import WidthOrdering
 from mutransformer.study.verdict import Verdict, count
@@ -40,15 +39,13 @@ DEFINITIONS = """\
 
 
 def write(
-    runs: Sequence[Run], out: Path, max_drift: float, controls: Sequence[str] = (), rate: Optional[float] = None
+    runs: Sequence[Run], out: Path, max_drift: float, controls: Sequence[str] = (), rate: float | None = None
 ) -> list[Verdict]:
-    """Writes the page and its figures; equal runs give equal bytes.
+    """Writes the page and its figures to a folder; equal runs give equal bytes.
 
     Args:
-        runs: of one or more variants; no two with the same key.
-        out: the folder to write to; created if missing.
         max_drift: octaves by which an optimum may drift.
-        controls, rate: as `analyze` takes them.
+        runs, controls, rate: as `analyze` takes them.
 
     Raises:
         ConfigError: as `analyze`; max_drift is out of range; matplotlib is not installed.
@@ -86,34 +83,28 @@ def page(variants: Sequence[Variant], runs: Sequence[Run], verdicts: Sequence[Ve
 
 
 def _section(variant: Variant) -> list[str]:
-    ordering = variant.ordering
+    drift, wider = _escape(drift_in_words(variant)), _escape(ordering_in_words(variant.ordering))
     return [
         f"## {_escape(variant.title)}",
         "Validation loss by width and log2(learning rate), each width's lowest in bold; "
         f"{count(len(variant.seeds), 'seed')}, {count(variant.diverged, 'run')} diverged:",
         _losses(variant),
         _optima(variant),
-        f"{_sentence(drift_in_words(variant))}; signed, from width {variant.widths[0]} to {variant.widths[-1]}: "
+        f"{drift[:1].upper()}{drift[1:]}; signed, from width {variant.widths[0]} to {variant.widths[-1]}: "
         f"{variant.signed_drift}. The best of the grid {'is' if variant.same_best else 'is not'} the same at every width.",
-        f"{_sentence(ordering_in_words(ordering))}.",
-        *([_pairs(ordering)] if ordering.pairs else []),
+        f"{wider[:1].upper()}{wider[1:]}.",
+        *([_pairs(variant.ordering)] if variant.ordering.pairs else []),
     ]
 
 
 def _losses(variant: Variant) -> str:
     rows = []
     for width, fit in variant.fits.items():
-        cells = {rate: _cell(cell) for rate, cell in fit.cells.items()}
+        cells = {rate: str(cell) for rate, cell in fit.cells.items()}
         if fit.best is not None:
             cells[fit.best] = f"**{cells[fit.best]}**"
         rows.append([str(width), *(cells.get(rate, "") for rate in variant.rates)])
     return _table(["width", *(f"{rate:.4g}" for rate in variant.rates)], rows)
-
-
-def _cell(cell: Cell) -> str:
-    if cell.diverged:
-        return "diverged" if cell.diverged == len(cell.losses) else f"diverged ({cell.diverged} of {len(cell.losses)})"
-    return f"{cell.mean:.3f}" + ("" if cell.spread is None else f" ± {cell.spread:.3f}")
 
 
 def _optima(variant: Variant) -> str:
@@ -139,18 +130,11 @@ def _overview(variants: Sequence[Variant], max_drift: float) -> str:
 
 
 def _pairs(ordering: WidthOrdering) -> str:
-    rows = [
-        [
-            str(pair),
-            f"{int(pair.holds.sum())} of {len(pair.steps)}",
-            f"{nats(pair.difference[pair.worst])} at step {pair.steps[pair.worst]}",
-            f"{2 * pair.noise:.4f}",
-            nats(pair.difference[-1]),
-            str(pair.seeds),
-        ]
-        for pair in ordering.pairs
-        if pair.steps
-    ]
+    rows = []
+    for pair in (pair for pair in ordering.pairs if pair.steps):
+        holds = f"{int(pair.holds.sum())} of {len(pair.steps)}"
+        largest = f"{nats(pair.difference[pair.worst])} at step {pair.steps[pair.worst]}"
+        rows.append([str(pair), holds, largest, f"{2 * pair.noise:.4f}", nats(pair.difference[-1]), str(pair.seeds)])
     return _table(["widths", "holds at", "largest difference", "2 × noise", "at the last step", "seeds"], rows)
 
 
@@ -164,20 +148,13 @@ def _settings(runs: Sequence[Run]) -> str:
         own.append(f"- {_escape(name)}: " + ", ".join(f"`{key}` = {_escape(' or '.join(v))}" for key, v in of_variant.items()))
     steps = " or ".join(map(str, sorted({run.steps for run in runs})))
     hours = sum(run.seconds for run in runs) / 3600
-    parts = [
-        f"{count(len(runs), 'run')} of {steps} steps, {hours:.2f} hours in total, compilation included. "
-        "Settings other than the defaults that all runs share:",
-        "\n".join(common or ["- none"]),
-    ]
+    head = f"{count(len(runs), 'run')} of {steps} steps, {hours:.2f} hours in total, compilation included. "
+    parts = [head + "Settings other than the defaults that all runs share:", "\n".join(common or ["- none"])]
     return "\n\n".join(parts + ["Those that differ:", "\n".join(own)] * bool(differing))
 
 
-def _loss(loss: Optional[float], digits: int = 3) -> str:
+def _loss(loss: float | None, digits: int = 3) -> str:
     return "unknown" if loss is None else "diverged" if math.isinf(loss) else f"{loss:.{digits}f}"
-
-
-def _sentence(text: str) -> str:
-    return _escape(text[0].upper() + text[1:])
 
 
 def _escape(text: str) -> str:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Optional
 
 from mutransformer.study.sweep.records import Run, setting_values
 from mutransformer.study.transfer.analysis import Variant
@@ -13,12 +12,7 @@ DISTINGUISHES = "this sweep can distinguish a good parametrization from a bad on
 
 
 def judge(variants: Sequence[Variant], runs: Sequence[Run], max_drift: float) -> list[Verdict]:
-    """Two verdicts on each variant, the behavior of controls, and warnings.
-
-    Args:
-        variants: as `analyze` gives them for these runs.
-        max_drift: octaves.
-    """
+    """Two verdicts on each variant that `analyze` gives for these runs, the behavior of controls, and warnings."""
     verdicts = []
     for variant in variants:
         transfer = transfers(variant, max_drift)
@@ -28,10 +22,11 @@ def judge(variants: Sequence[Variant], runs: Sequence[Run], max_drift: float) ->
             verdicts.append(Verdict("CONTROL", f"{variant.name} {words[transfer]}: {drift}"))
         else:
             words = {True: "transfers", False: "does not transfer", None: "is not shown to transfer"}
-            text = f"{variant.name}: the learning rate {words[transfer]}: {drift}"
-            verdicts.append(Verdict("PASS" if transfer else "FAIL", text))
-            text = f"{variant.name}: {ordering_in_words(variant.ordering)}"
-            verdicts.append(Verdict("PASS" if variant.ordering.better else "FAIL", text))
+            ordering = ordering_in_words(variant.ordering)
+            verdicts += [
+                Verdict("PASS" if transfer else "FAIL", f"{variant.name}: the learning rate {words[transfer]}: {drift}"),
+                Verdict("PASS" if variant.ordering.better else "FAIL", f"{variant.name}: {ordering}"),
+            ]
     for variant in variants:
         verdicts += [Verdict("WARNING", text) for text in _warnings(variant, runs, max_drift)]
     if not any(variant.control for variant in variants):
@@ -39,11 +34,9 @@ def judge(variants: Sequence[Variant], runs: Sequence[Run], max_drift: float) ->
     return verdicts
 
 
-def transfers(variant: Variant, max_drift: float) -> Optional[bool]:
+def transfers(variant: Variant, max_drift: float) -> bool | None:
     """Whether the optima of all widths lie within max_drift octaves; None if some are not found and the bounds allow both."""
-    if variant.drift.low > max_drift:
-        return False
-    return True if variant.drift.is_point else None
+    return False if variant.drift.low > max_drift else True if variant.drift.is_point else None
 
 
 def _warnings(variant: Variant, runs: Sequence[Run], max_drift: float) -> list[str]:
@@ -54,10 +47,8 @@ def _warnings(variant: Variant, runs: Sequence[Run], max_drift: float) -> list[s
     if variant.missing:
         texts.append(f"{name}: {count(variant.missing, 'run')} of the grid missing; means are over the seeds that were run")
     if variant.off_grid:
-        texts.append(
-            f"{name}: {count(variant.off_grid, 'run')} with seeds that were run at one or two learning rates only: "
-            "used only where widths are compared step by step"
-        )
+        few = f"{count(variant.off_grid, 'run')} with seeds that were run at one or two learning rates only"
+        texts.append(f"{name}: {few}: used only where widths are compared step by step")
     if len(variant.seeds) == 1:
         texts.append(f"{name}: one seed: no uncertainties, and no allowance for noise")
     values = setting_values([run for run in runs if run.variant == name])

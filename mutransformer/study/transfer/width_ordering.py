@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import numpy as np
 
@@ -39,7 +38,7 @@ class WidthPair:
 class WidthOrdering:
     """The comparison of all widths at one learning rate."""
 
-    rate: Optional[float]  # log2(LR); None if there is none to compare at
+    rate: float | None  # log2(LR); None if there is none to compare at
     curves: dict[int, tuple[list[int], np.ndarray, np.ndarray]]  # by width: steps, mean (infinite: diverged), seed spread
     pairs: list[WidthPair]
     why: str  # why some widths could not be compared; empty if all could
@@ -54,17 +53,14 @@ class WidthOrdering:
 
     @property
     def better(self) -> bool:
-        """Wider is better at every logged step, for every pair of adjacent widths."""
+        """Whether wider is better at every logged step, for every pair."""
         return not self.why and self.compared == self.held
 
 
-def compare_widths(runs: Sequence[Run], widths: Sequence[int], rate: Optional[float]) -> WidthOrdering:
+def compare_widths(runs: Sequence[Run], widths: Sequence[int], rate: float | None) -> WidthOrdering:
     """Pairs adjacent widths by seed and step, so that both of a pair have seen the same batches.
 
-    Args:
-        runs: of one variant, at any rates.
-        widths: ascending.
-        rate: log2(LR); None if the narrowest width has no best one.
+    The runs are those of one variant at any rates, the widths ascend, the rate is log2(LR); None: there is none to compare at.
     """
     if rate is None:
         return WidthOrdering(None, {}, [], f"every learning rate diverged at width {widths[0]}")
