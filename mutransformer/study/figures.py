@@ -9,12 +9,10 @@ from mutransformer.errors import ConfigError
 try:
     import matplotlib
     import matplotlib.style
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
+    from matplotlib.figure import Figure as Figure
+    from matplotlib.lines import Line2D as Line2D
 except ImportError:
     raise ConfigError("figures need matplotlib: pip install 'mutransformer[plots]'") from None
-
-__all__ = ["Figure", "Line2D", "save", "shades"]
 
 STYLE: list[Any] = [
     "default",  # ignores the user's matplotlibrc

@@ -24,6 +24,8 @@ class Limits:
 
 def judge(fits: Sequence[SlopeFit], subject: str, control: str | None, axis: Axis, limits: Limits) -> list[Verdict]:
     """The verdict on the checked variant, and on whether the control fails as it should."""
+    if axis == "depth":
+        fits = [fit for fit in fits if (fit.kind, fit.name) == ("size", "final")]
     subjects, controls = ([fit for fit in fits if fit.variant == variant] for variant in (subject, control))
     flat = (_flat_over_width if axis == "width" else _flat_over_depth)(subjects, limits)
     if control is None:
@@ -52,7 +54,7 @@ def _flat_over_width(fits: list[SlopeFit], limits: Limits) -> Verdict:
 
 
 def _flat_over_depth(fits: list[SlopeFit], limits: Limits) -> Verdict:
-    worst = max(_final_sizes(fits), key=lambda fit: fit.ratio)
+    worst = max(fits, key=lambda fit: fit.ratio)
     flat = worst.ratio <= limits.depth_ratio
     text = f"{worst.variant}: the final residual stream is {'flat' if flat else 'not flat'} over depths {worst.at[0]} to "
     text += f"{worst.at[-1]}: largest / smallest size at most {worst.ratio:.2f}, after {count(worst.step, 'update')}"
@@ -62,15 +64,11 @@ def _flat_over_depth(fits: list[SlopeFit], limits: Limits) -> Verdict:
 def _grows(fits: list[SlopeFit], axis: Axis, limits: Limits) -> Verdict:
     """On the control, after the last update: over width by the change that grows most, over depth by the final size."""
     last = max(fit.step for fit in fits)
-    candidates = _final_sizes(fits) if axis == "depth" else [fit for fit in fits if fit.kind == "change"]
-    most = max((fit for fit in candidates if fit.step == last), key=lambda fit: fit.growth)
+    kind = "size" if axis == "depth" else "change"
+    most = max((fit for fit in fits if (fit.kind, fit.step) == (kind, last)), key=lambda fit: fit.growth)
     least = limits.depth_growth if axis == "depth" else limits.growth
     grows, factor = most.growth >= least, f"{most.growth:.1f} times as"
     what = f"the final residual stream is {factor} large" if axis == "depth" else f"{most.name} changes {factor} much"
     text = f"the control {most.variant} {'grows, as it should' if grows else 'does not grow'}: {what} at {axis} {most.at[-1]} as "
     text += f"at {most.at[0]} after {count(last, 'update')} (at least {least:g} required)"
     return Verdict("PASS" if grows else "FAIL", text)
-
-
-def _final_sizes(fits: list[SlopeFit]) -> list[SlopeFit]:
-    return [fit for fit in fits if fit.kind == "size" and fit.name == "final"]

@@ -84,7 +84,7 @@ class ParallelRuns(RunGroup):
         config: Config,
         vocabulary: Tokenizer | Vocabulary,
         points: Sequence[Point],
-        devices: Sequence[Any] | None = None,
+        devices: Sequence[Any] = (),
         sequential: bool | None = None,
     ):
         """Compiles nothing yet.
@@ -93,10 +93,10 @@ class ParallelRuns(RunGroup):
             config: of all runs.
             vocabulary: a tokenizer, or its numbers.
             points: (base learning rate, seed) of each run.
-            devices: None: all.
+            devices: empty: all.
             sequential: whether a device computes its runs one after another or vectorized; None: whichever is faster there.
         """
-        devices = jax.devices() if devices is None else devices
+        devices = devices or jax.devices()
         assert len(points) % len(devices) == 0, f"{len(points)} runs on {len(devices)} devices"
         one_device = replace(config, mesh=replace(config.mesh, x=1, y=1, replicas=1))
         self.program = build(one_device, devices[:1], vocabulary)

@@ -79,8 +79,7 @@ def repair(path: Path) -> bool:
 def read(path: Path) -> list[Run]:
     """The runs of a file, or of the file in a sweep's folder.
 
-    Raises:
-        ConfigError: the file is missing, unreadable or empty, or a line is truncated or invalid; names file and line.
+    Raises ConfigError, with file and line, if the file is missing, unreadable or empty, or a line is truncated or invalid.
     """
     path = path / FILE if path.is_dir() else path
     try:
@@ -94,8 +93,7 @@ def read(path: Path) -> list[Run]:
 def join(paths: Iterable[Path]) -> list[Run]:
     """The runs of several files or folders as one sweep, in the order of the files; a repeated run counts once.
 
-    Raises:
-        ConfigError: as `read`; or a repeated run has other losses: names the run and both files.
+    Raises ConfigError as `read` does, and if a repeated run has other losses, with the run and both files.
     """
     found: dict[tuple[str, int, float, int], tuple[Run, Path]] = {}
     for path in paths:

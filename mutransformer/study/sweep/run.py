@@ -43,16 +43,9 @@ _log = logging.getLogger(__name__)
 def sweep(variants: Sequence[VariantConfig], points: Sequence[Point], folder: Path, memory: int | None = None) -> int:
     """Trains each config at each point, except those already in the folder's runs.jsonl.
 
-    Args:
-        variants: in the order in which they are trained.
-        folder: for runs.jsonl, TensorBoard files and snapshots.
-        memory: bytes that runs may use on a device; None: what the device has.
-
-    Returns:
-        The exit code: FINISHED, or STOPPED after a signal, with all progress saved.
-
-    Raises:
-        ConfigError: the folder holds runs with other settings, or a setting does not fit the data or the devices.
+    The folder also gets TensorBoard files and snapshots. `memory` is the bytes that runs may use on a device; None: what it has.
+    Returns the exit code: FINISHED, or STOPPED after a signal, with all progress saved. Raises ConfigError if the folder holds
+    runs with other settings, or a setting does not fit the data or the devices.
     """
     path = folder / records.FILE
     folder.mkdir(parents=True, exist_ok=True)  # fails before training, not after

@@ -128,9 +128,8 @@ def analyze(runs: Sequence[Run], controls: Sequence[str] = (), rate: float | Non
         controls: names of variants to treat as controls, besides `sp` and those whose names start with `sp `.
         rate: log2(LR) at which widths are compared step by step; None: the best rate of each variant's narrowest width.
 
-    Raises:
-        ConfigError: a control is unknown; a variant has one width only, fewer than three learning rates or runs of unequal
-            length; all variants are controls; no run at `rate`.
+    Raises ConfigError if a control is unknown; a variant has one width only, fewer than three learning rates, runs of unequal
+    length, or no run at `rate`; or all variants are controls.
     """
     names = list(dict.fromkeys(run.variant for run in runs))
     for name in controls:

@@ -116,7 +116,7 @@ def _curves(axes: Axes, ordering: WidthOrdering, colors: dict[int, Any]) -> None
 def _differences(axes: Axes, ordering: WidthOrdering, colors: dict[int, Any]) -> None:
     """A line for each pair, in the color of the wider; marks where the wider is worse by more than the noise allows."""
     axes.axhline(0, color="black", linewidth=0.9)
-    shown = [_finite(pair.difference) for pair in ordering.pairs]
+    shown = [np.where(np.isfinite(pair.difference), pair.difference, np.nan) for pair in ordering.pairs]
     for pair, difference in zip(ordering.pairs, shown, strict=True):
         steps, color, wrong = np.array(pair.steps), colors[pair.wide], ~pair.holds
         axes.plot(steps, difference, color=color, linewidth=1.3)
@@ -132,13 +132,9 @@ def _differences(axes: Axes, ordering: WidthOrdering, colors: dict[int, Any]) ->
 
 def _band(axes: Axes, x: Any, mean: np.ndarray, spread: np.ndarray, color: Any, **line: Any) -> None:
     """A line, interrupted where it is not finite, with a band of ± spread."""
-    shown = _finite(mean)
+    shown = np.where(np.isfinite(mean), mean, np.nan)
     axes.plot(x, shown, color=color, **line)
     axes.fill_between(x, shown - spread, shown + spread, color=color, alpha=0.2, linewidth=0)
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _grid(n: int) -> tuple[int, int]:

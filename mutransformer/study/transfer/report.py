@@ -41,14 +41,9 @@ DEFINITIONS = """\
 def write(
     runs: Sequence[Run], out: Path, max_drift: float, controls: Sequence[str] = (), rate: float | None = None
 ) -> list[Verdict]:
-    """Writes the page and its figures to a folder; equal runs give equal bytes.
+    """Writes the page and its figures to a folder, with runs, controls and rate as `analyze` takes them; max_drift is in octaves.
 
-    Args:
-        max_drift: octaves by which an optimum may drift.
-        runs, controls, rate: as `analyze` takes them.
-
-    Raises:
-        ConfigError: as `analyze`; max_drift is out of range; matplotlib is not installed.
+    Equal runs give equal bytes. Raises ConfigError as `analyze` does, and if max_drift is out of range or matplotlib is missing.
     """
     from mutransformer.study import figures  # needs matplotlib, which is an extra
     from mutransformer.study.transfer import plots

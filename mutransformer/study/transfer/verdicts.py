@@ -41,20 +41,18 @@ def transfers(variant: Variant, max_drift: float) -> bool | None:
 
 def _warnings(variant: Variant, runs: Sequence[Run], max_drift: float) -> list[str]:
     """What weakens the verdicts on a variant."""
-    name, texts = variant.name, []
-    if variant.control and transfers(variant, max_drift):
-        texts.append(f"the control {name} transfers as well: nothing shows that {DISTINGUISHES}")
-    if variant.missing:
-        texts.append(f"{name}: {count(variant.missing, 'run')} of the grid missing; means are over the seeds that were run")
-    if variant.off_grid:
-        few = f"{count(variant.off_grid, 'run')} with seeds that were run at one or two learning rates only"
-        texts.append(f"{name}: {few}: used only where widths are compared step by step")
-    if len(variant.seeds) == 1:
-        texts.append(f"{name}: one seed: no uncertainties, and no allowance for noise")
+    name, useless = variant.name, variant.control and transfers(variant, max_drift)
     values = setting_values([run for run in runs if run.variant == name])
-    if differing := [key for key in values if len(values[key]) > 1]:
-        texts.append(f"{name}: its runs differ in more than width, learning rate and seed: {', '.join(differing)}")
-    return texts
+    differing = ", ".join(key for key in values if len(values[key]) > 1)
+    few = "with seeds that were run at one or two learning rates only: used only where widths are compared step by step"
+    texts = {
+        f"the control {name} transfers as well: nothing shows that {DISTINGUISHES}": useless,
+        f"{name}: {count(variant.missing, 'run')} of the grid missing; means are over the seeds that were run": variant.missing,
+        f"{name}: {count(variant.off_grid, 'run')} {few}": variant.off_grid,
+        f"{name}: one seed: no uncertainties, and no allowance for noise": len(variant.seeds) == 1,
+        f"{name}: its runs differ in more than width, learning rate and seed: {differing}": differing,
+    }
+    return [text for text, applies in texts.items() if applies]
 
 
 def drift_in_words(variant: Variant) -> str:
