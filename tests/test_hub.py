@@ -150,7 +150,12 @@ def test_a_stand_in_trains_by_one_override(hub: Hub, tmp_path: Path) -> None:
     ("pattern", "status", "message"),
     [
         (r"api/datasets", 404, r"data\.path = allenai/c4: not found on the Hub \(404\); .* HF_TOKEN .*"),
-        (r"api/datasets", 401, r"data\.path = allenai/c4: the Hub refuses access \(401\): .* HF_TOKEN .*"),
+        pytest.param(
+            r"api/datasets",
+            401,
+            r"data\.path = allenai/c4: the Hub refuses access \(401\): .* HF_TOKEN .*",
+            marks=pytest.mark.slow,
+        ),
         (r"", 429, r"data\.path = allenai/c4: rate-limited by the Hub \(429: too many requests\); try again later"),
         (r"google-t5", 404, r"data\.tokenizer_file = google-t5/t5-base: .*"),
     ],

@@ -44,8 +44,7 @@ def build(target: TokenShards, shards: Sequence[SourceShard], workers: int, proc
     if not missing:
         return
     _log.info("tokenizing %d of %d shards to %s/%s", len(missing), target.n_shards, target.store.root, target.folder)
-    workers = min(workers, len(missing))
-    in_process = workers <= 1 or 0 < sum(shards[i].size for i in missing) <= _IN_PROCESS
+    in_process = min(workers, len(missing)) <= 1 or 0 < sum(shards[i].size for i in missing) <= _IN_PROCESS
     started = reported = time.monotonic()
     for done in (_in_this_process if in_process else _in_workers)(target, shards, missing, workers):
         now = time.monotonic()
@@ -67,7 +66,8 @@ def _in_workers(target: TokenShards, shards: Sequence[SourceShard], missing: lis
     # Not forked: JAX and tokenizers have threads.
     context = multiprocessing.get_context("spawn")
     stop, to_stop = context.Pipe(duplex=False)
-    with to_stop, stop, ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(target, stop)) as pool:
+    workers, setup = min(workers, len(missing)), {"initializer": _start, "initargs": (target, stop)}
+    with to_stop, stop, ProcessPoolExecutor(workers, mp_context=context, **setup) as pool:
         futures = {pool.submit(_tokenize_in_worker, shards[i], i) for i in missing}
         try:
             while futures:

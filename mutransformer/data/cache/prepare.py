@@ -106,7 +106,7 @@ def dry_run(config: DataConfig) -> list[str]:
             lines.append(f"  {len(shards) - len(done)} shards to tokenize" + (f", {size:,} bytes of text" if size else ""))
             if done:
                 lines[-1] += f"; {len(done)} are in the cache"
-            own = bool(c.validation_files) or (bool(shards) and isinstance(getattr(shards[0], "split", None), str))
+            own = bool(c.validation_files) or (bool(shards) and shards[0].split is not None)
             hashed = f"by hash, validation {config.validation_fraction:.4%}, test {config.test_fraction:.4%}"
             lines.append("  splits: " + ("the source's own" if own else hashed))
     lines.append(f"cache: {config.cache_dir}" + (f", copies in {config.local_dir}" if store.remote else ""))
