@@ -79,8 +79,9 @@ def build(config: "Config", devices: Sequence[Any] | None = None) -> "Program":
 def train(program: "Program") -> Path:
     """Trains a program from its latest checkpoint, if there is one, and returns the run's folder.
 
-    >>> args = ["data.tokenizer=bytes", "model.n_layer=1", "data.seq_len=32", "steps=2", "eval.batches=1", "eval.final_batches=1"]
-    >>> folder = train(build(load_config("small", *args)))
+    >>> text = ["data.source=text", "data.files=[notes.txt]", "data.tokenizer=bytes", "data.seq_len=32"]
+    >>> folder = train(build(load_config("small", "model.n_layer=1", "steps=2", *text)))  # doctest: +ELLIPSIS
+    mutransformer ...
     >>> (folder / "config.yaml").exists()
     True
 
@@ -145,8 +146,8 @@ def sweep(
 ) -> Path:
     """Trains every learning rate and seed of every width, as many at once as fit on the devices.
 
-    >>> args = ["study", "data.tokenizer=bytes", "data.seq_len=16", "steps=8", "eval.batches=1"]
-    >>> results = sweep(args, widths=[64], lrs=[2**-6, 2**-5])
+    >>> text = ["data.source=text", "data.files=[notes.txt]", "data.tokenizer=bytes", "data.seq_len=16"]
+    >>> results = sweep(["study", "model.n_layer=1", "steps=8", *text], widths=[64], lrs=[2**-6, 2**-5])
     >>> len(results.read_text().splitlines())
     2
 
@@ -176,7 +177,7 @@ def plan(config: "Config", topology: str) -> "Plan":
 
     >>> found = plan(load_config("large", "data.batch_size=256"), "v5e:4x4")
     >>> found.estimate.fits, found.estimate.bound
-    (True, 'MXU')
+    (True, 'HBM')
 
     Args:
         config: of the run.

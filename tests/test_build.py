@@ -167,7 +167,7 @@ def _bin(text: object, index: int) -> bytes:
 def kill_law(root: str, tmp_path: Path, kills: int, within: float) -> None:
     """Kills as many runs of prepare_data, each within so many seconds; then compares with a run that is not disturbed.
 
-    The time counts from the start for one in four, for the others from the first shard on, however slowly the machine starts them.
+    The time counts from the start for one in four, and from the first shard on for the others, however slow the start is.
     """
     text(tmp_path, copies=5000, kind="jsonl")  # some 60 MB: beyond what one process does alone
     args = arguments(tmp_path, root, "data.tokenize_workers=2")
