@@ -20,8 +20,10 @@ from mutransformer.data.cache.store import Corrupt
 from mutransformer.data.cache.tokenize_shard import TokenShards, tokenize_shard
 from mutransformer.data.sources.files import map_parallel
 from mutransformer.data.sources.source import SourceShard
-from mutransformer.errors import ConfigError
+from mutransformer.errors import ConfigError, translate_errors
 from mutransformer.sharding.processes import Processes
+
+NOT_SHARED = "; set data.cache_is_shared=false if the processes of the run do not see the same folder"
 
 _IN_PROCESS = 32 << 20  # bytes of text up to which no worker process is started
 _REPORT = 10.0  # seconds between lines of progress
@@ -92,13 +94,8 @@ def collect(target: TokenShards) -> list[dict[str, Any]]:
     Raises:
         ConfigError: a shard is missing.
     """
-    try:
+    with translate_errors(f"data.cache_dir = {target.store.root}", Corrupt, lambda error: f"{error}{NOT_SHARED}"):
         metadata = map_parallel(target.metadata, range(target.n_shards))
-    except Corrupt as error:
-        raise ConfigError(
-            f"data.cache_dir = {target.store.root}: {error}, after all processes have tokenized; "
-            "data.cache_is_shared=false is for processes that do not see the same folder"
-        ) from None
     counts = [split for shard in metadata for split in shard["splits"].values()]
     n_documents, n_tokens = (sum(split[what] for split in counts) for what in ("documents", "tokens"))
     _log.info("%s: tokenized %d documents, %.1fM tokens", target.key, n_documents, n_tokens / 1e6)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mutransformer.config.data import DataConfig, MixedSourceConfig
-from mutransformer.data.cache.build import build, collect
+from mutransformer.data.cache.build import NOT_SHARED, build, collect
 from mutransformer.data.cache.dataset import Corpus, TokenDataset, TokenSplit, combine_checksums
 from mutransformer.data.cache.shards import dtype_for, first_invalid_id, open_shard
 from mutransformer.data.cache.store import MANIFEST, Corrupt, Store, cache_key, digest, from_json, to_json
@@ -22,7 +22,7 @@ from mutransformer.data.sources.splits import held_out_fractions
 from mutransformer.data.tokenizers.registry import open_tokenizer, training_texts
 from mutransformer.data.tokenizers.sentencepiece import train_sentencepiece
 from mutransformer.data.tokenizers.tokenizer import Tokenizer
-from mutransformer.errors import ConfigError, check
+from mutransformer.errors import ConfigError, check, translate_errors
 from mutransformer.sharding.processes import SINGLE_PROCESS, Processes
 
 _log = logging.getLogger(__name__)
@@ -192,11 +192,10 @@ def _tokens(
         }
         store.write(place, to_json(manifest))
     processes.barrier(f"{where}: complete")
-    try:
+    hint = NOT_SHARED if processes.index else ""
+    wrong = f"data.cache_dir = {store.root}: {folder} is corrupt after it was built"
+    with translate_errors(wrong, Corrupt, lambda error: f"{error}{hint}"):
         return tokens or _open(store, folder, name, from_json(MANIFEST, store.read(place)), tokenizer.eos_id)
-    except Corrupt as error:
-        hint = "; data.cache_is_shared=false is for processes that do not see the same folder" if processes.index else ""
-        raise ConfigError(f"data.cache_dir = {store.root}: {folder} is corrupt after it was built: {error}{hint}") from None
 
 
 def _open(store: Store, folder: str, name: str, manifest: dict[str, Any], eos_id: int) -> dict[Split, TokenDataset]:
@@ -248,10 +247,8 @@ def _tokens_made_elsewhere(config: DataConfig, name: str, tokenizer: Tokenizer) 
     where = f"{key} = {path}"
     root, _, folder = path.rstrip("/").rpartition("/")
     store = Store(root or ("/" if path.startswith("/") else "."), config.local_dir)
-    try:
+    with translate_errors(f"{where}: not a folder of tokens", Corrupt):
         manifest = from_json(MANIFEST, store.read(f"{folder}/{MANIFEST}"))
-    except Corrupt as error:
-        raise ConfigError(f"{where}: not a folder of tokens: {error}") from None
     check({"tokenizer", "shards"} <= set(manifest), f"{where}: not a folder of tokens: its {MANIFEST} lists none")
     check(
         manifest["tokenizer"] == tokenizer.fingerprint,
@@ -260,10 +257,8 @@ def _tokens_made_elsewhere(config: DataConfig, name: str, tokenizer: Tokenizer) 
     )
     bos = manifest.get("add_bos", config.add_bos)  # old manifests do not have it
     check(bos == config.add_bos, f"data.add_bos = {config.add_bos}: {where} was made with data.add_bos = {bos}")
-    try:
+    with translate_errors(where, Corrupt, lambda error: f"{error}; copy or make them again"):
         tokens = _open(store, folder, name, manifest, tokenizer.eos_id)
-    except Corrupt as error:
-        raise ConfigError(f"{where}: {error}; copy or make them again") from None
     for split in SPLITS:
         for section in tokens[split].sections:
             if found := first_invalid_id(section, tokenizer.n_vocab):

@@ -19,7 +19,7 @@ from typing import Any
 
 import fsspec
 
-from mutransformer.errors import ConfigError, is_url, translate_errors
+from mutransformer.errors import is_url, translate_errors
 
 FORMAT = 2  # of what is written; another number builds everything again
 MANIFEST = "manifest.json"
@@ -230,10 +230,8 @@ def cached_files(
     finally:
         _remove(temporary)
     store.write(f"{folder}/{MANIFEST}", to_json(facts))
-    try:
+    with translate_errors(f"data.cache_dir = {store.root}: corrupt directly after it was written there", Corrupt):
         return fetch()
-    except Corrupt as error:
-        raise ConfigError(f"data.cache_dir = {store.root}: corrupt directly after it was written there: {error}") from None
 
 
 def _alive(pid: str) -> bool:

@@ -13,7 +13,7 @@ import sentencepiece
 from jaxtyping import Int32, Integer
 
 from mutransformer.data.sources.cut import cut
-from mutransformer.errors import ConfigError, check
+from mutransformer.errors import ConfigError, check, translate_errors
 
 TRAINING_VERSION = 1  # of train_sentencepiece; another number trains cached tokenizers again
 
@@ -31,10 +31,8 @@ class SentencePieceTokenizer:
 
     def __init__(self, model_file: Path):
         where = f"data.tokenizer_file = {model_file}"
-        try:
+        with translate_errors(f"{where}: cannot read it", OSError):
             proto = model_file.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{where}: cannot read it: {error.strerror}") from None
         check(bool(proto), f"{where}: an empty file")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
