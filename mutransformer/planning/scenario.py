@@ -46,11 +46,9 @@ def make_scenario(config: Config, topology: Topology) -> Scenario:
     """
     sizes = mesh_axes(config.mesh)
     fixed = math.prod(size for size in sizes.values() if size != -1)
+    covered = topology.size % fixed == 0 if -1 in sizes.values() else topology.size == fixed
     named = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
-    check(
-        topology.size % fixed == 0 if -1 in sizes.values() else topology.size == fixed,
-        f"{named}: cannot cover {topology}, which has {topology.size} chips",
-    )
+    check(covered, f"{named}: cannot cover {topology}, which has {topology.size} chips")
     sizes = {axis: topology.size // fixed if size == -1 else size for axis, size in sizes.items()}
     device = AbstractDevice(device_kind=topology.chip.device_kind, num_cores=topology.chip.cores, platform="tpu")
     names = tuple({"replicas": "z"}.get(key, key) for key in sizes)

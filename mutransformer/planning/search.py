@@ -5,7 +5,7 @@ import typing
 from collections.abc import Iterator
 
 from mutransformer.config.schema import Config, ModelConfig
-from mutransformer.errors import ConfigError
+from mutransformer.errors import ConfigError, check
 from mutransformer.planning.chips import Topology
 from mutransformer.planning.estimate.bounds import Estimate, estimate
 from mutransformer.planning.kernel_flops import KernelFlops
@@ -56,8 +56,7 @@ def by_remat_policy(base: Estimate, kernels: KernelFlops) -> dict[str, Estimate]
 def meshes(config: Config, topology: Topology) -> Iterator[Config]:
     """The config with every x and y that cover the slice; other axes keep their size."""
     others = math.prod(size for axis, size in mesh_axes(config.mesh).items() if axis not in ("x", "y"))
-    if topology.size % others:
-        raise ConfigError(f"--search: {topology} has {topology.size} chips, not a multiple of {others}")
+    check(topology.size % others == 0, f"--search: {topology} has {topology.size} chips, not a multiple of {others}")
     n = topology.size // others
     yield from (replaced(config, "mesh", x=n // y, y=y) for y in range(1, n + 1) if n % y == 0)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Group
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -55,7 +56,7 @@ def estimate_tables(estimate: Estimate, by_remat: Mapping[str, Estimate]) -> Gro
         remat.add_row(policy, *sizes, ratio, format_seconds(other.seconds), verdict)
     return Group(
         Text(title, style="bold"),
-        f"{_count(estimate.parameters)} parameters; {rows}",
+        f"{estimate.parameters:,} parameters; {rows}",
         _memory(estimate),
         bounds,
         *([traffic] if estimate.traffic else []),
@@ -154,11 +155,4 @@ def _duration(days: float) -> str:
 
 
 def _bytes(n: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if n >= size:
-            return f"{n / size:.2f} {unit}"
-    return f"{n / 1e3:.1f} kB" if n >= 1e3 else f"{n:.0f} B"
-
-
-def _count(n: int) -> str:
-    return f"{n / 1e9:.2f} billion" if n >= 1e9 else f"{n / 1e6:.1f} million"
+    return decimal(int(n), precision=2)

@@ -101,9 +101,7 @@ def draw(simulated: Simulated, title: str, path: Path) -> None:
         name = "backward" if "transpose" in loop.label else "forward" if "jvp" in loop.label else "loop"
         panels.append((f"one round of {loop.n} ({name}), {format_seconds(loop.body.seconds)}", loop.body))
     figure, plots = pyplot.subplots(len(panels), 1, figsize=(14, 0.6 + (0.42 * len(rows) + 0.85) * len(panels)), squeeze=False)
-    kinds: set[str] = set()
-    for plot, (text, each) in zip(plots[:, 0], panels, strict=True):
-        kinds |= _panel(plot, text, each, rows)
+    kinds = set[str]().union(*(_panel(plot, *panel, rows) for plot, panel in zip(plots[:, 0], panels, strict=True)))
     handles = [Patch(color=color, label=kind) for kind, color in COLORS.items() if kind in kinds]
     figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 8), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.35 / figure.get_figheight() + 0.02, 1, 1))

@@ -40,11 +40,7 @@ def require_compiler() -> None:
 
 
 def topology_devices(topology: Topology) -> list[Any]:
-    """Devices of a slice, to compile for.
-
-    Raises:
-        ConfigError: the compiler is missing, or does not accept the slice.
-    """
+    """Devices of a slice, to compile for. Raises ConfigError if the compiler is missing or does not accept the slice."""
     require_compiler()
     # Compile only: do not ask the metadata server, do not claim a chip.
     for key, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
@@ -61,11 +57,7 @@ def topology_devices(topology: Topology) -> list[Any]:
 
 
 def compile_step(scenario: Scenario) -> CompiledStep:
-    """Compiles the step that training would run.
-
-    Raises:
-        ConfigError: the compiler is missing, finds that the step does not fit into memory, or cannot print its schedule.
-    """
+    """Compiles the step that training would run. Raises ConfigError if that fails, most often for lack of memory."""
     program = build(scenario.config, topology_devices(scenario.topology), scenario.program.vocabulary)
     sharding = NamedSharding(program.mesh, program.batch_pspec)
     batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract_batch(program.config))

@@ -9,7 +9,7 @@ stragglers; the host.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mutransformer.planning.compiled import collectives
@@ -89,7 +89,10 @@ class _Core:
             if op.operands[0] in self.pending:
                 self.pending[op.name] = self.pending.pop(op.operands[0])
         elif op.opcode in ("copy-start", "slice-start"):
-            self._start_transfer(op.name, self._transfer_bytes(op) / self.replay.costs.bandwidth)
+            inputs = [a.bytes for a in self.module.inputs(op)]
+            slices = [a.bytes for a in op.arrays if a.bytes > _MIN_SLICE]
+            size = max(inputs, default=0.0) if op.opcode == "copy-start" else min(slices, default=0.0)
+            self._start_transfer(op.name, size / self.replay.costs.bandwidth)
         elif op.opcode.endswith("-done"):
             self._wait(op.operands[0])
         elif op.opcode == "fusion":
@@ -125,27 +128,25 @@ class _Core:
             self.out.spans.append(Span("core", cost.kind, self.now, cost.seconds, op.source or op.name))
         self.now += cost.seconds
 
-    def _occupy_links(self, c: Collective) -> tuple[float, float]:
-        """Start and end of a collective that is issued now."""
-        start = max(self.now, *(self.idle_from[link] for link in c.links))
-        self.idle_from.update(dict.fromkeys(c.links, start + c.seconds))
-        return start, start + c.seconds
+    def _occupy(self, resources: Sequence[str], seconds: float) -> tuple[float, float]:
+        """Start and end of something that is issued now and needs resources for some time."""
+        start = max(self.now, *(self.idle_from[resource] for resource in resources))
+        self.idle_from.update(dict.fromkeys(resources, start + seconds))
+        return start, start + seconds
 
     def _block(self, c: Collective) -> None:
         """A synchronous collective."""
-        start, end = self._occupy_links(c)
+        start, end = self._occupy(c.links, c.seconds)
         self.out.transfers.append(Transfer(c, start, False, end - self.now, self.now))
         self.now = end
 
     def _start(self, name: str, c: Collective) -> None:
-        self.pending[name] = _Pending(c, *self._occupy_links(c))
+        self.pending[name] = _Pending(c, *self._occupy(c.links, c.seconds))
 
     def _start_transfer(self, name: str, seconds: float) -> None:
         """A transfer between HBM and VMEM."""
-        start = max(self.now, self.idle_from["hbm"])
-        self.idle_from["hbm"] = start + seconds
-        self.pending[name] = _Pending(None, start, start + seconds)
-        self.out.spans.append(Span("hbm", "transfer", start, seconds, name))
+        self.pending[name] = _Pending(None, *self._occupy(["hbm"], seconds))
+        self.out.spans.append(Span("hbm", "transfer", self.pending[name].start, seconds, name))
 
     def _wait(self, name: str) -> None:
         if name not in self.pending:
@@ -158,11 +159,6 @@ class _Core:
         elif exposed:
             self.out.spans.append(Span("core", "wait", self.now, exposed, name))
         self.now += exposed
-
-    def _transfer_bytes(self, op: Op) -> float:
-        if op.opcode == "slice-start":
-            return min((a.bytes for a in op.arrays if a.bytes > _MIN_SLICE), default=0.0)
-        return max((a.bytes for a in self.module.inputs(op)), default=0.0)
 
     def _start_wrapped(self, op: Op) -> None:
         """async-start: a collective, alone or in a fusion, or a memory transfer."""

@@ -152,12 +152,12 @@ def _shard_bytes(tree: Any) -> float:
 
 def _traffic(scenario: Scenario, work: Work) -> list[Traffic]:
     mesh, out = scenario.mesh_sizes, []
-    for collective, count in work.count.items():
-        kind, axes = collective.name, tuple(axis for axis in collective.axes if mesh[axis] > 1)
+    for (kind, over), count in work.count.items():
+        axes = tuple(axis for axis in over if mesh[axis] > 1)
         n = math.prod(mesh[axis] for axis in axes)
         if n == 1:
             continue
-        full = float(work.bytes[collective])
+        full = float(work.bytes[kind, over])
         sent = full * sent_fraction(kind, n)
         bandwidth = scenario.topology.chip.ici_bandwidth * torus_rings(scenario.topology, mesh, axes)
         purpose = _PURPOSE.get((kind, "".join(axes)), "other")

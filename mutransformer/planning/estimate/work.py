@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +37,7 @@ WRITERS |= set(COLLECTIVES)
 COPIES = 2.0
 
 
-class CollectiveKind(NamedTuple):
-    """XLA's name of a collective, and the mesh axes that it runs over."""
-
-    name: str
-    axes: tuple[str, ...]
+CollectiveKind = tuple[str, tuple[str, ...]]  # XLA's name, and the mesh axes that it runs over
 
 
 @dataclass
@@ -182,7 +178,10 @@ class _Counter:
     def _equation(self, eqn: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
         name = eqn.primitive.name
         if name in LOOPS:
-            body = self._costliest_body(eqn)
+            bodies = [
+                count(each, self.kernels) for each in _inner_jaxprs(eqn)
+            ]  # several: branches, of which the costliest counts
+            body = max(bodies, key=lambda each: (each.matmul_flops + each.kernel_flops, each.hbm_bytes))
             self.work.add(body, eqn.params["length"] if name == "scan" else 1)  # a while has no known count
             self.loops[self.at] = name, body
             self._read(values)
@@ -215,11 +214,6 @@ class _Counter:
         self.arrays += written
         return written
 
-    def _costliest_body(self, eqn: core.JaxprEqn) -> Work:
-        """The work of one round of a loop, or of the costliest branch."""
-        bodies = [count(each, self.kernels) for each in _inner_jaxprs(eqn)]
-        return max(bodies, key=lambda body: (body.matmul_flops + body.kernel_flops, body.hbm_bytes))
-
     def _flops_and_collectives(self, eqn: core.JaxprEqn) -> None:
         name, params, work = eqn.primitive.name, eqn.params, self.work
         shapes, results = ([_shape(v) for v in each] for each in (eqn.invars, eqn.outvars))
@@ -233,10 +227,10 @@ class _Counter:
             work.unknown_kernels |= {kernel} if flops is None else set()
         elif name in COLLECTIVES:
             axes = params.get("axes", params.get("axis_name"))
-            kind = CollectiveKind(COLLECTIVES[name], tuple(map(str, axes if isinstance(axes, tuple) else (axes,))))
+            kind = COLLECTIVES[name], tuple(map(str, axes if isinstance(axes, tuple) else (axes,)))
             for before, after in zip(eqn.invars, eqn.outvars, strict=True):
                 work.count[kind] += 1
-                work.bytes[kind] += int(_bytes(after if kind.name == "all-gather" else before))
+                work.bytes[kind] += int(_bytes(after if kind[0] == "all-gather" else before))
 
 
 def _inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
