@@ -21,7 +21,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from mutransformer.config.load import check_not_renamed
 from mutransformer.config.schema import Config, flatten, may_change_on_resume
-from mutransformer.errors import ConfigError, check
+from mutransformer.errors import ConfigError, check, first_line, translate_errors
 from mutransformer.training.state import TrainState
 
 ITEMS = ("state", "run")  # the folders in a checkpoint
@@ -65,10 +65,8 @@ class Checkpoints:
             create=not read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
-        try:
+        with translate_errors(f"{self.directory}: cannot be used for checkpoints", (OSError, ValueError)):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.directory}: cannot be used for checkpoints: {_first_line(error)}") from None
 
     def latest(self) -> int | None:
         """The step (updates completed) of the latest intact checkpoint; None if there are no checkpoints.
@@ -164,10 +162,8 @@ class Checkpoints:
         Raises:
             ConfigError: it cannot be read, or holds other arrays.
         """
-        try:
+        with translate_errors(f"{self.directory / str(step)}: cannot be restored", (OSError, ValueError, KeyError)):
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{self.directory / str(step)}: cannot be restored: {_first_line(error)}") from None
         return restored["state"], self._run(step)["position"]
 
     def save(self, state: TrainState[Array], position: dict[str, Any], data: dict[str, Any], loss: float | None) -> None:
@@ -207,19 +203,16 @@ class Checkpoints:
 
     def _run(self, step: int) -> dict[str, Any]:
         """What is saved beside the state: config, data fingerprint, position."""
-        try:
+        kinds = OSError, ValueError, KeyError, TypeError, AssertionError
+        with translate_errors(f"{self.directory / str(step)}: cannot be read", kinds):
             run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
             assert isinstance(run["config"], dict) and isinstance(run["data"], dict)
             assert isinstance(run["position"]["next_index"], int)
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-            raise ConfigError(f"{self.directory / str(step)}: cannot be read: {_first_line(error)}") from None
         return run
 
     def _guard(self, action: Any) -> None:
-        try:
+        with translate_errors(f"{self.directory}: saving a checkpoint failed", (OSError, ValueError)):
             action()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.directory}: saving a checkpoint failed: {_first_line(error)}") from None
 
     def _write_checksums(self) -> None:
         """Called by Orbax, in its thread, when all files of a checkpoint are written and before it gets its final name."""
@@ -252,9 +245,5 @@ def _corruption(folder: Path) -> str | None:
         actual = _checksums(folder)
         differing = sorted(name for name in expected if actual.get(name) != expected[name])
     except (OSError, ValueError, TypeError) as error:
-        return _first_line(error)
+        return first_line(error)
     return f"{differing[0]}: checksum mismatch" if differing else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
