@@ -535,10 +535,10 @@ def test_rows_that_cannot_be_shown(
 def test_the_benchmark_reads_its_own_text(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run: Any = runpy.run_path(str(Path(__file__).parents[1] / "scripts/benchmark_data.py"))["run"]
     seen: list[DataConfig] = []
-    monkeypatch.setitem(run.__globals__, "write", lambda *_: ["own.jsonl"])
-    monkeypatch.setitem(run.__globals__, "tokenise", lambda config, _: seen.append(config) or {})
-    monkeypatch.setitem(run.__globals__, "load", lambda *_: {})
-    run(argparse.Namespace(args=settings, megabytes=1, repeats=1, batches=1))
+    monkeypatch.setitem(run.__globals__, "write_text", lambda *_: ["own.jsonl"])
+    monkeypatch.setitem(run.__globals__, "tokenize_text", lambda config, _: seen.append(config) or {})
+    monkeypatch.setitem(run.__globals__, "load_batches", lambda *_: {})
+    run(argparse.Namespace(settings=settings, megabytes=1, repeats=1, batches=1))
     assert seen[0].mixture == {"data": MixedSourceConfig(source="jsonl", files=["own.jsonl"])}
 
 
