@@ -218,3 +218,10 @@ def test_unsafe_calls_are_seen(source):
 def test_collectives_are_spelled_in_one_file():
     spelled = re.compile(r"\b(all_gather|psum|psum_scatter|pmax|pmean|ppermute|all_to_all|pcast|axis_index)\(")
     assert {name for name, source in SOURCES.items() if spelled.search(source)} == {"sharding.collectives"}
+
+
+def test_a_config_is_resolved_in_one_module():
+    """Specs, mesh, optimizer, shardings and execution settings are derived from a config by build() only."""
+    derived = re.compile(r"(?<!def )\b(transformer_specs|make_mesh|make_optimizer|abstract_state|scaling_of|execution\.resolve)\(")
+    assert {name for name, source in SOURCES.items() if derived.search(source)} == {"training.program"}
+    assert derived.search("mesh = make_mesh(config.mesh)") and not derived.search("def make_mesh(config):")

@@ -62,7 +62,7 @@ def announce_failure() -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit) as error:
-        if "jax" in sys.modules:
+        if sys.modules.get("jax"):
             import jax
             from jax._src import distributed  # the key-value store has no public interface
 
