@@ -44,15 +44,14 @@ def abstract_state(
     """Shapes, dtypes and shardings of the whole state: what a checkpoint is restored into. Computes nothing."""
     shapes = jax.eval_shape(lambda: initial_state(specs, scaling, optimizer, 0))
     params: Any = shardings(specs, mesh)
-    # jit of the optimizer's init alone would drop the moments' shardings: they are given, not propagated. Where weights have
-    # different optimizers, the moments of one are None at the weights of the other.
-    opt = optax.tree_map_params(
-        optimizer.transformation(),
-        lambda moment, sharding: None if moment is None else sharding,
-        shapes.opt,
-        params,
-        transform_non_params=lambda _: replicated(mesh),
-        is_leaf=lambda moment: moment is None,
-    )
+
+    def moments_or_scalar(node: Any) -> Any:
+        """Moments are trees of weights, sharded like these; None where another optimizer trains the weight."""
+        if not isinstance(node, Transformer):
+            return replicated(mesh)
+        return jax.tree.map(lambda m, s: None if m is None else s, node, params, is_leaf=lambda m: m is None)
+
+    # jit of the optimizer's init alone would drop the moments' shardings: they are given, not propagated.
+    opt = jax.tree.map(moments_or_scalar, shapes.opt, is_leaf=lambda node: isinstance(node, Transformer))
     sharded = TrainState(step=replicated(mesh), params=params, opt=opt)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, sharded)
