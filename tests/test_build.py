@@ -401,15 +401,16 @@ FAILING = """
 import sys, time
 from mutransformer.errors import ConfigError
 from mutransformer.config.run import DistributedConfig
-from mutransformer.sharding.processes import all_processes, connect, guarded
+from mutransformer.cli import run_cli
+from mutransformer.sharding.processes import all_processes, join_processes
 def run():
-    connect(DistributedConfig(coordinator=sys.argv[1], n_process=2, process_id=int(sys.argv[2])))
+    join_processes(DistributedConfig(coordinator=sys.argv[1], n_process=2, process_id=int(sys.argv[2])))
     processes = all_processes()
     processes.barrier("met")
     if processes.index == int(sys.argv[3]):
         raise ConfigError("no text")
     processes.barrier("tokenized")
-sys.exit(guarded(run))
+sys.exit(run_cli(run))
 """
 
 

@@ -43,24 +43,23 @@ def device_grads(program: Program) -> Callable[[Transformer[Array], Batch], tupl
             (value, loss), grads = jax.value_and_grad(objective, has_aux=True)(params, batch)
         elif once_per_step:
             weights, pullback = jax.vjp(forward.gather_weights, params)
-            (value, loss), grads = _accumulate(objective, weights, batch, n)
+            (value, loss), grads = _accumulate(objective, weights, batch, jnp.zeros_like(count), n)
             (grads,) = pullback(grads)
         else:
-            (value, loss), grads = _accumulate(objective, params, batch, n)
+            (value, loss), grads = _accumulate(objective, params, batch, jnp.zeros_like(count), n)
         return {"loss": loss * denominator / count, "objective": value}, sum_z(grads, forward.policy.grad_reduce_dtype)
 
     return grads_of
 
 
-def _accumulate(objective: Callable[..., Any], weights: Any, batch: Batch, n: int) -> Any:
-    """Value and gradient of the objective, summed over n microbatches."""
+def _accumulate(objective: Callable[..., Any], weights: Any, batch: Batch, zero: Array, n: int) -> Any:
+    """Value and gradient of the objective, summed over n microbatches. zero: varies over the mesh axes that the values do."""
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
 
     def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, value_and_grad(weights, microbatch)), None
 
     microbatches = jax.tree.map(lambda a: a.reshape(n, -1, *a.shape[1:]), batch)
-    zero = jnp.zeros(())
     zeros = (zero, zero), jax.tree.map(jnp.zeros_like, weights)
     return lax.scan(add, zeros, microbatches)[0]
 
