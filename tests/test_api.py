@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one session in an empty folder, in the order of the module: later examples use the run of earlier ones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))  # the cache of tokens
+    monkeypatch.setattr(logging.getLogger("mutransformer"), "handlers", [])  # of a test before, in the same process
     (tmp_path / "notes.txt").write_text("\n".join(f"note {i}: {i * i} is the square of {i}" for i in range(400)))
     names = [name for name in mutransformer.__all__ if name[0].islower() and name != "mup"]
     functions = [getattr(mutransformer, name) for name in names]

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from cases import slow_unless
 from jax.sharding import Mesh
 from programs import program
 from runs import finish, start
@@ -88,18 +89,23 @@ def far(ours: tuple[Any, Any, np.ndarray], case: str) -> dict[str, float]:
     }
 
 
-# A model on a mesh each, and the others among the tests that take minutes.
-FEW = [("relu", 1, 1), ("all options", 2, 4)]
+# The model with most parts on a mesh; the others are slow.
+FEW = [("all options", 2, 4)]
 ALL = [(case, x, y) for case in CASES for x, y in [(1, 1), (2, 4)]]
 
 
-@pytest.mark.parametrize(("case", "x", "y"), [c if c in FEW else pytest.param(*c, marks=pytest.mark.slow) for c in ALL])
+@pytest.mark.parametrize(("case", "x", "y"), slow_unless(FEW, ALL))
 def test_a_document_is_read_as_if_it_stood_alone(case: str, x: int, y: int) -> None:
     found = far(results(case, rows(case)[0], x, y), case)
     assert max(found.values()) < 1e-5, found
 
 
-@pytest.mark.parametrize(("case", "change"), [("relu", "off by one"), ("all options", "off by one"), ("relu", "joined")])
+@pytest.mark.parametrize(
+    ("case", "change"),
+    slow_unless(
+        [("relu", "off by one"), ("relu", "joined")], [("relu", "off by one"), ("all options", "off by one"), ("relu", "joined")]
+    ),
+)
 def test_joined_or_shifted_documents_are_not_as_alone(case: str, change: str) -> None:
     """The control."""
     batch, _ = rows(case)
@@ -127,7 +133,8 @@ def test_joined_nothing_of_it_is_computed() -> None:
     assert n_inputs == 3 and compared in text
 
 
-@pytest.mark.parametrize("one_by_one", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("one_by_one", [True, False])
 def test_runs_of_a_sweep_keep_them_apart_too(one_by_one: bool) -> None:
     config = load(
         [*TINY, f"data.seq_len={T}", "data.batch_size=2", "mesh.x=1", "data.intra_document_mask=true", "model.n_layer=1"]

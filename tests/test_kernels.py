@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_unless
 from programs import program
 from test_attention import HEADS, value_and_grads, whole_attention
 from test_ops import EPS, close, distance, f32, normal
@@ -48,7 +49,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("heads", "apart"), [("MHA", False), ("GQA", True), ("MQA", True)])
+@pytest.mark.parametrize(("heads", "apart"), slow_unless([("GQA", True)], [("MHA", False), ("GQA", True), ("MQA", True)]))
 def test_splash_attention_is_the_plain_form(heads: str, apart: bool) -> None:
     args, by = inputs(heads)
     segments = SEGMENTS if apart else None
@@ -109,7 +110,8 @@ def loss_and_grads(case: str, kernel: str, x: int, y: int, apart: bool = True) -
     return jax.device_get(jax.jit(make_loss_and_grads(program(config, mesh, bos_id=1)))(params(config), put_batch(batch, mesh)))
 
 
-@pytest.mark.parametrize("case", ["heads", pytest.param("one for keys, rematerialised", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["heads", "one for keys, rematerialised"])
 def test_loss_and_every_gradient_on_a_mesh_are_those_of_the_plain_form_on_one_device(case: str) -> None:
     metrics, grads = loss_and_grads(case, "splash", 4, 2)
     want, want_grads = loss_and_grads(case, "xla", 1, 1)

@@ -194,7 +194,11 @@ def test_products_of_small_sizes_run_in_bfloat16():
 @pytest.mark.parametrize(
     ("width", "head", "row", "rows", "grid", "settings"),
     [
-        (48, 24, 7, 3, (1, 1), ("model.n_kv_head=1", "model.activation=swiglu", "model.attention_activation=norm_elu")),
+        pytest.param(
+            *(48, 24, 7, 3, (1, 1)),
+            ("model.n_kv_head=1", "model.activation=swiglu", "model.attention_activation=norm_elu"),
+            marks=pytest.mark.slow,
+        ),
         (
             64,
             16,
@@ -230,6 +234,7 @@ def test_a_train_step_runs_in_bfloat16(width, head, row, rows, grid, settings):
     assert abs(float(metrics["loss"]) - np.log(50)) < 0.5
 
 
+@pytest.mark.slow
 def test_projections_with_separate_dims() -> None:
     """As on an accelerator: the same loss and gradients as with merged dims, which XLA:CPU needs."""
 

@@ -55,7 +55,7 @@ def whole_stacks(config: Config, shapes: set[tuple[int, ...]]) -> set[tuple[int,
     return whole & shapes
 
 
-@pytest.mark.parametrize(("x", "y"), [(8, 1), (4, 2)])
+@pytest.mark.parametrize(("x", "y"), [pytest.param(8, 1, marks=pytest.mark.slow), (4, 2)])
 def test_no_logits_and_no_weights_or_gradients_of_all_layers_are_ever_whole(x: int, y: int) -> None:
     config, shapes = step(f"mesh.x={x}", f"mesh.y={y}")
     assert not has_logits(config, shapes)
@@ -63,8 +63,13 @@ def test_no_logits_and_no_weights_or_gradients_of_all_layers_are_ever_whole(x: i
 
 
 def test_the_same_is_seen_where_it_is_so() -> None:
-    """The controls: logits of all tokens at a time; gradients that are kept in full until the end of the step."""
+    """The control of the logits: all tokens at a time."""
     assert has_logits(*step("mesh.x=8", "model.head_chunk=2560"))
+
+
+@pytest.mark.slow
+def test_gradients_kept_in_full_until_the_end_of_the_step_are_seen() -> None:
+    """The control of the gradients."""
     assert whole_stacks(*step("mesh.x=8", "optim.grad_accumulation_steps=2", "optim.grad_sync=step", "data.batch_size=160"))
 
 

@@ -96,7 +96,11 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(batch, base):
 
 
 @pytest.mark.parametrize(
-    "settings", [("model.remat=full", "model.head_chunk=37"), ("optim.grad_accumulation_steps=2", "model.head_chunk=1000")]
+    "settings",
+    [
+        ("model.remat=full", "model.head_chunk=37"),
+        pytest.param(("optim.grad_accumulation_steps=2", "model.head_chunk=1000"), marks=pytest.mark.slow),
+    ],
 )
 def test_how_the_work_is_cut_up_changes_nothing(settings, batch, base):
     config = make(*settings)

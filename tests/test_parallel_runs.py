@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from cases import slow_unless
 from programs import program
 
 from mutransformer.config.load import load
@@ -138,12 +139,10 @@ def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 CASES = [(A, 2, False), (A, 4, True), (B, 1, False), (B, 2, True)]
+FEW = [(A, 4, True)]
 
 
-FAST = [pytest.param(*case, marks=pytest.mark.slow) if case == (B, 1, False) else case for case in CASES]
-
-
-@pytest.mark.parametrize(("model", "n", "sequential"), FAST)
+@pytest.mark.parametrize(("model", "n", "sequential"), slow_unless(FEW, CASES))
 def test_losses_equal_those_of_each_run_alone(model: str, n: int, sequential: bool) -> None:
     # Vectorized matrix products sum in another order, which bfloat16 rounds differently.
     allowed = 1e-5 if model == A or sequential else 5e-4
@@ -170,7 +169,7 @@ def test_other_runs_differ_by_far_more_than_is_allowed() -> None:
     assert np.min(np.abs(swapped - alone(A).losses)) > 1e-3
 
 
-@pytest.mark.parametrize(("model", "n", "sequential"), [(A, 2, False), (B, 2, True)])
+@pytest.mark.parametrize(("model", "n", "sequential"), slow_unless([], [(A, 2, False), (B, 2, True)]))
 def test_every_run_starts_bit_for_bit_as_alone(model: str, n: int, sequential: bool) -> None:
     stacked = jax.device_get(trained(model, n, sequential).runs.init())
     for i, (_, seed) in enumerate(RUNS):
@@ -179,7 +178,7 @@ def test_every_run_starts_bit_for_bit_as_alone(model: str, n: int, sequential: b
     assert np.all(stacked.params.embed[0] != stacked.params.embed[1]), "two seeds start with equal weights"
 
 
-@pytest.mark.parametrize(("model", "n", "sequential"), [case for case in CASES if case[1] > 1])
+@pytest.mark.parametrize(("model", "n", "sequential"), slow_unless(FEW, [case for case in CASES if case[1] > 1]))
 def test_each_device_holds_whole_runs(model: str, n: int, sequential: bool) -> None:
     runs, _, _, state = trained(model, n, sequential)
     each = len(RUNS) // n
@@ -210,7 +209,7 @@ def alone_in_its_group(line: str) -> bool:
     return bool(re.search(r"replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\])", line))
 
 
-@pytest.mark.parametrize(("model", "n", "sequential"), [case for case in CASES if case[1] > 1])
+@pytest.mark.parametrize(("model", "n", "sequential"), slow_unless(FEW, [case for case in CASES if case[1] > 1]))
 def test_nothing_moves_between_devices_in_a_step(model: str, n: int, sequential: bool) -> None:
     compiled = trained(model, n, sequential).runs._step.as_text()
     assert f"num_partitions={n}" in compiled and not collectives(compiled)
@@ -226,7 +225,7 @@ def test_collectives_are_found() -> None:
     assert collectives(runs._gather.lower([runs.hyper.lr]).compile().as_text() or "")
 
 
-@pytest.mark.parametrize(("model", "n", "sequential"), [(A, 2, False), (B, 2, True)])
+@pytest.mark.parametrize(("model", "n", "sequential"), slow_unless([], [(A, 2, False), (B, 2, True)]))
 def test_a_diverging_run_does_not_affect_others(model: str, n: int, sequential: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, _, calm, calm_state = trained(model, n, sequential)
     lrs = np.asarray(runs.hyper.lr).copy()
@@ -239,7 +238,8 @@ def test_a_diverging_run_does_not_affect_others(model: str, n: int, sequential: 
         jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b[i]), *jax.device_get((wild_state, calm_state)))
 
 
-@pytest.mark.parametrize("cases", [CASES[:2], pytest.param(CASES[2:], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [CASES[:2], CASES[2:]])
 def test_compile_returns_the_memory_of_a_step(cases: list[tuple[str, int, bool]]) -> None:
     fewer, more = (trained(*case) for case in cases)
     for (_, n, _), found in zip(cases, (fewer, more), strict=True):

@@ -2,11 +2,13 @@
 
 import math
 from functools import cache
+from itertools import product
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from cases import slow_unless
 from programs import program, specs
 
 from mutransformer import mup
@@ -56,14 +58,10 @@ def same(one: tuple[list[float], dict[str, np.ndarray]], other: tuple[list[float
     return one[0] == other[0] and all(np.array_equal(one[1][n], other[1][n]) for n in other[1])
 
 
-SCALED = ["mup", "mup_table8", "completep", "completed_p"]
-OTHERS = [
-    *(pytest.param(rule, optimizer, marks=pytest.mark.slow) for rule in SCALED[:3] for optimizer in ("lion", "muon")),
-    pytest.param("completed_p", "lion", marks=pytest.mark.slow),
-]
+ALL = list(product(["mup", "mup_table8", "completep", "completed_p"], ["adamw", "lion", "muon"]))
 
 
-@pytest.mark.parametrize(("rule", "optimizer"), [*((rule, "adamw") for rule in SCALED), ("completed_p", "muon"), *OTHERS])
+@pytest.mark.parametrize(("rule", "optimizer"), slow_unless([("mup", "adamw")], ALL))
 def test_at_the_base_width_it_is_the_standard_parametrization(rule, optimizer):
     # The unembedding's start is the one setting that differs there: 1 / M, where sp has M^-1/2.
     base = ["model.d_base=32", f"optim.name={optimizer}", "optim.weight_decay=0.01", "optim.decay=coupled"]
@@ -74,7 +72,8 @@ def test_at_the_base_width_it_is_the_standard_parametrization(rule, optimizer):
         assert not same(train(*base, start, f"optim.rule={rule}", "model.d_base=16"), standard)
 
 
-@pytest.mark.parametrize("base", [24, *(pytest.param(base, marks=pytest.mark.slow) for base in (8, 100))])
+@pytest.mark.slow
+@pytest.mark.parametrize("base", [8, 24, 100])
 def test_table_8_is_table_3(base):
     # Adam does not feel the scale of a gradient, but clipping by the global norm does; so does eps.
     settings = [f"model.d_base={base}", "optim.lr=0.01", "optim.clip_norm=0", "model.norm_scale=vector"]
@@ -231,7 +230,8 @@ def test_muon_moves_a_layers_matrices_by_the_spectral_norm_that_lets_width_be():
     assert np.median(moved) == pytest.approx(0.5, rel=1e-3)  # Adam's first step: lr x P / M, whatever the gradient
 
 
-@pytest.mark.parametrize("mesh", [pytest.param((2, 2), marks=pytest.mark.slow), (2, 4)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(2, 2), (2, 4)])
 def test_muon_is_the_same_on_a_mesh(mesh):
     losses, weights = train("optim.name=muon", "model.d_base=16")
     sharded = train("optim.name=muon", "model.d_base=16", mesh=mesh)

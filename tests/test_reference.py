@@ -68,14 +68,14 @@ def test_forward_loss_and_gradients(case: Case) -> None:
     assert not wrong
 
 
-LEVERS = ["mesh.overlap_groups=2", "model.remat=dots", "model.head_chunk=5"]
+OPTIONS = ["mesh.overlap_groups=2", "model.remat=dots", "model.head_chunk=5"]
 
 
 def test_gradients_with_what_makes_a_step_fast(case: Case) -> None:
     """With streams, kept activations, few logits at a time; tests/test_sharding.py says that a mesh changes nothing more."""
     o = case.options
     first = Batch(case.tokens[0], np.asarray(loss_mask(case.tokens[0], o["eos_token_id"], o["pad_token_id"])))
-    config = load([*settings({**o, "grad_acc_steps": 1}), *LEVERS])
+    config = load([*settings({**o, "grad_acc_steps": 1}), *OPTIONS])
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     metrics, grads = jax.jit(make_loss_and_grads(program(config, mesh, o["bos_token_id"])))(case.init, put_batch(first, mesh))
     assert distance(metrics["loss"], case.loss_avg[0]) <= 1e-5

@@ -6,6 +6,7 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
+from cases import slow_unless
 from jax.sharding import PartitionSpec
 from programs import program, specs
 
@@ -54,7 +55,7 @@ MODELS = {
 
 
 # What makes a step fast or small, each against the step of one device without it.
-LEVERS = {
+OPTIONS = {
     "overlap groups": ("relu", ["mesh.overlap_groups=2"]),
     "all-to-all": ("relu", ["mesh.overlap_groups=1", "mesh.reduce_scatter_via_all_to_all=true"]),
     "overlap groups and all-to-all": (
@@ -85,7 +86,7 @@ LEVERS = {
 
 
 def setting(model: str, x: int, y: int) -> Config:
-    overrides = MODELS[model] if model in MODELS else [*MODELS[LEVERS[model][0]], "data.batch_size=16", *LEVERS[model][1]]
+    overrides = MODELS[model] if model in MODELS else [*MODELS[OPTIONS[model][0]], "data.batch_size=16", *OPTIONS[model][1]]
     return load([*TINY, *overrides, f"mesh.x={x}", f"mesh.y={y}"])
 
 
@@ -117,8 +118,8 @@ def unsharded(model: str) -> tuple[dict, Transformer]:
 
 
 @cache
-def unsharded_without(lever: str) -> tuple[dict, Transformer]:
-    return loss_and_grads(LEVERS[lever][0], 1, 1, "data.batch_size=16", "mesh.x=1", "mesh.y=1")
+def unsharded_without(option: str) -> tuple[dict, Transformer]:
+    return loss_and_grads(OPTIONS[option][0], 1, 1, "data.batch_size=16", "mesh.x=1", "mesh.y=1")
 
 
 def worst(ours: Transformer, theirs: Transformer) -> float:
@@ -131,39 +132,38 @@ def same(ours: tuple[dict, Transformer], theirs: tuple[dict, Transformer]) -> No
     assert worst(ours[1], theirs[1]) <= 1e-5
 
 
-# The last model adds one mechanism a mesh can break, heads that some y divide and others do not: two meshes show it.
-CASES = [(m, *mesh) for m in MODELS for mesh in MESHES[1:] if not m.startswith("grouped") or mesh in [(4, 2), (2, 4)]]
+# Each kind of mesh and each model at least once; the rest is slow. The last model adds one mechanism that a mesh can break,
+# heads that some y divide and others do not: two meshes show it.
+FEW = [("relu", 8, 1), ("relu", 1, 8), ("all options", 2, 4)]
+FEW += [(m, 2, 4) for m in MODELS if m.startswith("grouped")]
+ALL = [(m, *mesh) for m in MODELS for mesh in MESHES[1:] if not m.startswith("grouped") or mesh in [(4, 2), (2, 4)]]
 
 
-@pytest.mark.parametrize(("model", "x", "y"), CASES)
+@pytest.mark.parametrize(("model", "x", "y"), slow_unless(FEW, ALL))
 def test_loss_and_every_gradient_are_those_of_one_device(model: str, x: int, y: int) -> None:
     same(loss_and_grads(model, x, y), unsharded(model))
 
 
-def meshes_of(lever: str) -> list[tuple[int, int]]:
+def meshes_of(option: str) -> list[tuple[int, int]]:
     """Those that eight devices suffice for."""
-    return [(x, y) for x, y in MESHES if x * y * setting(lever, x, y).mesh.replicas <= 8]
+    return [(x, y) for x, y in MESHES if x * y * setting(option, x, y).mesh.replicas <= 8]
 
 
-EVERY = [(lever, *mesh) for lever in LEVERS for mesh in meshes_of(lever)]
-# The others are slow, and run with --slow.
-LEVER_CASES = [
-    (lever, x, y)
-    for lever, x, y in EVERY
-    if (x, y)
-    in {"replicas": [(2, 2)], "overlap groups and all-to-all": [(4, 2), (2, 4), (1, 8)]}.get(lever.split(",")[0], [(4, 2)])
+# An option of each kind on one mesh; the others, and all other meshes, are slow.
+FEW_OPTIONS = [
+    ("overlap groups and all-to-all", 4, 2),
+    ("all-to-all", 4, 2),
+    ("remat=attention", 4, 2),
+    ("replicas", 2, 2),
+    ("replicas, microbatches, overlapping", 2, 2),
+    ("reduced once a step", 4, 2),
 ]
+ALL_OPTIONS = [(option, *mesh) for option in OPTIONS for mesh in meshes_of(option)]
 
 
-@pytest.mark.parametrize(("lever", "x", "y"), LEVER_CASES)
-def test_no_lever_changes_loss_or_any_gradient(lever: str, x: int, y: int) -> None:
-    same(loss_and_grads(lever, x, y), unsharded_without(lever))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("lever", "x", "y"), EVERY)
-def test_no_lever_changes_loss_or_any_gradient_on_any_mesh(lever: str, x: int, y: int) -> None:
-    test_no_lever_changes_loss_or_any_gradient(lever, x, y)
+@pytest.mark.parametrize(("option", "x", "y"), slow_unless(FEW_OPTIONS, ALL_OPTIONS))
+def test_no_option_of_the_step_changes_loss_or_any_gradient(option: str, x: int, y: int) -> None:
+    same(loss_and_grads(option, x, y), unsharded_without(option))
 
 
 def test_a_slice_sent_to_the_wrong_device_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,11 +211,11 @@ def test_start_is_the_same_bit_for_bit_on_every_mesh() -> None:
         config = load([*TINY, f"mesh.x={x}", f"mesh.y={y}", *more])
         return bits(program(config, make_mesh(config.mesh, jax.devices()[: x * y])).init_state())
 
-    assert all(start(x, y) == start(1, 1) for x, y in MESHES[1:])
+    assert all(start(x, y) == start(1, 1) for x, y in [(2, 1), (1, 2), (4, 2), (1, 8)])
     assert start(1, 1, "seed=1") != start(1, 1)
 
 
-@pytest.mark.parametrize(("x", "y", "optimizer"), [(4, 2, "adamw"), (2, 4, "lion")])
+@pytest.mark.parametrize(("x", "y", "optimizer"), slow_unless([(4, 2, "adamw")], [(4, 2, "adamw"), (2, 4, "lion")]))
 def test_every_matrix_and_its_moments_rest_once(x: int, y: int, optimizer: str) -> None:
     overrides = [*TINY, *MODELS["all options"], f"mesh.x={x}", f"mesh.y={y}", f"optim.name={optimizer}"]
     config = load(overrides)

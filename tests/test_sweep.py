@@ -183,6 +183,7 @@ def test_a_stopped_sweep_resumes_to_bit_equal_losses(complete: Path, folder: Pat
     assert not list((out / "snapshots").glob("*"))
 
 
+@pytest.mark.slow
 def test_only_the_run_of_a_truncated_line_is_trained_again(complete: Path, folder: Path, sweep, trained, capsys) -> None:
     out = folder / "cut"
     out.mkdir()
@@ -253,6 +254,7 @@ def test_groups_are_halved_until_they_fit(folder: Path, monkeypatch: pytest.Monk
     assert sizes(0) == [(ShardedRun, 1, 1)] * 20
 
 
+@pytest.mark.slow
 def test_diverged_runs_and_swept_settings_are_recorded(folder: Path, sweep) -> None:
     out = folder / "diverged"
     options = ["--widths", "32", "--lrs", "2^-6,1e30", "--set", "model.qk_scale=0.5", "--label", "hot", "--out", str(out)]

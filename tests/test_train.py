@@ -45,7 +45,7 @@ def test_a_run_writes_what_it_should(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found["step"] == 6 and found["scored"] == found["tokens"] and found["unigram"]["loss"] > found["bigram"]["loss"] > 0
 
 
-@pytest.mark.parametrize("steps", [1, 9])
+@pytest.mark.parametrize("steps", [1, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_run_of_no_number_fails_and_keeps_no_checkpoint_of_it(
     steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,6 +56,7 @@ def test_a_run_of_no_number_fails_and_keeps_no_checkpoint_of_it(
     assert not list((tmp_path / "runs" / "hot" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_outlives_a_restart_and_can_be_scored(tmp_path: Path) -> None:
     """A rate that ruins the model: the first evaluation stays the best."""
     args = settings(
@@ -80,6 +81,7 @@ def test_the_best_checkpoint_outlives_a_restart_and_can_be_scored(tmp_path: Path
         assert checkpoints.best() == 8
 
 
+@pytest.mark.slow
 def test_what_pad_cuts_off_is_not_called_scored(tmp_path: Path) -> None:
     args = settings(tmp_path, "steps=1", "data.packing=pad", "data.seq_len=8", "name=pad")
     assert train(*build_with_data(load(args))) == FINISHED
