@@ -429,6 +429,7 @@ def printed_verdicts(out: str) -> list[str]:
     return re.findall("^(?:PASS|FAIL|WARNING).*$", out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_figures_and_verdicts(told: str, folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -454,6 +455,7 @@ def test_the_command_writes_tables_figures_and_verdicts(told: str, folder: Path)
     assert set(shown.Tags()["images"]) == {f"coordinates/{kind}" for kind in KINDS}
 
 
+@pytest.mark.slow
 def test_the_first_adam_update_is_the_scaled_learning_rate(told: str, folder: Path) -> None:
     found = read_csv(folder / "out" / report.TABLE)
     for variant, at, share in (("mup", 64, 1), ("mup", 512, 1 / 8), ("sp", 64, 1), ("sp", 512, 1)):
@@ -469,6 +471,7 @@ def replay(found: Sequence[Coordinate]) -> Callable[..., list[Coordinate]]:
     return lambda job, at, *_: [c for c in found if (c.variant, c.at) == (job.config.optim.rule, at)]
 
 
+@pytest.mark.slow
 def test_a_wrong_parametrization_fails(told: str, folder: Path, check, monkeypatch, capsys) -> None:
     found = read_csv(folder / "out" / report.TABLE)
     monkeypatch.setattr(report, "measure", replay(found))

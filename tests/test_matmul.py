@@ -191,14 +191,11 @@ def test_products_of_small_sizes_run_in_bfloat16():
         assert distance(c, np.asarray(a, np.float64).T @ np.asarray(b, np.float64)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "head", "row", "rows", "grid", "settings"),
     [
-        pytest.param(
-            *(48, 24, 7, 3, (1, 1)),
-            ("model.n_kv_head=1", "model.activation=swiglu", "model.attention_activation=norm_elu"),
-            marks=pytest.mark.slow,
-        ),
+        (48, 24, 7, 3, (1, 1), ("model.n_kv_head=1", "model.activation=swiglu", "model.attention_activation=norm_elu")),
         (
             64,
             16,

@@ -73,6 +73,7 @@ def test_gradients_kept_in_full_until_the_end_of_the_step_are_seen() -> None:
     assert whole_stacks(*step("mesh.x=8", "optim.grad_accumulation_steps=2", "optim.grad_sync=step", "data.batch_size=160"))
 
 
+@pytest.mark.slow
 def test_a_devices_share_of_the_state_falls_with_the_number_of_devices() -> None:
     def held(x: int, y: int) -> int:
         config = load([*LARGE, f"mesh.x={x}", f"mesh.y={y}"])

@@ -209,12 +209,14 @@ def alone_in_its_group(line: str) -> bool:
     return bool(re.search(r"replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\])", line))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "n", "sequential"), slow_unless(FEW, [case for case in CASES if case[1] > 1]))
 def test_nothing_moves_between_devices_in_a_step(model: str, n: int, sequential: bool) -> None:
     compiled = trained(model, n, sequential).runs._step.as_text()
     assert f"num_partitions={n}" in compiled and not collectives(compiled)
 
 
+@pytest.mark.slow
 def test_collectives_are_found() -> None:
     """The control: a step on a mesh has collectives, and so has reading the losses of runs on several devices."""
     one, _, _ = trained_sharded()

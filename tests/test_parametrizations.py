@@ -208,6 +208,7 @@ def test_no_rule_knows_of_the_mesh(rule, optimizer):
     assert numbers(1) == numbers(2) == numbers(4)
 
 
+@pytest.mark.slow
 def test_muon_moves_a_layers_matrices_by_the_spectral_norm_that_lets_width_be():
     """Every singular value of an update is about lr x muon_lr x sqrt(fan_out / fan_in), each layer's own."""
     settings = ["optim.name=muon", "optim.warmup_steps=0", "optim.muon_lr=0.5", "model.d_base=16"]

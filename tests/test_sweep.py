@@ -159,6 +159,7 @@ def test_the_same_command_again_trains_nothing(complete: Path, folder: Path, swe
     assert lines(complete) == before and trained == []
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_resumes_to_bit_equal_losses(complete: Path, folder: Path) -> None:
     out = folder / "stopped"
     command = [*arguments(folder), *GRID, "--out", str(out)]

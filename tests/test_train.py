@@ -111,6 +111,7 @@ def test_a_signal_within_an_evaluation_leaves_no_result_of_it(tmp_path: Path, mo
     assert {step for step, line in metrics(run).items() if "validation/loss" in line} == {3, 6}, "it is made up for"
 
 
+@pytest.mark.slow
 def test_the_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
