@@ -53,7 +53,11 @@ def device_grads(program: Program) -> Callable[[Transformer[Array], Batch], tupl
 
 
 def _accumulate(objective: Callable[..., Any], weights: Any, batch: Batch, zero: Array, n: int) -> Any:
-    """Value and gradient of the objective, summed over n microbatches. zero: varies over the mesh axes that the values do."""
+    """The objective, the loss and the gradient, summed over n microbatches.
+
+    Args:
+        zero: a scalar zero that varies over the same mesh axes as the loss, since a scan's carry keeps its type.
+    """
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
 
     def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
