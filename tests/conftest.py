@@ -2,10 +2,11 @@
 
 import os
 
+from compiling import xla_flags
+
 # Before JAX starts. The persistent caches and any accelerator of the machine stay out of the tests.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# LLVM's optimisation is skipped: compiling is most of the time of a test. Tests that start the program itself keep it.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = xla_flags(8)
 
 import jax
 import pytest

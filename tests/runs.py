@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compiling import xla_flags
+
 from mutransformer.errors import USAGE_ERROR
 from mutransformer.sharding import processes
 
@@ -39,10 +41,9 @@ def settings(folder: Path, *more: str) -> list[str]:
     return [*TINY, f"data.files=[{text}]", f"data.cache_dir={folder / 'cache'}", f"workdir={folder / 'runs'}", *more]
 
 
-def start(script: str, args: list[str], devices: int = 1, optimize: bool = True) -> subprocess.Popen[str]:
-    """Starts a script on simulated CPU devices; without optimisation it compiles in half the time."""
-    flags = f"--xla_force_host_platform_device_count={devices}" + ("" if optimize else " --xla_backend_optimization_level=0")
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+def start(script: str, args: list[str], devices: int = 1, quick: bool = False) -> subprocess.Popen[str]:
+    """Starts a script on simulated CPU devices; quick: see tests/compiling.py."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices, quick)}
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, ROOT / script, *args], env=env, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
 

@@ -422,7 +422,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def told(folder: Path) -> str:
     """What a real check of two widths prints, in which everything passes."""
     args = [*settings(folder, *CHECK), *OPTIONS, "--out", str(folder / "out")]
-    return finish(start(SCRIPT, args, devices=2, optimize=False))
+    return finish(start(SCRIPT, args, devices=2, quick=True))
 
 
 def printed_verdicts(out: str) -> list[str]:

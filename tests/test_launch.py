@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from compiling import xla_flags
 from jax._src.clusters import ClusterEnv
 from pages import LAUNCH, SET, blocks
 from runs import ROOT, free_port, metrics
@@ -143,8 +144,7 @@ def test_ssh_processes_meet(box: Box) -> None:
         code = code.replace(written, here)
     args = [arg for arg in tiny(box.folder, "steps=3") if not arg.startswith(("workdir", "data.cache_dir"))]
     (box.folder / "more").write_text("\n".join(args))
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    box.run(code, env={"DETACH": "1", "MORE": str(box.folder / "more"), "XLA_FLAGS": flags})
+    box.run(code, env={"DETACH": "1", "MORE": str(box.folder / "more"), "XLA_FLAGS": xla_flags(2)})
     logs = [box.folder / f"shared/train.{i}.log" for i in (0, 1)]
     deadline = time.monotonic() + 200
     while not all("exit code" in log.read_text() for log in logs if log.exists()) or not logs[1].exists():

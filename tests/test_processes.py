@@ -13,7 +13,7 @@ MESHES = {"4x2": ["mesh.x=4", "mesh.y=2"], "1x8": ["mesh.x=1", "mesh.y=8", "mode
 def run(script: str, args: list[str], n_process: int) -> None:
     shared = [f"distributed.coordinator=127.0.0.1:{free_port()}", f"distributed.n_process={n_process}"]
     of = [[*args, *(shared if n_process > 1 else []), f"distributed.process_id={i}"] for i in range(n_process)]
-    started = [start(script, each, 8 // n_process, optimize=False) for each in (of if n_process > 1 else [args])]
+    started = [start(script, each, 8 // n_process, quick=True) for each in (of if n_process > 1 else [args])]
     for process in started:
         finish(process)
 
@@ -107,7 +107,7 @@ def separate(tmp_path: Path, *of: str) -> list[list[str]]:
 def test_processes_with_different_texts_are_told(tmp_path: Path) -> None:
     given = separate(tmp_path, "name=apart")
     (other := tmp_path / "host1/text.txt").write_text(other.read_text().replace("is", "was"))
-    for process in [start("scripts/train.py", args, optimize=False) for args in given]:
+    for process in [start("scripts/train.py", args, quick=True) for args in given]:
         out, err = process.communicate(timeout=100)
         assert process.returncode == 2, f"{out}\n{err}"
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -118,7 +118,7 @@ def test_processes_with_different_texts_are_told(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_cold_caches_of_their_own_train_as_one_that_is_shared(tmp_path: Path) -> None:
     for name in ("first", "second"):  # the second finds both caches warm
-        for process in [start("scripts/train.py", args, optimize=False) for args in separate(tmp_path, f"name={name}")]:
+        for process in [start("scripts/train.py", args, quick=True) for args in separate(tmp_path, f"name={name}")]:
             finish(process)
     cold, warm = (metrics(tmp_path / "runs" / name) for name in ("first", "second"))
     assert list(cold) == list(range(1, 7))
@@ -130,7 +130,7 @@ def test_cold_caches_of_their_own_train_as_one_that_is_shared(tmp_path: Path) ->
 def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:
     shared = [f"distributed.coordinator=127.0.0.1:{free_port()}", "distributed.n_process=2"]
     args = [*settings(tmp_path, "steps=100000", "eval.every=0", "name=asked"), *shared]
-    started = [start("scripts/train.py", [*args, f"distributed.process_id={i}"], devices=2, optimize=False) for i in range(2)]
+    started = [start("scripts/train.py", [*args, f"distributed.process_id={i}"], devices=2, quick=True) for i in range(2)]
     wait_for_step(started[0], tmp_path / "runs" / "asked", 3)
     started[1].send_signal(signal.SIGTERM)
     outputs = [finish(process, expect=75) for process in started]

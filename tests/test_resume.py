@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder: Path) -> Path:
-    finish(start(TRAIN, settings(folder, *LENGTH, "name=whole"), optimize=False))
+    finish(start(TRAIN, settings(folder, *LENGTH, "name=whole"), quick=True))
     return folder / "runs" / "whole"
 
 
@@ -57,11 +57,11 @@ def test_killed_run_goes_on_bit_for_bit(folder: Path, uninterrupted: Path) -> No
     args = settings(folder, *LENGTH, "name=killed")
     run = folder / "runs" / "killed"
     for step in (17, 44):  # between checkpoints, in the first and in the second epoch
-        process = start(TRAIN, args, optimize=False)
+        process = start(TRAIN, args, quick=True)
         wait_for_step(process, run, step)
         process.send_signal(signal.SIGKILL)
         finish(process, expect=-signal.SIGKILL)
-    out = finish(start(TRAIN, args, optimize=False))
+    out = finish(start(TRAIN, args, quick=True))
     assert "resumes after step" in out
     compare(run, uninterrupted)
 
@@ -70,13 +70,13 @@ def test_killed_run_goes_on_bit_for_bit(folder: Path, uninterrupted: Path) -> No
 def test_sigterm_saves_the_step_and_says_so(folder: Path, uninterrupted: Path) -> None:
     args = settings(folder, *LENGTH, "name=asked")
     run = folder / "runs" / "asked"
-    process = start(TRAIN, args, optimize=False)
+    process = start(TRAIN, args, quick=True)
     wait_for_step(process, run, 10)
     process.send_signal(signal.SIGTERM)
     out = finish(process, expect=75)
     saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     assert f"Stopped at step {saved}; checkpoint saved" in out and saved >= 10
-    out = finish(start(TRAIN, args, optimize=False))
+    out = finish(start(TRAIN, args, quick=True))
     assert f"resumes after step {saved}" in out
     compare(run, uninterrupted)
 

@@ -81,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def complete(folder: Path) -> Path:
     """An uninterrupted sweep: four runs each of two widths, on two devices."""
     out = folder / "complete"
-    finish(start(SCRIPT, [*arguments(folder), *GRID, "--out", str(out)], devices=2, optimize=False))
+    finish(start(SCRIPT, [*arguments(folder), *GRID, "--out", str(out)], devices=2, quick=True))
     return out
 
 
@@ -163,7 +163,7 @@ def test_the_same_command_again_trains_nothing(complete: Path, folder: Path, swe
 def test_a_stopped_sweep_resumes_to_bit_equal_losses(complete: Path, folder: Path) -> None:
     out = folder / "stopped"
     command = [*arguments(folder), *GRID, "--out", str(out)]
-    process = start(SCRIPT, command, devices=2, optimize=False)
+    process = start(SCRIPT, command, devices=2, quick=True)
     watchdog = threading.Timer(200, process.kill)
     watchdog.start()
     assert process.stdout is not None
@@ -178,7 +178,7 @@ def test_a_stopped_sweep_resumes_to_bit_equal_losses(complete: Path, folder: Pat
     assert [run.width for run in records.read(out)] == [32] * 4
     (saved,) = (out / "snapshots").glob("*/*")
     assert 0 < int(saved.name) < STEPS
-    output = finish(start(SCRIPT, command, devices=2, optimize=False))
+    output = finish(start(SCRIPT, command, devices=2, quick=True))
     assert "4 runs to train, 4 already in " in output and f"resuming after step {saved.name}" in output
     assert list(map(outcome, records.read(out))) == list(map(outcome, records.read(complete)))
     assert not list((out / "snapshots").glob("*"))
