@@ -72,6 +72,22 @@ def test_every_weight_of_a_role_goes_by_the_same_row():
     assert rates == {"input": {1.0}, "hidden": {P / M}, "residual": {P / M}, "output": {P / M}, **vectors}
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_factor_multiplies_the_rates_of_its_kind_of_weight_alone(rule: str, muon: bool) -> None:
+    """Whatever the width, and neither eps nor decay."""
+    factors = {"input": 2.0, "hidden": 3.0, "output": 5.0}
+    roles = {"input": "input", "hidden": "hidden", "residual": "hidden", "output": "output"}
+    for width in (64, 96):
+        args = [f"model.d_model={width}", *["optim.name=muon"] * muon]
+        plain, set_ = make(*args, rule=rule), make(*args, *(f"optim.lr_factors.{k}={v}" for k, v in factors.items()), rule=rule)
+        before, after = scaling_of(plain), scaling_of(set_)
+        for w in named(plain).values():
+            assert lr_multiplier(w, after) == factors.get(roles.get(w.role, ""), 1.0) * lr_multiplier(w, before)
+            assert eps_multiplier(w, after) == eps_multiplier(w, before)
+            assert decay_multiplier(w, after) == decay_multiplier(w, before)
+
+
 @pytest.mark.parametrize(("rule", "hidden"), [("mup", P / M), ("abs_mup", 1 / M)])
 def test_eps_scales_like_the_rate_if_asked(rule, hidden):
     config = make("optim.eps_scaling=true", rule=rule)

@@ -104,6 +104,18 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LrFactorsConfig:
+    """Constant factors on the learning rates of a kind of weight, the same at every width: tuned on the small model with lr."""
+
+    input: float = setting(1.0, "of the embedding", above=0)
+    hidden: float = setting(1.0, "of the matrices of the layers", above=0)
+    output: float = setting(1.0, "of the unembedding", above=0)
+
+    def __post_init__(self) -> None:
+        check_settings(self, "optim.lr_factors.")
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The optimizer, and how it scales with the model's size. Every rate is lr x rule(weight) x schedule(step)."""
 
@@ -113,6 +125,7 @@ class OptimConfig:
     batch_base: Optional[int] = setting(None, "completed_p: tokens per step when tuned; null: as many as in this run", min=1)
     tokens_base: Optional[int] = setting(None, "completed_p: total tokens when tuned; null: as many as in this run", min=1)
     lr: float = setting(2**-6, "peak learning rate at the base width", above=0)
+    lr_factors: LrFactorsConfig = setting(LrFactorsConfig)
     embed_lr_exponent: float = setting(0.0, "embedding's rate x (d_model / d_base)^this; published: 0, -0.5 (large vocabulary)")
     muon_lr: float = setting(1.0, "muon: the rate of its matrices is lr x this x sqrt(fan_out / fan_in)", above=0)
     muon_beta: float = setting(0.95, "muon: momentum", min=0, below=1)

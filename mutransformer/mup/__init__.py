@@ -7,6 +7,7 @@ from mutransformer.mup.init import init_weights
 from mutransformer.mup.rules import (
     RULES,
     Init,
+    LrFactors,
     Parameter,
     Role,
     Scaling,

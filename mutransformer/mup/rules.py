@@ -44,6 +44,21 @@ class Parameter(Protocol):
     def init_tag(self) -> int | None: ...
 
 
+class LrFactors(NamedTuple):
+    """Constant factors on the learning rates of input, hidden (with residual) and output weights, tuned with the rate.
+
+    They do not depend on the model's size, so muP's limits hold for any values.
+    """
+
+    input: float = 1.0
+    hidden: float = 1.0
+    output: float = 1.0
+
+    def of(self, role: Role) -> float:
+        """The factor for a role; 1 for gains and biases."""
+        return {"input": self.input, "hidden": self.hidden, "residual": self.hidden, "output": self.output}.get(role, 1.0)
+
+
 @dataclass(frozen=True)
 class Scaling:
     """The parametrization of a model, and the size of the model relative to the one that was tuned.
@@ -54,6 +69,7 @@ class Scaling:
         depth: n_layer / n_layer_base.
         noise_ratio: batch ratio / token ratio: tokens a step over those of the tuned run, divided by the same for all tokens.
         depth_alpha: residual branches are multiplied by depth^-depth_alpha (completep, completed_p).
+        lr_factors: on the learning rates of each role.
         embed_lr_exponent: the embedding's learning rate is multiplied by width^embed_lr_exponent.
         eps_scaling: eps follows the learning rate's factor.
         coupled_decay: weight decay is multiplied by the learning rate.
@@ -67,6 +83,7 @@ class Scaling:
     depth: float = 1.0
     noise_ratio: float = 1.0
     depth_alpha: float = 1.0
+    lr_factors: LrFactors = LrFactors()
     embed_lr_exponent: float = 0.0
     eps_scaling: bool = False
     coupled_decay: bool = False
@@ -192,6 +209,10 @@ def forward_multiplier(w: Parameter, scaling: Scaling) -> float:
 
 def lr_multiplier(w: Parameter, scaling: Scaling) -> float:
     """The factor on the base learning rate."""
+    return _rule_lr(w, scaling) * scaling.lr_factors.of(w.role)
+
+
+def _rule_lr(w: Parameter, scaling: Scaling) -> float:
     powers = _row(w, scaling).lr
     factor = scaling.noise_ratio**scaling.parametrization.horizon.lr
     if uses_muon(w, scaling):
@@ -205,9 +226,9 @@ def lr_multiplier(w: Parameter, scaling: Scaling) -> float:
 
 
 def eps_multiplier(w: Parameter, scaling: Scaling) -> float:
-    """The factor on Adam's eps; with eps_scaling that of the learning rate, as in the reference system."""
+    """The factor on Adam's eps; with eps_scaling the rule's factor on the learning rate, as in the reference system."""
     if scaling.eps_scaling:
-        return lr_multiplier(w, scaling)
+        return _rule_lr(w, scaling)
     return _row(w, scaling).eps(float(w.fan_in), scaling) * scaling.noise_ratio**scaling.parametrization.horizon.eps
 
 
