@@ -36,7 +36,16 @@ def test_options_of_a_tpu(kind: str) -> None:
     assert resolved(("tpu", kind), "xla_tuned=false").compiler_options == {}
 
 
-@pytest.mark.parametrize("device", [CPU, ("gpu", "NVIDIA H200"), ("tpu", "TPU v99")])
+def test_a_gpu_computes_deterministically_unless_told_otherwise() -> None:
+    """The option, as it is written here, is one that XLA takes: it parses options of all devices alike."""
+    options = dict(resolved(GPU).compiler_options)
+    assert options == {"xla_gpu_deterministic_ops": "True"}
+    assert jax.jit(lambda: jnp.ones(()), compiler_options=options)() == 1
+    assert resolved(GPU, "xla.xla_gpu_deterministic_ops=false").compiler_options == {"xla_gpu_deterministic_ops": "False"}
+    assert resolved(GPU, "xla_tuned=false").compiler_options == {}
+
+
+@pytest.mark.parametrize("device", [CPU, ("gpu", "AMD Instinct MI300X"), ("tpu", "TPU v99")])
 def test_an_unknown_device_has_no_options(device: tuple[str, str]) -> None:
     assert resolved(device).compiler_options == {} and not resolved(device).via_all_to_all
 
@@ -89,7 +98,7 @@ def test_head_chunk() -> None:
         *((TPU, 512, 128, ["model.attention_activation=sqrelu"], "dense"),),
         *((TPU, 512, 128, ["model.attention_kernel=xla"], "dense"),),
         *((GPU, 64, 128, [], "cudnn"), (GPU, 64, 256, [], "blockwise")),
-        *((GPU, 64, 128, ["data.intra_document_mask=true"], "blockwise"),),
+        *((GPU, 64, 128, ["data.intra_document_mask=true"], "cudnn"),),
         *((GPU, 64, 128, ["precision.compute=float32"], "blockwise"), (CPU, 512, 128, [], "blockwise")),
         (CPU, 512, 128, ["model.attention_kernel=splash"], "splash_interpreted"),
     ],
