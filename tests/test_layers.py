@@ -86,9 +86,9 @@ def test_imports_point_down(name):
     [
         ("model.ops", "from mutransformer.training.step import update"),
         ("mup.rules", "import mutransformer.model.ops"),
-        ("sharding.mesh", "def f():\n    from mutransformer.training.state import plan"),
+        ("sharding.mesh", "def f():\n    from mutransformer.training.program import plan"),
         ("data.cache.shards", "from mutransformer.training import loop"),
-        ("training.state", "from mutransformer.study.sweep import grid"),
+        ("training.program", "from mutransformer.study.sweep import grid"),
     ],
 )
 def test_an_upward_import_is_caught(name, source):

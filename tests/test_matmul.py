@@ -24,8 +24,7 @@ from mutransformer.mup.rules import init_std
 from mutransformer.sharding.collectives import gather_x, scatter_y, sum_rows, sum_y
 from mutransformer.sharding.mesh import make_mesh, put_batch
 from mutransformer.sharding.spec import weight
-from mutransformer.training.program import Program, scaling_of
-from mutransformer.training.state import TrainState
+from mutransformer.training.program import Program, TrainState, scaling_of
 from mutransformer.training.step import make_train_step
 
 GRIDS = [(1, 1), (2, 2), (1, 4)]

@@ -20,8 +20,7 @@ from mutransformer.data.cache.dataset import TokenSplit
 from mutransformer.sharding.mesh import make_mesh, put_batch
 from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun
 from mutransformer.training.evaluate import evaluate
-from mutransformer.training.program import Vocabulary
-from mutransformer.training.state import TrainState
+from mutransformer.training.program import TrainState, Vocabulary
 from mutransformer.training.step import make_eval_step, make_train_step
 
 BOS, STEPS = 1, 5

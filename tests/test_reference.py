@@ -13,7 +13,7 @@ from tokens import loss_mask
 from mutransformer.config.load import load
 from mutransformer.data.batches.pipeline import Batch
 from mutransformer.sharding.mesh import make_mesh, put_batch
-from mutransformer.training.state import TrainState
+from mutransformer.training.program import TrainState
 from mutransformer.training.step import make_logits, make_loss_and_grads, make_train_step
 
 HERE = Path(__file__).parent / "data"

@@ -12,7 +12,7 @@ from runs import finish, metrics, settings, start, wait_for_step
 
 from mutransformer.config.load import load
 from mutransformer.training.checkpoint import CHECKSUMS, Checkpoints
-from mutransformer.training.state import TrainState
+from mutransformer.training.program import TrainState
 
 # An epoch is some 40 batches: the run goes through more than one, and is killed within one.
 LENGTH = ["steps=60", "checkpoint.every=7", "eval.every=20"]

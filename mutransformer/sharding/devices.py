@@ -6,19 +6,12 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 
 # glibc's names for mallopt's parameters.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-
-
-@runtime_checkable
-class Device(Protocol):
-    """The part of jax.Device that is used here."""
-
-    def memory_stats(self) -> Any: ...
 
 
 # Dense bfloat16 FLOP/s with float32 accumulation, from the vendors' data sheets; where a sheet gives the number with sparsity,
@@ -55,31 +48,19 @@ def peak_flops(device_kind: str) -> float | None:
     return next((flops for pattern, flops in _PEAK_FLOPS.items() if re.fullmatch(pattern, kind, re.IGNORECASE)), None)
 
 
-def memory_in_use(devices: Sequence[Device]) -> dict[str, int] | None:
-    """Memory of the fullest of these devices, in bytes.
+def memory_in_use(devices: Sequence[Any]) -> dict[str, int] | None:
+    """Memory in bytes of the fullest of these devices, which are of this process; None if one reports none, as a CPU.
 
-    Args:
-        devices: of this process.
-
-    Returns:
-        {"bytes_in_use": now, "peak_bytes": maximum since the start}, or None if a device reports no memory statistics, as a CPU.
+    Returns {"bytes_in_use": now, "peak_bytes": maximum since the start}.
     """
     stats = [device.memory_stats() for device in devices]
     if not all(stats):
         return None
-    return {
-        "bytes_in_use": max(each["bytes_in_use"] for each in stats),
-        "peak_bytes": max(each["peak_bytes_in_use"] for each in stats),
-    }
+    return {"bytes_in_use": max(s["bytes_in_use"] for s in stats), "peak_bytes": max(s["peak_bytes_in_use"] for s in stats)}
 
 
-def memory_limit(device: Device, n: int) -> int:
-    """Bytes that a program may use on a device.
-
-    Args:
-        device: a local one.
-        n: devices of this process; simulated ones share the host's memory.
-    """
+def memory_limit(device: Any, n: int) -> int:
+    """Bytes that a program may use on a local device, one of n of this process; simulated ones share the host's memory."""
     stats = device.memory_stats() or {}
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
     return stats.get("bytes_limit") or int(0.8 * physical / n)

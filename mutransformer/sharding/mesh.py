@@ -10,7 +10,7 @@ from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mutransformer.config.run import MeshConfig
-from mutransformer.errors import ConfigError, check
+from mutransformer.errors import check, translate_errors
 
 Tree = TypeVar("Tree")
 AnyMesh = Mesh | AbstractMesh  # an abstract mesh has axes and no devices
@@ -47,15 +47,13 @@ def lay_mesh(devices: Sequence[Any], **axes: int) -> Mesh:
     n = len(slices)
     check(n in (0, 1, axes.get("z", 1)), f"{description}: the devices belong to {n} TPU slices; set mesh.replicas={n}")
     sizes = tuple(axes.values())
-    try:
+    kinds = AssertionError, NotImplementedError, TypeError, ValueError
+    with translate_errors(f"{description}: JAX cannot lay it on these devices", kinds):
         if n > 1:
             within, between = (1, *sizes[1:]), (n, *(1 for _ in sizes[1:]))
             grid = create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
         else:
             grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConfigError(f"{description}: JAX cannot lay it on these devices: {reason}") from error
     return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
@@ -72,11 +70,6 @@ def n_row_groups(mesh: AnyMesh) -> int:
 def batch_pspec(mesh: AnyMesh) -> PartitionSpec:
     """How the rows of a batch are sharded: over x, and over z where there is one."""
     return PartitionSpec(("z", "x") if "z" in mesh.axis_names else "x")
-
-
-def shardings(specs: Tree, mesh: AnyMesh) -> Tree:
-    """The sharding of every weight in a tree of specs."""
-    return jax.tree.map(lambda w: NamedSharding(mesh, w.pspec), specs)
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:

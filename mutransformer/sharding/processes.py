@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mutransformer.config.run import DistributedConfig
-from mutransformer.errors import ConfigError, first_line
+from mutransformer.errors import ConfigError, first_line, translate_errors
 
 _PATIENCE = 24 * 3600  # seconds: one host may have to tokenize everything while others wait; JAX notices a dead host much earlier
 
@@ -24,17 +24,11 @@ _calls = itertools.count()  # of assert_equal_across_processes: no key of the se
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run that divide work.
-
-    Attributes:
-        count: how many there are.
-        index: of this one, from 0.
-        barrier: returns once each of them has called it; all call it in the same order. The name is for messages.
-    """
+    """The processes of a run that divide work."""
 
     count: int = 1
-    index: int = 0
-    barrier: Callable[[str], None] = lambda name: None
+    index: int = 0  # of this one
+    barrier: Callable[[str], None] = lambda name: None  # returns once all have called it, in the same order; name: for messages
 
     @contextmanager
     def first_in_process_0(self, name: str) -> Iterator[None]:
@@ -128,32 +122,26 @@ def stop_on_signals() -> Iterator[StopRequest]:
 def join_processes(config: DistributedConfig) -> None:
     """Joins the other processes of the run if there are any (jax.distributed).
 
-    Raises:
-        ConfigError: they were not reached in time, or JAX does not find them in the environment.
+    Raises ConfigError if they are not reached in time, or JAX does not find them in the environment.
     """
     coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if not (coordinator is not None if config.enabled is None else config.enabled):
+    enabled = coordinator is not None if config.enabled is None else config.enabled
+    if not enabled:
         return
     if coordinator is not None and config.process_id:
         _wait_for(coordinator, config.timeout)
     import jax
 
-    try:
+    with translate_errors("distributed: cannot join the other processes", (RuntimeError, ValueError)):
         jax.distributed.initialize(config.coordinator, config.n_process, config.process_id, initialization_timeout=config.timeout)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"distributed: cannot join the other processes: {str(error).splitlines()[0]}") from None
     logging.getLogger(__name__).info("process %d of %d", jax.process_index(), jax.process_count())
 
 
 def assert_equal_across_processes(what: str, parts: Mapping[str, str]) -> None:
-    """Waits until all processes of the run have called this, and compares their values.
+    """Waits until all processes of the run have called this in the same order of calls, and compares their values by name.
 
     It uses JAX's coordination service, since a collective of the devices times out long before a slow process may have its data.
-    All processes must make their calls in the same order.
-
-    Args:
-        what: a name of what is compared, for the message.
-        parts: the values to compare, by name.
+    `what` names what is compared, for the message. With a single process it returns at once.
 
     Raises:
         ConfigError: processes disagree (raised on all), one failed, or one did not arrive within 24 h.
@@ -193,11 +181,7 @@ def assert_equal_across_processes(what: str, parts: Mapping[str, str]) -> None:
 
 
 def barrier(name: str) -> None:
-    """Returns once all processes of the run have called it, in the same order of calls; at once if there is only one.
-
-    Raises:
-        ConfigError: a process failed, or one did not arrive within 24 h.
-    """
+    """Returns once all processes of the run have called it. Order and errors are those of assert_equal_across_processes."""
     assert_equal_across_processes(name, {})
 
 
@@ -212,8 +196,8 @@ def _wait_for(coordinator: str, timeout: int) -> None:
         except (OSError, ValueError, OverflowError) as error:
             left = deadline - time.monotonic()
             if left <= 0 or not isinstance(error, OSError):
-                reason = getattr(error, "strerror", None) or str(error)
+                limit = f"distributed.timeout = {timeout} s"
                 raise ConfigError(
-                    f"distributed.coordinator = {coordinator}: not reached within distributed.timeout = {timeout} s: {reason}"
+                    f"distributed.coordinator = {coordinator}: not reached within {limit}: {first_line(error)}"
                 ) from None
         time.sleep(min(0.5, left))

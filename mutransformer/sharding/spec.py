@@ -12,9 +12,8 @@ An arrow names the dims that a weight contracts, then those it produces: "M/x ->
 sharded over mesh axis x along M and over y along H. The shard along x has no letter: only `collectives.gather_x` ever sees it.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from jax.sharding import PartitionSpec
@@ -33,25 +32,15 @@ class Dim:
 
 @dataclass(frozen=True)
 class Weight:
-    """What is known of a weight before it exists. A leaf of every tree of specs.
+    """What is known of a weight before it exists. A leaf of every tree of specs."""
 
-    Attributes:
-        dims: the dims in order, a stack of layers first.
-        n_out: how many of them, from the end, are not contracted.
-        fan_in: terms summed into one output; 1 for vectors and for the embedding, whose input is one-hot.
-        role: decides which of muP's rules apply.
-        init: `rule`: the parametrization's initial scale; else the override.
-        init_tag: the number that its random draw is keyed by; None: a hash of its path in the tree.
-        nominal_fan_in: the fan-in before rounding to whole numbers, for rules of the learning rate; None: fan_in.
-    """
-
-    dims: tuple[Dim, ...]
-    n_out: int
-    fan_in: int
-    role: Role
-    init: Init = "rule"
-    init_tag: int | None = None
-    nominal_fan_in: float | None = None
+    dims: tuple[Dim, ...]  # in order, a stack of layers first
+    n_out: int  # how many of the dims, from the end, are not contracted
+    fan_in: int  # terms summed into one output; 1 for vectors and for the embedding, whose input is one-hot
+    role: Role  # decides which of muP's rules apply
+    init: Init = "rule"  # `rule`: the parametrization's initial scale; else the override
+    init_tag: int | None = None  # the number that its random draw is keyed by; None: a hash of its path in the tree
+    nominal_fan_in: float | None = None  # before rounding to whole numbers, for rules of the learning rate; None: fan_in
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,13 +77,11 @@ class Weight:
 
     def off(self, axis: str) -> "Weight":
         """The spec of the same weight, not sharded over a mesh axis."""
-        return dataclasses.replace(
-            self, dims=tuple(dataclasses.replace(d, axis=None) if d.axis == axis else d for d in self.dims)
-        )
+        return replace(self, dims=tuple(replace(d, axis=None) if d.axis == axis else d for d in self.dims))
 
     def stacked(self, n_layer: int) -> "Weight":
         """The spec of n_layer such weights in one array."""
-        return dataclasses.replace(self, dims=(Dim("L", n_layer, None), *self.dims))
+        return replace(self, dims=(Dim("L", n_layer, None), *self.dims))
 
 
 def weight(
@@ -114,17 +101,15 @@ def weight(
             out input, only in output.
         init, init_tag, nominal_fan_in: as in Weight.
     """
-    into, out = ([_dim(word, sizes) for word in side.split()] for side in arrow.split("->"))
+
+    def dim(word: str) -> Dim:
+        name, _, axis = word.partition("/")
+        return Dim(name, sizes[name], axis or None)
+
+    into, out = ([dim(word) for word in side.split()] for side in arrow.split("->"))
     width_in, width_out = (any(d.name in WIDTH_DIMS for d in side) for side in (into, out))
-    inferred: Role | None = None
-    if into:
-        inferred = "hidden" if width_in and width_out else "input" if width_out else "output" if width_in else None
-    role = role or inferred
+    if role is None and into:
+        role = "hidden" if width_in and width_out else "input" if width_out else "output" if width_in else None
     assert role is not None, f"{arrow!r}: its role cannot be inferred"
     fan_in = prod(d.size for d in into) if width_in else 1
     return Weight(tuple(into + out), len(out), fan_in, role, init, init_tag, nominal_fan_in)
-
-
-def _dim(word: str, sizes: Mapping[str, int]) -> Dim:
-    name, _, axis = word.partition("/")
-    return Dim(name, sizes[name], axis or None)

@@ -22,7 +22,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from mutransformer.config.load import check_not_renamed
 from mutransformer.config.schema import Config, flatten, may_change_on_resume
 from mutransformer.errors import ConfigError, check, first_line, translate_errors
-from mutransformer.training.state import TrainState
+from mutransformer.training.program import TrainState
 
 ITEMS = ("state", "run")  # the folders in a checkpoint
 CHECKSUMS = "sha256.json"  # in a checkpoint: the checksum of each of its other files

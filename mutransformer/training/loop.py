@@ -20,8 +20,7 @@ from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.evaluate import Interrupted, evaluate
 from mutransformer.training.metrics import Metrics, NonFiniteLoss
 from mutransformer.training.profile import Profile
-from mutransformer.training.program import Program
-from mutransformer.training.state import TrainState
+from mutransformer.training.program import Program, TrainState
 from mutransformer.training.step import make_eval_step, make_train_step
 
 

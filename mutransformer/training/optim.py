@@ -39,35 +39,22 @@ def make_schedule(config: OptimConfig, steps: int) -> Schedule:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """The optimizer of a run, with everything resolved but the base learning rate.
+    """The optimizer of a run, with everything resolved but the base learning rate."""
 
-    Attributes:
-        lr: the base learning rate of the config.
-        lr_multipliers: the factor on it, for each weight.
-        decay: weight_decay times its factor, for each weight; None: no weight decay.
-        coupled_decay: decay is multiplied by the weight's learning rate.
-        direction: the optimizer proper.
-        clip_norm: global norm to which the gradient is clipped; 0: no clipping.
-        schedule: the learning rate as a fraction of its peak.
-    """
-
-    lr: float
+    lr: float  # the base learning rate of the config
     lr_multipliers: Transformer[float]
-    decay: Transformer[float] | None
-    coupled_decay: bool
-    direction: optax.GradientTransformation
-    clip_norm: float
-    schedule: Schedule
+    decay: Transformer[float] | None  # weight_decay times its factor, for each weight; None: no weight decay
+    coupled_decay: bool  # decay is multiplied by the weight's learning rate
+    direction: optax.GradientTransformation  # the optimizer proper
+    clip_norm: float  # global norm to which the gradient is clipped; 0: no clipping
+    schedule: Schedule  # the learning rate as a fraction of its peak
 
     def transformation(self, lr: Float[Array, ""] | float | None = None) -> optax.GradientTransformation:
         """Clip by global norm, direction, learning rates by weight, decay, schedule.
 
         Updates see global arrays, so norms and moments are exact on any mesh. Coupled decay shrinks a weight by its own learning
         rate times weight_decay, independent decay by weight_decay alone (Wortsman et al., arXiv 2309.14322); both follow the
-        schedule.
-
-        Args:
-            lr: the base learning rate, where it is an array; None: the config's.
+        schedule. lr replaces the base learning rate of the config, and may be an array.
         """
         base = self.lr if lr is None else lr
         rates = jax.tree.map(lambda factor: base * factor, self.lr_multipliers)
@@ -87,15 +74,7 @@ class Optimizer:
 
 
 def make_optimizer(c: OptimConfig, mu_dtype: str, specs: Transformer[Weight], scaling: Scaling, steps: int) -> Optimizer:
-    """The optimizer of a config.
-
-    Args:
-        c: its settings.
-        mu_dtype: of the first moment.
-        specs: of the weights.
-        scaling: the parametrization.
-        steps: of the run, for the schedule.
-    """
+    """The optimizer of a config. mu_dtype: of the first moment. steps: of the run, for the schedule."""
     return Optimizer(
         lr=c.lr,
         lr_multipliers=jax.tree.map(lambda w: mup.lr_multiplier(w, scaling), specs),

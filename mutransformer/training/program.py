@@ -1,14 +1,20 @@
-"""`build`: the one place where anything is derived from a config. Everything else takes the `Program`, or values in it."""
+"""`build`: the one place where anything is derived from a config. Everything else takes the `Program`, or values in it.
 
-import math
+Also what a run carries from step to step: the state, its initial values, and its abstract form with shardings.
+"""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from mutransformer import mup
 from mutransformer.config.schema import Config
@@ -21,11 +27,18 @@ from mutransformer.model.execution import Execution
 from mutransformer.model.matmul import MatmulPolicy
 from mutransformer.model.transformer import Forward
 from mutransformer.model.weights import Transformer, block_specs, flops_per_token, transformer_specs
-from mutransformer.sharding.mesh import AnyMesh, batch_pspec, make_mesh, n_row_groups
+from mutransformer.sharding.mesh import AnyMesh, batch_pspec, make_mesh, n_row_groups, replicated
 from mutransformer.sharding.processes import all_processes, assert_equal_across_processes
 from mutransformer.sharding.spec import Weight
 from mutransformer.training.optim import Optimizer, make_optimizer
-from mutransformer.training.state import TrainState, abstract_state, initial_state
+
+T = TypeVar("T")  # Array, ShapeDtypeStruct, NamedSharding
+
+
+class TrainState(eqx.Module, Generic[T]):
+    step: T  # int32 scalar, updates completed
+    params: Transformer[T]  # float32 master weights
+    opt: optax.OptState  # the optimizer's state; moments are sharded like their weights
 
 
 class Vocabulary(NamedTuple):
@@ -38,25 +51,15 @@ class Vocabulary(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """What a run is, resolved for the devices it runs on. `print(program)` gives a short table.
+    """What a run is, resolved for the devices it runs on. `print(program)` gives a short table."""
 
-    Attributes:
-        config: with the size of the vocabulary filled in.
-        vocabulary: of the tokenizer.
-        mesh: of the devices.
-        scaling: the parametrization and the size of the model relative to the one that was tuned.
-        forward: the model: specs of its weights, its mathematics, and the resolved execution settings.
-        optimizer: of the run.
-        state: abstract, with shardings: what a checkpoint is restored into.
-    """
-
-    config: Config
+    config: Config  # with the size of the vocabulary filled in
     vocabulary: Vocabulary
     mesh: Any  # a Mesh, or an AbstractMesh in planning
-    scaling: mup.Scaling
-    forward: Forward
+    scaling: mup.Scaling  # the parametrization and the size of the model relative to the one that was tuned
+    forward: Forward  # the model: specs of its weights, its mathematics, and the resolved execution settings
     optimizer: Optimizer
-    state: TrainState[jax.ShapeDtypeStruct]
+    state: TrainState[jax.ShapeDtypeStruct]  # abstract, with shardings: what a checkpoint is restored into
 
     @property
     def specs(self) -> Transformer[Weight]:
@@ -89,10 +92,8 @@ class Program:
 
     def init_state(self) -> TrainState[Array]:
         """The state before the first update, computed in place: bit for bit the same on every mesh."""
-        init = jax.jit(
-            lambda: initial_state(self.specs, self.scaling, self.optimizer, self.config.seed), out_shardings=self.state_shardings
-        )
-        return init()
+        init = partial(initial_state, self.specs, self.scaling, self.optimizer, self.config.seed)
+        return jax.jit(init, out_shardings=self.state_shardings)()
 
     def __str__(self) -> str:
         c, e = self.config, self.execution
@@ -118,7 +119,6 @@ def build(
     """Resolves a config for devices.
 
     Args:
-        config: of the run.
         devices: to compute on (None: all that JAX sees); or a mesh of them; or an abstract mesh to plan for.
         vocabulary: a tokenizer, or its numbers. None: the tokenizer that the config names is opened, and trained if need be.
 
@@ -147,11 +147,37 @@ def build(
     return Program(config, Vocabulary(found.n_vocab, found.bos_id, found.eos_id), mesh, scaling, forward, optimizer, state)
 
 
+def initial_state(
+    specs: Transformer[Weight], scaling: mup.Scaling, optimizer: Optimizer, seed: Int[Array, ""] | int
+) -> TrainState[Array]:
+    """The state before the first update, with no sharding of its own. seed: may be an array."""
+    params = mup.init_weights(specs, scaling, seed)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt=optimizer.transformation().init(params))
+
+
+def abstract_state(
+    specs: Transformer[Weight], scaling: mup.Scaling, optimizer: Optimizer, mesh: AnyMesh
+) -> TrainState[jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of the whole state: what a checkpoint is restored into. Computes nothing."""
+    shapes = jax.eval_shape(lambda: initial_state(specs, scaling, optimizer, 0))
+    params: Any = jax.tree.map(lambda w: NamedSharding(mesh, w.pspec), specs)
+
+    def moments_or_scalar(node: Any) -> Any:
+        """Moments are trees of weights, sharded like these; None where another optimizer trains the weight."""
+        if not isinstance(node, Transformer):
+            return replicated(mesh)
+        return jax.tree.map(lambda m, s: None if m is None else s, node, params, is_leaf=lambda m: m is None)
+
+    # jit of the optimizer's init alone would drop the moments' shardings: they are given, not propagated.
+    opt = jax.tree.map(moments_or_scalar, shapes.opt, is_leaf=lambda node: isinstance(node, Transformer))
+    sharded = TrainState(step=replicated(mesh), params=params, opt=opt)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, sharded)
+
+
 def prepare_data(config: Config) -> Corpus:
     """The tokenized data of a config, prepared if need be by all processes of the run.
 
-    Raises:
-        ConfigError: as prepare raises; processes of the run have different data.
+    Raises ConfigError as prepare raises, or if processes of the run have different data.
     """
     corpus = prepare(config.data, all_processes())
     assert_equal_across_processes("data", corpus.fingerprints)
@@ -203,7 +229,7 @@ def _check_divides(config: Config, mesh: AnyMesh) -> None:
         needs.append(("model.d_head (which mesh.y divides if it does not divide model.n_kv_head)", m.d_head, "y", y))
     for what, size, axis, parts in needs:
         check(size % parts == 0, f"{what} = {size}: not divisible by mesh.{axis} = {parts}")
-    per_device, overlap = math.floor(at_a_time / groups), config.mesh.overlap_groups
+    per_device, overlap = at_a_time // groups, config.mesh.overlap_groups
     check(
         overlap is None or per_device % overlap == 0,
         f"mesh.overlap_groups = {overlap}: must divide the {per_device} rows that a device has at a time",

@@ -15,8 +15,7 @@ from mutransformer.errors import ConfigError
 from mutransformer.model.ops import shift_right
 from mutransformer.model.weights import Transformer
 from mutransformer.sharding.collectives import sum_rows, sum_z, varying_on_z
-from mutransformer.training.program import Program
-from mutransformer.training.state import TrainState
+from mutransformer.training.program import Program, TrainState
 
 Metrics = dict[str, Array]
 

@@ -21,8 +21,7 @@ from mutransformer.data.batches.batch import Batch
 from mutransformer.data.tokenizers.tokenizer import Tokenizer
 from mutransformer.sharding.mesh import data_share, lay_mesh, put_batch
 from mutransformer.study.sweep.grid import Point
-from mutransformer.training.program import Vocabulary, build
-from mutransformer.training.state import TrainState, initial_state
+from mutransformer.training.program import TrainState, Vocabulary, build, initial_state
 from mutransformer.training.step import device_grads, device_sums, make_eval_step, make_train_step, update
 
 RUNS = PartitionSpec("run")
