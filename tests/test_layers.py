@@ -15,7 +15,7 @@ FLOORS = ["errors", "mup", "config", "sharding", "model", "data", "training", "g
 FLOORS += ["commands", "cli"]
 # Those that touch disk, network or clock. The config asks where files are, and leaves reading them to OmegaConf.
 EFFECTS = {"data", "study", "commands", "cli", "sharding.devices", "sharding.processes"}
-EFFECTS |= {"training.checkpoint", "training.metrics", "training.profile", "training.loop"}
+EFFECTS |= {"training.checkpoint", "training.metrics", "training.loop"}
 ALLOWED = {name: {"pathlib", "pathlib.Path"} for name in ("", "config.schema", "errors", "config.load", "planning.timeline")}
 ALLOWED["planning.compiled.compiler"] = {"os", "time"}
 

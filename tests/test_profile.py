@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from mutransformer.config.run import ProfileConfig
-from mutransformer.training.profile import Profile
+from mutransformer.training.loop import Profile
 
 
 def test_profile_traces_the_window(tmp_path, monkeypatch):

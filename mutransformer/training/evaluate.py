@@ -20,8 +20,6 @@ from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.program import Program
 from mutransformer.training.step import make_eval_step
 
-EvalStep = Callable[[Transformer[Array], Batch], tuple[Array, Array]]
-
 AHEAD = 4  # batches in flight: enough to keep the device busy, few enough to hold in memory
 COUNTED = 1 << 26  # tokens of a split in which n-grams are counted, at most: a gigabyte of memory
 
@@ -31,39 +29,27 @@ class Interrupted(Exception):
 
 
 class Scored(NamedTuple):
-    """results: as of loss_metrics. targets: the number of targets that counted."""
-
-    results: dict[str, float]
-    targets: int
+    results: dict[str, float]  # as of loss_metrics
+    targets: int  # the number of targets that counted
 
 
 def evaluate(
-    eval_step: EvalStep,
+    eval_step: Callable[[Transformer[Array], Batch], tuple[Array, Array]],
     params: Transformer[Array],
     batches: Iterable[Batch],
     mesh: Mesh,
     split: TokenSplit,
     stop: Callable[[], bool] = lambda: False,
 ) -> Scored:
-    """The mean loss over the batches' targets.
+    """The mean loss over the targets of the batches, of which each process passes its own rows. split: for its bytes per token.
 
-    Args:
-        eval_step: of step.make_eval_step.
-        params: the weights.
-        batches: this process's rows of each batch.
-        mesh: of the weights.
-        split: for its bytes per token.
-        stop: polled between batches.
-
-    Raises:
-        Interrupted: stop() was true.
+    Raises Interrupted if stop(), polled between batches, is true.
     """
-    nats, counts, in_flight = list[float](), list[int](), deque[tuple[Array, Array]]()
+    sums, in_flight = list[tuple[float, int]](), deque[tuple[Array, Array]]()
 
     def read() -> None:
-        total, count = in_flight.popleft()
-        nats.append(float(total))
-        counts.append(int(count))
+        nats, count = in_flight.popleft()
+        sums.append((float(nats), int(count)))
 
     for batch in batches:
         if stop():
@@ -73,7 +59,8 @@ def evaluate(
             read()
     while in_flight:
         read()
-    return Scored(loss_metrics(math.fsum(nats) / sum(counts), split), sum(counts))
+    targets = sum(count for _, count in sums)
+    return Scored(loss_metrics(math.fsum(nats for nats, _ in sums) / targets, split), targets)
 
 
 def loss_metrics(loss: float, split: TokenSplit) -> dict[str, float]:
@@ -85,14 +72,8 @@ def loss_metrics(loss: float, split: TokenSplit) -> dict[str, float]:
 def evaluate_run(program: Program, corpus: Corpus) -> dict[str, Any]:
     """Evaluates a run's checkpoint on a full split, as eval.split and eval.checkpoint say.
 
-    All tokens of the split count, except those that packing=pad cuts off.
-
-    Args:
-        program: of the run.
-        corpus: its tokenized data.
-
-    Raises:
-        ConfigError: the run or its checkpoint is missing or does not fit the config.
+    All tokens of the split count, except those that packing=pad cuts off. Raises ConfigError if the run or its checkpoint is
+    missing or does not fit the config.
     """
     config, n_vocab, mesh = program.config, program.vocabulary.n_vocab, program.mesh
     train, held_out = corpus.splits["train"], corpus.splits[config.eval.split]

@@ -1,15 +1,19 @@
-"""A training run: resume or start, loop, close."""
+"""A training run: resume or start, loop, close; and profiler traces of a window of its steps."""
 
 import math
 import shutil
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax import Array
 
 from mutransformer import __version__
 from mutransformer.config.load import to_yaml
+from mutransformer.config.run import ProfileConfig
 from mutransformer.data.batches import pipeline
 from mutransformer.data.batches.pipeline import Batches
 from mutransformer.data.cache.dataset import Corpus
@@ -19,17 +23,12 @@ from mutransformer.sharding.processes import StopRequest, stop_on_signals
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.evaluate import Interrupted, evaluate
 from mutransformer.training.metrics import Metrics, NonFiniteLoss
-from mutransformer.training.profile import Profile
 from mutransformer.training.program import Program, TrainState
 from mutransformer.training.step import make_eval_step, make_train_step
 
 
 def train(program: Program, corpus: Corpus) -> int:
     """Trains until `steps` updates are completed, or until asked to stop.
-
-    Args:
-        program: of the run.
-        corpus: its tokenized data.
 
     Returns:
         The exit code: FINISHED, or STOPPED with a checkpoint of the last step.
@@ -67,16 +66,7 @@ def train(program: Program, corpus: Corpus) -> int:
 
 @dataclass
 class Trainer:
-    """A run in progress.
-
-    Attributes:
-        program, corpus: of the run.
-        checkpoints, batches, log, stop: what it saves to, reads, reports to, and is stopped by.
-        fingerprint: of the data.
-        state: after `step` updates.
-        step: updates completed.
-        loss: on validation at this step, if it was evaluated.
-    """
+    """A run in progress: the state after `step` updates, and what the run saves to, reads, reports to, and is stopped by."""
 
     program: Program
     corpus: Corpus
@@ -84,10 +74,10 @@ class Trainer:
     batches: Batches
     log: Metrics
     stop: StopRequest
-    fingerprint: dict[str, object]
+    fingerprint: dict[str, object]  # of the data
     state: TrainState[Array]
-    step: int
-    loss: float | None = None
+    step: int  # updates completed
+    loss: float | None = None  # on validation at this step, if it was evaluated
 
     def __post_init__(self) -> None:
         self._train_step, self._eval_step = make_train_step(self.program), make_eval_step(self.program)
@@ -142,6 +132,35 @@ class Trainer:
 
     def save(self) -> None:
         self.checkpoints.save(self.state, self.batches.get_state(), self.fingerprint, self.loss)
+
+
+class Profile:
+    """Traces steps start ... stop - 1 on process 0, none if stop = 0: .xplane.pb for TensorBoard, .trace.json.gz for Perfetto.
+
+    They go to plugins/profile below the directory, where TensorBoard looks for them. wait_for gives arrays of the step before,
+    which are waited for where the trace starts or stops, so that it holds complete steps.
+    """
+
+    def __init__(self, window: ProfileConfig, directory: Path, wait_for: Callable[[], Any] = lambda: None) -> None:
+        self._window, self._directory, self._wait_for, self.running = window, directory, wait_for, False
+        self._enabled = jax.process_index() == 0
+
+    def step(self, i: int) -> None:
+        """Starts or stops the trace if step i, counted from 0 and about to be dispatched, is the first in or after the window."""
+        within = self._enabled and self._window.start <= i < self._window.stop
+        if within and not self.running:  # a run that resumes within the window traces the rest of it
+            jax.block_until_ready(self._wait_for())
+            jax.profiler.start_trace(self._directory)
+            self.running = True
+        elif self.running and not within:
+            self.close()
+
+    def close(self) -> None:
+        """Stops a trace that is still running."""
+        if self.running:
+            self.running = False
+            jax.block_until_ready(self._wait_for())
+            jax.profiler.stop_trace()
 
 
 def _due(step: int, every: int) -> bool:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
 from mutransformer.data.batches.batch import Batch
-from mutransformer.errors import ConfigError
+from mutransformer.errors import translate_errors
 from mutransformer.model.ops import shift_right
 from mutransformer.model.weights import Transformer
 from mutransformer.sharding.collectives import sum_rows, sum_z, varying_on_z
@@ -38,32 +38,26 @@ def device_grads(program: Program) -> Callable[[Transformer[Array], Batch], tupl
             return sum_rows(objective) / denominator, sum_rows(loss) / denominator
 
         params = varying_on_z(params)
-        if n == 1:
-            (value, loss), grads = jax.value_and_grad(objective, has_aux=True)(params, batch)
-        elif once_per_step:
-            weights, pullback = jax.vjp(forward.gather_weights, params)
-            (value, loss), grads = _accumulate(objective, weights, batch, jnp.zeros_like(count), n)
+        weights, pullback = jax.vjp(forward.gather_weights, params) if once_per_step else (params, None)
+        (value, loss), grads = _accumulate(objective, weights, batch, jnp.zeros_like(count), n)
+        if pullback is not None:
             (grads,) = pullback(grads)
-        else:
-            (value, loss), grads = _accumulate(objective, params, batch, jnp.zeros_like(count), n)
         return {"loss": loss * denominator / count, "objective": value}, sum_z(grads, forward.policy.grad_reduce_dtype)
 
     return grads_of
 
 
 def _accumulate(objective: Callable[..., Any], weights: Any, batch: Batch, zero: Array, n: int) -> Any:
-    """The objective, the loss and the gradient, summed over n microbatches.
-
-    Args:
-        zero: a scalar zero that varies over the same mesh axes as the loss, since a scan's carry keeps its type.
-    """
+    """((objective, loss), gradient), summed over n microbatches. zero varies over the same mesh axes as the loss."""
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    if n == 1:
+        return value_and_grad(weights, batch)
 
     def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, value_and_grad(weights, microbatch)), None
 
     microbatches = jax.tree.map(lambda a: a.reshape(n, -1, *a.shape[1:]), batch)
-    zeros = (zero, zero), jax.tree.map(jnp.zeros_like, weights)
+    zeros = (zero, zero), jax.tree.map(jnp.zeros_like, weights)  # a scan's carry keeps its type
     return lax.scan(add, zeros, microbatches)[0]
 
 
@@ -74,29 +68,17 @@ def make_loss_and_grads(program: Program) -> Callable[[Transformer[Array], Batch
     one, and with optim.loss_per = position divided by the number of all positions. Not jitted.
     """
     pspecs = program.forward.pspecs
-    return jax.shard_map(
-        device_grads(program),
-        mesh=program.mesh,
-        in_specs=(pspecs, program.batch_pspec),
-        out_specs=(PartitionSpec(), pspecs),
-    )
+    in_specs, out_specs = (pspecs, program.batch_pspec), (PartitionSpec(), pspecs)
+    return jax.shard_map(device_grads(program), mesh=program.mesh, in_specs=in_specs, out_specs=out_specs)
 
 
 def update(
     program: Program, state: TrainState[Array], metrics: Metrics, grads: Any, lr: Float[Array, ""] | float
 ) -> tuple[TrainState[Array], Metrics]:
-    """The state after one optimizer update, on global arrays.
+    """The state after one optimizer update, on global arrays. lr: optim.lr, or an array that replaces it.
 
-    Args:
-        program: of the run.
-        state: before the update.
-        metrics: of the loss.
-        grads: of the objective.
-        lr: the base learning rate: optim.lr, or an array that replaces it.
-
-    Returns:
-        The new state, and metrics with learning_rate (lr x schedule), gradient_norm (before clipping), parameter_norm and
-        update_norm (after and of the update) added.
+    Added to the metrics: learning_rate (lr x schedule), gradient_norm (before clipping), parameter_norm and update_norm (after
+    and of the update).
     """
     before: Any = state.params  # optax types trees of arrays as dict, list and tuple only
     updates, opt = program.optimizer.transformation(lr).update(grads, state.opt, before)
@@ -113,10 +95,8 @@ def update(
 def make_train_step(program: Program) -> jax.stages.Wrapped:
     """The jitted update: (state, batch) -> (state, metrics). The state is donated: use the returned one.
 
-    Metrics, float32 scalars: loss and objective (before the update), and those of `update`.
-
-    Raises:
-        ConfigError: the devices' compiler refuses an option in config.xla.
+    Metrics, float32 scalars: loss and objective (before the update), and those of `update`. Raises ConfigError if the devices'
+    compiler refuses an option in config.xla.
     """
     loss_and_grads, mesh = make_loss_and_grads(program), program.mesh
 
@@ -126,10 +106,8 @@ def make_train_step(program: Program) -> jax.stages.Wrapped:
 
     options = dict(program.execution.compiler_options) or None
     if program.config.xla and mesh.devices.flat[0] in jax.devices():
-        try:
+        with translate_errors("xla", jax.errors.JaxRuntimeError):
             jax.jit(lambda: jnp.zeros(()), compiler_options=options)()
-        except jax.errors.JaxRuntimeError as error:
-            raise ConfigError(f"xla: {str(error).splitlines()[0]}") from None
     return jax.jit(train_step, donate_argnums=0, out_shardings=(program.state_shardings, None), compiler_options=options)
 
 
