@@ -185,13 +185,14 @@ def test_a_lost_sum_over_replicas_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_lost_sum_over_devices_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: without the sum over x in a weight's gradient, the loss is the same and the gradients are not."""
 
-    def no_sum(grad: jax.Array, dim: int | None, reduce: object) -> jax.Array:
+    def no_sum(grad: jax.Array, spec: Weight, reduce: object) -> jax.Array:
+        dim = spec.dim_on("x")
         if dim is None or jax.lax.axis_size("x") == 1:
             return grad
         size = grad.shape[dim] // jax.lax.axis_size("x")
         return jax.lax.dynamic_slice_in_dim(grad, jax.lax.axis_index("x") * size, size, dim)
 
-    monkeypatch.setattr(collectives, "_scatter_x", no_sum)
+    monkeypatch.setattr(collectives, "scatter_x", no_sum)
     metrics, grads = loss_and_grads("relu", 2, 1)
     want, want_grads = unsharded("relu")
     assert metrics["loss"] == pytest.approx(want["loss"], rel=1e-5)

@@ -1,7 +1,7 @@
-"""Every byte that moves between devices: the only module that calls collectives. For use inside shard_map over the mesh axes x
-and y, and z where there are several replicas of that grid.
+"""Every byte that moves between devices: the only module that calls collectives, for use inside shard_map.
 
-A function's name says what happens and over which axis. Which dim of a weight is gathered follows from its spec.
+A function's name says what happens and over which mesh axis: x, y, or z where there are several replicas of the grid of x and y.
+Which dim of a weight is gathered follows from its spec.
 """
 
 from collections.abc import Callable
@@ -28,26 +28,21 @@ def gather_x(w: Array, spec: Weight, compute: DTypeLike, reduce: DTypeLike, type
         reduce: dtype in which its gradient moves.
         typed: dtype of the result, and so of the gradient that comes back; None: compute.
     """
-    dim, dtype = spec.dim_on("x"), typed or compute
     same_on = tuple(axis for axis in ("x", "y") if axis not in {*spec.axes, *_varies_on(w)})
     # Marked as varying while still float32: the gradient of the mark is the sum over the copies.
     varying_w = lax.pcast(w, same_on, to="varying") if same_on else w
 
     def gather(w: Array) -> Array:
-        w = w.astype(compute)
+        w, dim = w.astype(compute), spec.dim_on("x")
         w = w if dim is None or lax.axis_size("x") == 1 else lax.all_gather(w, "x", axis=dim, tiled=True)
-        return w.astype(dtype)
+        return w.astype(typed or compute)
 
-    return _linear(gather, lambda grad: _scatter_x(grad, dim, reduce))(varying_w)
+    return _linear(gather, lambda grad: scatter_x(grad, spec, reduce))(varying_w)
 
 
 def scatter_x(grad: Array, spec: Weight, reduce: DTypeLike) -> Array:
     """Reduce-scatters the gradient of a gathered weight over x in the given dtype; gives the float32 shard of its sum."""
-    return _scatter_x(grad, spec.dim_on("x"), reduce)
-
-
-def _scatter_x(grad: Array, dim: int | None, reduce: DTypeLike) -> Array:
-    grad = grad.astype(reduce)
+    grad, dim = grad.astype(reduce), spec.dim_on("x")
     if dim is not None and lax.axis_size("x") > 1:
         grad = lax.psum_scatter(grad, "x", scatter_dimension=dim, tiled=True)
     return grad.astype(jnp.float32)
@@ -140,9 +135,8 @@ def index_y() -> Array:
 
 
 def varying(x: Array, *axes: str) -> Array:
-    """Marks a constant as varying on the given axes (default: x and y), as the carry of a loop must be when varying values are
-    added to it. On any other axis of the mesh, such as the axis of a sweep's runs, everything varies.
-    """
+    """Marks a constant as varying on the given axes (default: x and y), as the carry of a loop to which varying values are added
+    must be. On any other axis of the mesh, such as the axis of a sweep's runs, everything varies."""
     others = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis not in ("x", "y"))
     return lax.pcast(x, (*others, *(axes or ("x", "y"))), to="varying")
 

@@ -19,8 +19,7 @@ AnyMesh = Mesh | AbstractMesh  # an abstract mesh has axes and no devices
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over the given devices (default: all).
 
-    Raises:
-        ConfigError: mesh.x times mesh.y times mesh.replicas is not the number of devices, or as lay_mesh raises.
+    Raises ConfigError as lay_mesh does, or if mesh.x times mesh.y times mesh.replicas is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     n = len(devices)
@@ -37,10 +36,8 @@ def lay_mesh(devices: Sequence[Any], **axes: int) -> Mesh:
     """A mesh with these axes: along the torus of a TPU slice, with the last axis closest together; elsewhere in the devices'
     order. An axis z goes over TPU slices.
 
-    Unlike jax.make_mesh it splits axes of any torus where it must, and accepts GPUs of several hosts.
-
-    Raises:
-        ConfigError: the devices belong to another number of TPU slices, or JAX cannot lay such a mesh on them.
+    Unlike jax.make_mesh it splits axes of any torus where it must, and accepts GPUs of several hosts. Raises ConfigError if the
+    devices belong to another number of TPU slices, or JAX cannot lay such a mesh on them.
     """
     description = "mesh of " + ", ".join(f"{axis} = {size}" for axis, size in axes.items())
     slices = {getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}
@@ -79,9 +76,8 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
 def data_share(mesh: Mesh, process: int | None = None) -> tuple[int, tuple[int, ...]]:
     """Which rows of a batch a process reads (default: this process): those that its devices hold.
 
-    Returns:
-        (n, blocks): of a batch in n equal blocks, one for each row of the mesh, the process reads these, in ascending order. They
-        need not be neighbors, and several processes read the same block if their devices are in the same row of the mesh.
+    Returns (n, blocks): of a batch in n equal blocks, one for each row of the mesh, the process reads these, in ascending order.
+    They need not be neighbors, and several processes read the same block if their devices are in the same row of the mesh.
     """
     process = jax.process_index() if process is None else process
     n = n_row_groups(mesh)

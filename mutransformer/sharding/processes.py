@@ -17,7 +17,6 @@ from mutransformer.config.run import DistributedConfig
 from mutransformer.errors import ConfigError, first_line, translate_errors
 
 _PATIENCE = 24 * 3600  # seconds: one host may have to tokenize everything while others wait; JAX notices a dead host much earlier
-
 _FAILED = "mutransformer/failed"  # the folder of keys by which processes announce that they failed
 _calls = itertools.count()  # of assert_equal_across_processes: no key of the service is written twice
 
@@ -120,10 +119,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 def join_processes(config: DistributedConfig) -> None:
-    """Joins the other processes of the run if there are any (jax.distributed).
-
-    Raises ConfigError if they are not reached in time, or JAX does not find them in the environment.
-    """
+    """Joins the other processes of the run if there are any. Raises ConfigError if they are not reached in time, or not found."""
     coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     enabled = coordinator is not None if config.enabled is None else config.enabled
     if not enabled:
@@ -141,10 +137,8 @@ def assert_equal_across_processes(what: str, parts: Mapping[str, str]) -> None:
     """Waits until all processes of the run have called this in the same order of calls, and compares their values by name.
 
     It uses JAX's coordination service, since a collective of the devices times out long before a slow process may have its data.
-    `what` names what is compared, for the message. With a single process it returns at once.
-
-    Raises:
-        ConfigError: processes disagree (raised on all), one failed, or one did not arrive within 24 h.
+    `what` names what is compared, for the message. With a single process it returns at once. Raises ConfigError if processes
+    disagree (raised on all), one failed, or one did not arrive within 24 h.
     """
     import jax
 
@@ -196,8 +190,6 @@ def _wait_for(coordinator: str, timeout: int) -> None:
         except (OSError, ValueError, OverflowError) as error:
             left = deadline - time.monotonic()
             if left <= 0 or not isinstance(error, OSError):
-                limit = f"distributed.timeout = {timeout} s"
-                raise ConfigError(
-                    f"distributed.coordinator = {coordinator}: not reached within {limit}: {first_line(error)}"
-                ) from None
+                late = f"not reached within distributed.timeout = {timeout} s: {first_line(error)}"
+                raise ConfigError(f"distributed.coordinator = {coordinator}: {late}") from None
         time.sleep(min(0.5, left))

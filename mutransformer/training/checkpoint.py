@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import time
+from contextlib import AbstractContextManager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +31,19 @@ CHECKSUMS = "sha256.json"  # in a checkpoint: the checksum of each of its other 
 NOT_CHECKED = (CHECKSUMS, "_CHECKPOINT_METADATA")  # Orbax writes times into the latter at the very end
 
 _log = logging.getLogger(__name__)
+_loss_of = itemgetter("loss")
 
 
 class Checkpoints:
     """The checkpoints in a run's folder. Saving continues in the background: call wait() or close() before the process ends."""
 
     def __init__(self, config: Config, *, read_only: bool = False):
-        """Args:
-            config: of the run.
-            read_only: create and remove nothing.
-
-        Raises:
-            ConfigError: the folder cannot be created or read.
-        """
+        """read_only: create and remove nothing. Raises ConfigError if the folder cannot be created or read."""
         self._config, self._read_only = config, read_only
         self.directory = (config.rundir / "checkpoints").absolute()
         keep: list[Any] = [LatestN(config.checkpoint.keep)]
-        if config.checkpoint.keep_best:
-            by_loss = BestN(
-                get_metric_fn=_loss_of,
-                reverse=True,
-                n=config.checkpoint.keep_best,
-                keep_checkpoints_without_metrics=False,
-            )
-            keep.append(by_loss)
+        if n := config.checkpoint.keep_best:
+            keep.append(BestN(get_metric_fn=_loss_of, reverse=True, n=n, keep_checkpoints_without_metrics=False))
         exists = self.directory.is_dir()
         check(exists or not read_only, f"{self.directory}: no checkpoints here")
         check(exists or not os.path.lexists(self.directory), f"{self.directory}: not a folder, checkpoints need a folder there")
@@ -71,43 +62,28 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The step (updates completed) of the latest intact checkpoint; None if there are no checkpoints.
 
-        Later ones that are corrupt are logged and, unless read_only, renamed, so that their steps can be saved again.
-
-        Raises:
-            ConfigError: there are checkpoints, and all are corrupt.
+        Later ones that are corrupt are logged and, unless read_only, renamed, so that their steps can be saved again. Raises
+        ConfigError if there are checkpoints, and all are corrupt.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        found = -1
+        found: int | None = None
         if jax.process_index() == 0:  # reads and verifies the files for all processes
-            corrupt = {}
-            for step in steps:
-                reason = _corruption(self.directory / str(step))
-                if reason is None:
-                    found = step
-                    break
-                corrupt[step] = reason
-            for step, reason in corrupt.items():
-                _log.warning("%s is corrupt: %s", self.directory / str(step), reason)
-                if found >= 0 and not self._read_only:
-                    (self.directory / str(step)).rename(self.directory / f"corrupt-{step}-{time.time_ns()}")
+            found, corrupt = self._first_intact(steps)
+            if found is not None and not self._read_only:
+                for step in corrupt:
+                    self._path(step).rename(self.directory / f"corrupt-{step}-{time.time_ns()}")
         if jax.process_count() > 1:
-            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
-        check(
-            found >= 0 or not steps,
-            f"{self.directory}: every checkpoint here is corrupt; move the folder away to start from scratch",
-        )
+            shared = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
+            found = None if shared < 0 else shared
+        message = f"{self.directory}: every checkpoint here is corrupt; move the folder away to start from scratch"
+        check(found is not None or not steps, message)
         self._manager.reload()
-        return found if found >= 0 else None
+        return found
 
     def best(self) -> int | None:
         """The intact checkpoint with the lowest validation loss; None if none was evaluated. Corrupt ones are logged."""
         losses = {step: loss for step in self._manager.all_steps() if (loss := self.loss(step)) is not None}
-        for step in sorted(losses, key=losses.__getitem__):
-            reason = _corruption(self.directory / str(step))
-            if reason is None:
-                return step
-            _log.warning("%s is corrupt: %s", self.directory / str(step), reason)
-        return None
+        return self._first_intact(sorted(losses, key=losses.__getitem__))[0]
 
     def chosen(self) -> int:
         """The checkpoint that eval.checkpoint names. Raises ConfigError if there is none."""
@@ -121,73 +97,56 @@ class Checkpoints:
         return (self._manager.metrics(step) or {}).get("loss")
 
     def check_same(self, step: int, data: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another model, optimizer or data.
+        """Refuses a checkpoint of another model, optimizer or data. data: the fingerprint of this run's.
 
-        Args:
-            step: of the checkpoint.
-            data: the fingerprint of this run's data.
-
-        Raises:
-            ConfigError: lists the settings that differ, with the checkpoint's value and this run's.
+        Raises ConfigError, which lists the settings that differ, with the checkpoint's value and this run's.
         """
         saved = self._run(step)
-        check_not_renamed(saved["config"], str(self.directory / str(step)))
-        config = self._config
-        ours, theirs = (
-            flatten(config),
-            flatten(Config()) | saved["config"],
-        )  # settings that are newer than the checkpoint: defaults
+        check_not_renamed(saved["config"], str(self._path(step)))
+        allowed, ours = self._config.checkpoint.allow, flatten(self._config)
+        theirs = flatten(Config()) | saved["config"]  # settings that are newer than the checkpoint: defaults
         for key in ("tokens", "tokenizer"):  # the rest of a fingerprint has config keys of its own
             ours[f"fingerprint.{key}"], theirs[f"fingerprint.{key}"] = data[key], saved["data"].get(key)
         differing = [
             f"{key} was {theirs.get(key)}, is {ours.get(key)}"
             for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key) and not may_change_on_resume(key) and key not in config.checkpoint.allow
+            if ours.get(key) != theirs.get(key) and not may_change_on_resume(key) and key not in allowed
         ]
-        unknown = sorted(set(config.checkpoint.allow) - ours.keys())
+        unknown = sorted(set(allowed) - ours.keys())
         check(not unknown, f"checkpoint.allow: no such key: {', '.join(unknown)}")
         check(
             not differing,
-            f"{self.directory / str(step)} belongs to another run: {'; '.join(differing)}. "
+            f"{self._path(step)} belongs to another run: {'; '.join(differing)}. "
             "Choose another name=..., or list keys that may change in checkpoint.allow",
         )
 
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState[Array], dict[str, Any]]:
-        """The state, sharded over this run's mesh, and the position of its data iterator.
+        """The state, sharded over this run's mesh, and the position of its data iterator. shapes: Program.state.
 
-        Args:
-            step: of the checkpoint.
-            shapes: the expected shapes and dtypes, with shardings: Program.state.
-
-        Raises:
-            ConfigError: it cannot be read, or holds other arrays.
+        Raises ConfigError if the checkpoint cannot be read, or holds other arrays.
         """
-        with translate_errors(f"{self.directory / str(step)}: cannot be restored", (OSError, ValueError, KeyError)):
+        with translate_errors(f"{self._path(step)}: cannot be restored", (OSError, ValueError, KeyError)):
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))
         return restored["state"], self._run(step)["position"]
 
     def save(self, state: TrainState[Array], position: dict[str, Any], data: dict[str, Any], loss: float | None) -> None:
-        """Starts saving in the background; does nothing if the step is saved already.
+        """Starts saving in the background; does nothing if the step is saved already. The state is copied before this returns.
 
-        Args:
-            state: of the run; copied before this returns.
-            position: of the data iterator.
-            data: the fingerprint of the data.
-            loss: on validation, if this step was evaluated; decides which checkpoints are the best.
-
-        Raises:
-            ConfigError: this save or the previous one failed.
+        data: its fingerprint. loss: on validation, if this step was evaluated; decides which checkpoints are the best. Raises
+        ConfigError if this save or the previous one failed.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         run = {"config": flatten(self._config), "data": data, "position": position}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
-        self._guard(lambda: self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss}))
+        with self._saving():
+            self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
 
     def poll(self) -> None:
         """Raises ConfigError if a background save has failed."""
-        self._guard(self._manager.check_for_errors)
+        with self._saving():
+            self._manager.check_for_errors()
 
     def stop_requested(self, step: int) -> bool:
         """Whether the scheduler of a multi-process job sent SIGTERM to a process; all processes agree on the step."""
@@ -195,7 +154,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises ConfigError if saving failed."""
-        self._guard(self._manager.wait_until_finished)
+        with self._saving():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Ends the background work. Call wait() first to surface pending errors."""
@@ -204,15 +164,26 @@ class Checkpoints:
     def _run(self, step: int) -> dict[str, Any]:
         """What is saved beside the state: config, data fingerprint, position."""
         kinds = OSError, ValueError, KeyError, TypeError, AssertionError
-        with translate_errors(f"{self.directory / str(step)}: cannot be read", kinds):
+        with translate_errors(f"{self._path(step)}: cannot be read", kinds):
             run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
             assert isinstance(run["config"], dict) and isinstance(run["data"], dict)
             assert isinstance(run["position"]["next_index"], int)
         return run
 
-    def _guard(self, action: Any) -> None:
-        with translate_errors(f"{self.directory}: saving a checkpoint failed", (OSError, ValueError)):
-            action()
+    def _saving(self) -> AbstractContextManager[None]:
+        return translate_errors(f"{self.directory}: saving a checkpoint failed", (OSError, ValueError))
+
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _first_intact(self, steps: list[int]) -> tuple[int | None, list[int]]:
+        """The first of these checkpoints that is intact, and the corrupt ones before it, which are logged."""
+        for i, step in enumerate(steps):
+            reason = _corruption(self._path(step))
+            if reason is None:
+                return step, steps[:i]
+            _log.warning("%s is corrupt: %s", self._path(step), reason)
+        return None, steps
 
     def _write_checksums(self) -> None:
         """Called by Orbax, in its thread, when all files of a checkpoint are written and before it gets its final name."""
@@ -221,17 +192,13 @@ class Checkpoints:
                 (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder)), encoding="utf-8")
 
 
-def _loss_of(metrics: dict[str, float]) -> float:
-    return metrics["loss"]
-
-
 def _checksums(folder: Path) -> dict[str, str]:
     checksums = {}
     for path in sorted(folder.rglob("*")):
-        if not path.is_file() or path.relative_to(folder).as_posix() in NOT_CHECKED:
-            continue
-        with path.open("rb") as file:
-            checksums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in NOT_CHECKED:
+            with path.open("rb") as file:
+                checksums[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return checksums
 
 

@@ -64,18 +64,10 @@ class Metrics:
         clock: Callable[[], float] = time.perf_counter,
         console: Console | None = None,
     ) -> None:
-        """Opens the files in config.rundir and drops what an earlier process wrote after start_step.
+        """Opens the files in config.rundir and drops what an earlier process wrote after start_step, the updates completed.
 
-        Args:
-            config: of the run.
-            flops_per_token: of the model, forward and backward.
-            n_device: in all processes.
-            start_step: updates completed so far.
-            clock: returns seconds.
-            console: None: rich.get_console(), standard output.
-
-        Raises:
-            ConfigError: log.wandb is set and the package is missing.
+        flops_per_token: of the model, forward and backward. n_device: in all processes. clock: returns seconds. console: None is
+        rich.get_console(), standard output. Raises ConfigError if log.wandb is set and the package is missing.
         """
         self._config, self._flops_per_token, self._start_step, self._clock = config, flops_per_token, start_step, clock
         self._peak = (peak_flops(jax.devices()[0].device_kind) or 0) * n_device  # 0: unknown
@@ -115,12 +107,9 @@ class Metrics:
     def record(self, step: int, device_scalars: Mapping[str, SupportsFloat]) -> None:
         """Takes the scalars of a step just dispatched, and writes those of the previous step if it is to be logged.
 
-        Args:
-            step: updates completed after this step.
-            device_scalars: arrays of shape [], the same in all processes: loss (mean nats per target) and others to log.
-
-        Raises:
-            NonFiniteLoss: the loss or the norm of the weights of a logged step is NaN or infinite; it is written nevertheless.
+        step: updates completed after this one. device_scalars: arrays of shape [], the same in all processes: loss (mean nats per
+        target) and others to log. Raises NonFiniteLoss if the loss or the norm of the weights of a logged step is NaN or infinite;
+        it is written nevertheless.
         """
         # The device may be done already, as a CPU that computes while it dispatches: then the step ended here, not when read.
         done = self._clock() if getattr(device_scalars["loss"], "is_ready", lambda: True)() else None
@@ -133,8 +122,7 @@ class Metrics:
     def flush(self) -> None:
         """Waits for the last recorded step and writes it if it is to be logged: before an evaluation, a checkpoint, the exit.
 
-        Raises:
-            NonFiniteLoss: its loss or weights are NaN or infinite, even if it is not logged: they must not become a checkpoint.
+        Raises NonFiniteLoss if its loss or weights are not finite, even if it is not logged: they must not become a checkpoint.
         """
         before, self._pending = self._pending, None
         if before:
@@ -197,7 +185,9 @@ class Metrics:
         tokens = self._config.tokens_per_step / seconds
         flops = self._flops_per_token * tokens
         rates = {"step_seconds": seconds, "tokens_per_second": tokens, "model_flops_per_second": flops}
-        return {f"speed/{key}": value for key, value in (rates | ({"mfu": flops / self._peak} if self._peak else {})).items()}
+        if self._peak:
+            rates["mfu"] = flops / self._peak
+        return {f"speed/{key}": value for key, value in rates.items()}
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         self._step = step

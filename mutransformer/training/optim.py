@@ -3,6 +3,7 @@
 To add an optimizer, add its name to `OptimConfig.name` and its direction to `_direction`.
 """
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,12 +42,10 @@ def make_schedule(config: OptimConfig, steps: int) -> Schedule:
 class Optimizer:
     """The optimizer of a run, with everything resolved but the base learning rate."""
 
-    lr: float  # the base learning rate of the config
-    lr_multipliers: Transformer[float]
-    decay: Transformer[float] | None  # weight_decay times its factor, for each weight; None: no weight decay
-    coupled_decay: bool  # decay is multiplied by the weight's learning rate
-    direction: optax.GradientTransformation  # the optimizer proper
-    clip_norm: float  # global norm to which the gradient is clipped; 0: no clipping
+    c: OptimConfig
+    mu_dtype: str  # of the first moment
+    specs: Transformer[Weight]
+    scaling: Scaling
     schedule: Schedule  # the learning rate as a fraction of its peak
 
     def transformation(self, lr: Float[Array, ""] | float | None = None) -> optax.GradientTransformation:
@@ -56,34 +55,23 @@ class Optimizer:
         rate times weight_decay, independent decay by weight_decay alone (Wortsman et al., arXiv 2309.14322); both follow the
         schedule. lr replaces the base learning rate of the config, and may be an array.
         """
-        base = self.lr if lr is None else lr
-        rates = jax.tree.map(lambda factor: base * factor, self.lr_multipliers)
+        c, specs, scaling = self.c, self.specs, self.scaling
+        base = c.lr if lr is None else lr
+        rates = jax.tree.map(lambda w: base * mup.lr_multiplier(w, scaling), specs)
+        decay = jax.tree.map(lambda w: c.weight_decay * mup.decay_multiplier(w, scaling), specs)
         coupled = independent = optax.identity()
-        if self.decay is not None and self.coupled_decay:
-            coupled = _add_weights(self.decay)
-        elif self.decay is not None:
-            independent = _add_weights(jax.tree.map(lambda share: -share, self.decay))
+        if c.weight_decay and scaling.coupled_decay:
+            coupled = _add_weights(decay)
+        elif c.weight_decay:
+            independent = _add_weights(jax.tree.map(operator.neg, decay))
         return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
-            self.direction,
+            optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
+            _direction(c, self.mu_dtype, specs, scaling),
             coupled,
             optax.stateless(lambda updates, _: jax.tree.map(lambda u, rate: -rate * u, updates, rates)),
             independent,
             optax.scale_by_schedule(self.schedule),
         )
-
-
-def make_optimizer(c: OptimConfig, mu_dtype: str, specs: Transformer[Weight], scaling: Scaling, steps: int) -> Optimizer:
-    """The optimizer of a config. mu_dtype: of the first moment. steps: of the run, for the schedule."""
-    return Optimizer(
-        lr=c.lr,
-        lr_multipliers=jax.tree.map(lambda w: mup.lr_multiplier(w, scaling), specs),
-        decay=jax.tree.map(lambda w: c.weight_decay * mup.decay_multiplier(w, scaling), specs) if c.weight_decay else None,
-        coupled_decay=scaling.coupled_decay,
-        direction=_direction(c, mu_dtype, specs, scaling),
-        clip_norm=c.clip_norm,
-        schedule=make_schedule(c, steps),
-    )
 
 
 def _add_weights(shares: Transformer[float]) -> optax.GradientTransformation:

@@ -30,7 +30,7 @@ from mutransformer.model.weights import Transformer, block_specs, flops_per_toke
 from mutransformer.sharding.mesh import AnyMesh, batch_pspec, make_mesh, n_row_groups, replicated
 from mutransformer.sharding.processes import all_processes, assert_equal_across_processes
 from mutransformer.sharding.spec import Weight
-from mutransformer.training.optim import Optimizer, make_optimizer
+from mutransformer.training.optim import Optimizer, make_schedule
 
 T = TypeVar("T")  # Array, ShapeDtypeStruct, NamedSharding
 
@@ -92,7 +92,7 @@ class Program:
 
     def init_state(self) -> TrainState[Array]:
         """The state before the first update, computed in place: bit for bit the same on every mesh."""
-        init = partial(initial_state, self.specs, self.scaling, self.optimizer, self.config.seed)
+        init = partial(initial_state, self.optimizer, self.config.seed)
         return jax.jit(init, out_shardings=self.state_shardings)()
 
     def __str__(self) -> str:
@@ -133,7 +133,7 @@ def build(
     scaling = scaling_of(config)
     specs = transformer_specs(config.model, mesh.shape["y"])
     settings = execution.resolve(config, mesh)
-    optimizer = make_optimizer(config.optim, config.precision.mu_dtype, specs, scaling, config.steps)
+    optimizer = Optimizer(config.optim, config.precision.mu_dtype, specs, scaling, make_schedule(config.optim, config.steps))
     forward = Forward(
         c=config.model,
         specs=specs,
@@ -143,24 +143,20 @@ def build(
         execution=settings,
         z_loss=config.optim.z_loss,
     )
-    state = abstract_state(specs, scaling, optimizer, mesh)
+    state = abstract_state(optimizer, mesh)
     return Program(config, Vocabulary(found.n_vocab, found.bos_id, found.eos_id), mesh, scaling, forward, optimizer, state)
 
 
-def initial_state(
-    specs: Transformer[Weight], scaling: mup.Scaling, optimizer: Optimizer, seed: Int[Array, ""] | int
-) -> TrainState[Array]:
+def initial_state(optimizer: Optimizer, seed: Int[Array, ""] | int) -> TrainState[Array]:
     """The state before the first update, with no sharding of its own. seed: may be an array."""
-    params = mup.init_weights(specs, scaling, seed)
+    params = mup.init_weights(optimizer.specs, optimizer.scaling, seed)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt=optimizer.transformation().init(params))
 
 
-def abstract_state(
-    specs: Transformer[Weight], scaling: mup.Scaling, optimizer: Optimizer, mesh: AnyMesh
-) -> TrainState[jax.ShapeDtypeStruct]:
+def abstract_state(optimizer: Optimizer, mesh: AnyMesh) -> TrainState[jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of the whole state: what a checkpoint is restored into. Computes nothing."""
-    shapes = jax.eval_shape(lambda: initial_state(specs, scaling, optimizer, 0))
-    params: Any = jax.tree.map(lambda w: NamedSharding(mesh, w.pspec), specs)
+    shapes = jax.eval_shape(lambda: initial_state(optimizer, 0))
+    params: Any = jax.tree.map(lambda w: NamedSharding(mesh, w.pspec), optimizer.specs)
 
     def moments_or_scalar(node: Any) -> Any:
         """Moments are trees of weights, sharded like these; None where another optimizer trains the weight."""

@@ -102,7 +102,7 @@ def make_train_step(program: Program) -> jax.stages.Wrapped:
 
     def train_step(state: TrainState[Array], batch: Batch) -> tuple[TrainState[Array], Metrics]:
         metrics, grads = loss_and_grads(state.params, batch)
-        return update(program, state, metrics, grads, program.optimizer.lr)
+        return update(program, state, metrics, grads, program.config.optim.lr)
 
     options = dict(program.execution.compiler_options) or None
     if program.config.xla and mesh.devices.flat[0] in jax.devices():
