@@ -30,6 +30,13 @@ class Clock:
         return self.now
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that the metrics measure."""
+    monkeypatch.setattr(module.time, "perf_counter", clock := Clock())
+    return clock
+
+
 class Scalar:
     """Notes when it is fetched from the device."""
 
@@ -74,13 +81,12 @@ def test_scalars_are_read_one_step_late_and_only_if_due(tmp_path):
 
 
 @pytest.mark.parametrize(("ready", "seconds"), [(True, 0.5), (False, 0.51)])
-def test_a_step_ends_when_its_scalars_are_there(tmp_path, ready, seconds):
+def test_a_step_ends_when_its_scalars_are_there(tmp_path, ready, seconds, clock):
     class OnDevice(Scalar):
         def is_ready(self):
             return ready
 
-    clock = Clock()
-    with Metrics(config(tmp_path, every=10, tensorboard=False), FLOPS, 1, 0, clock=clock) as metrics:
+    with Metrics(config(tmp_path, every=10, tensorboard=False), FLOPS, 1, 0) as metrics:
         for step in range(1, 12):
             clock.now += 0.09 if step == 11 else 0.5  # in the 11th call, or while it waits for the 10th
             metrics.record(step, {"loss": OnDevice(1.0, step, [])})
@@ -98,12 +104,11 @@ def test_flush_writes_what_is_due_once(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 4, 8, 12, 16, 20]
 
 
-def test_every_number_under_its_tag_in_both_files(tmp_path, monkeypatch):
+def test_every_number_under_its_tag_in_both_files(tmp_path, monkeypatch, clock):
     monkeypatch.setattr(module, "peak_flops", lambda device: 1e9)
     monkeypatch.setattr(module, "memory_in_use", lambda devices: {"bytes_in_use": 3, "peak_bytes": 4})
-    clock = Clock()
     names = ("loss", "learning_rate", "gradient_norm", "parameter_norm", "update_norm", "z_loss")
-    with Metrics(config(tmp_path), FLOPS, 2, 0, clock=clock) as metrics:
+    with Metrics(config(tmp_path), FLOPS, 2, 0) as metrics:
         for step in range(1, 11):
             clock.now += 60 if step == 1 else 0.5
             metrics.record(step, {name: jnp.float32(2 + i) for i, name in enumerate(names)})
@@ -232,10 +237,10 @@ def test_other_processes_write_nothing_but_see_the_loss(tmp_path, monkeypatch, c
     assert capsys.readouterr() == ("", "")
 
 
-def test_lines_where_there_is_no_terminal(tmp_path, capsys):
-    clock = Clock()
+def test_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys, clock):
     console = Console(file=sys.stdout, force_terminal=False, width=40)
-    with Metrics(config(tmp_path, tensorboard=False), FLOPS, 1, 0, clock=clock, console=console) as metrics:
+    monkeypatch.setattr(module.rich, "get_console", lambda: console)
+    with Metrics(config(tmp_path, tensorboard=False), FLOPS, 1, 0) as metrics:
         metrics.note("[mesh] 1 x 1 :smile: " + "-" * 40)
         for step in range(1, 12):
             clock.now += 0.001
@@ -250,7 +255,7 @@ def test_lines_where_there_is_no_terminal(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("colour", [True, False])
-def test_bar_on_a_terminal_of_80_columns(tmp_path, monkeypatch, colour):
+def test_bar_on_a_terminal_of_80_columns(tmp_path, monkeypatch, colour, clock):
     monkeypatch.setenv("TERM", "xterm")
     if colour:
         monkeypatch.delenv("NO_COLOR", raising=False)
@@ -258,8 +263,8 @@ def test_bar_on_a_terminal_of_80_columns(tmp_path, monkeypatch, colour):
         monkeypatch.setenv("NO_COLOR", "1")
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=80, color_system="standard")
-    clock = Clock()
-    with Metrics(config(tmp_path, tensorboard=False), FLOPS, 1, 0, clock=clock, console=console) as metrics:
+    monkeypatch.setattr(module.rich, "get_console", lambda: console)
+    with Metrics(config(tmp_path, tensorboard=False), FLOPS, 1, 0) as metrics:
         metrics.scalars(0, {"validation/loss": 8.5})
         train(metrics, 1, 20, clock, seconds=0.125)
     shown = screen.getvalue()

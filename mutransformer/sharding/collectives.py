@@ -19,14 +19,10 @@ Tree = TypeVar("Tree")
 
 
 def gather_x(w: Array, spec: Weight, compute: DTypeLike, reduce: DTypeLike, typed: DTypeLike | None = None) -> Array:
-    """All-gathers a weight over x in the compute dtype. Its gradient is cast to `reduce` and reduce-scattered over x.
+    """All-gathers the shards w of a weight over x. Its gradient is reduce-scattered over x in the dtype `reduce`.
 
-    Args:
-        w: this device's shard.
-        spec: of the weight. A weight without a dim on x is the same on all of x; its gradient is only summed.
-        compute: dtype to which the weight is rounded, and in which it moves.
-        reduce: dtype in which its gradient moves.
-        typed: dtype of the result, and so of the gradient that comes back; None: compute.
+    The weight is rounded to the dtype `compute`, in which it moves. The result, and so the gradient that comes back, has the
+    dtype `typed`, by default `compute`. A weight without a dim on x is the same on all of x; its gradient is only summed.
     """
     same_on = tuple(axis for axis in ("x", "y") if axis not in {*spec.axes, *_varies_on(w)})
     # Marked as varying while still float32: the gradient of the mark is the sum over the copies.
@@ -65,12 +61,10 @@ def gather_y(x: Float[Array, "b T m"], via_all_to_all: bool) -> Float[Array, "b 
 def scatter_y(x: Float[Array, "b T M"], via_all_to_all: bool) -> Float[Array, "b T m"]:
     """Sums partial sums over y, of which each device keeps its slice. Gradient: an all-gather over y.
 
-    Args:
-        x: this device's partial sums.
-        via_all_to_all: every device sends each other device its slice, and adds up what it receives in float32; else a
-            reduce-scatter. The same number of bytes moves. XLA:TPU overlaps an all-to-all with computation, but never a
-            reduce-scatter over one axis: in a simulated step of 575 ms (1.3 G parameters, 16 x 4 on v5p) 109 ms were spent
-            waiting for it; the copies and sums of the all-to-all cost 41 ms.
+    via_all_to_all: every device sends each other device its slice, and adds up what it receives in float32; else it is a
+    reduce-scatter. The same number of bytes moves. XLA:TPU overlaps an all-to-all with computation, but never a reduce-scatter
+    over one axis: in a simulated step of 575 ms (1.3 G parameters, 16 x 4 on v5p) 109 ms were spent waiting for it; the copies
+    and sums of the all-to-all cost 41 ms.
     """
     if lax.axis_size("y") == 1:
         return x

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mutransformer.config.run import DistributedConfig
@@ -46,12 +47,14 @@ def all_processes() -> Processes:
     """The processes of this run; a single one if jax.distributed is not initialized."""
     import jax
 
-    return Processes(jax.process_count(), jax.process_index(), barrier) if jax.distributed.is_initialized() else SINGLE_PROCESS
+    if not jax.distributed.is_initialized():
+        return SINGLE_PROCESS
+    return Processes(jax.process_count(), jax.process_index(), partial(assert_equal_across_processes, parts={}))
 
 
 @contextmanager
 def announce_failure() -> Iterator[None]:
-    """If the body fails, ends the processes that wait for this one in assert_equal_across_processes or in barrier."""
+    """If the body fails, ends the processes that wait for this one in assert_equal_across_processes."""
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit) as error:
@@ -172,11 +175,6 @@ def assert_equal_across_processes(what: str, parts: Mapping[str, str]) -> None:
                 f"{what} differs between process 0 and {process}: {', '.join(differ)} (process 0 has "
                 f"{differ[0]} {first[differ[0]][:8]}, process {process} {other.get(differ[0], 'none')[:8]}); they must agree"
             )
-
-
-def barrier(name: str) -> None:
-    """Returns once all processes of the run have called it. Order and errors are those of assert_equal_across_processes."""
-    assert_equal_across_processes(name, {})
 
 
 def _wait_for(coordinator: str, timeout: int) -> None:

@@ -92,14 +92,10 @@ def weight(
     init_tag: int | None = None,
     nominal_fan_in: float | None = None,
 ) -> Weight:
-    """Reads an arrow.
+    """Reads an arrow: "in dims -> out dims", each dim a letter or letter/axis. sizes: the global size of each letter.
 
-    Args:
-        arrow: "in dims -> out dims", each dim a letter or letter/axis.
-        sizes: the global size of each letter.
-        role: required for vectors, and for residual. The role of other matrices is inferred: width on both sides is hidden, only
-            out input, only in output.
-        init, init_tag, nominal_fan_in: as in Weight.
+    A role is required for vectors, and for residual. The role of other matrices is inferred: width on both sides is hidden, only
+    out input, only in output. The other arguments are as in Weight.
     """
 
     def dim(word: str) -> Dim:

@@ -30,8 +30,7 @@ from mutransformer.training.step import make_eval_step, make_train_step
 def train(program: Program, corpus: Corpus) -> int:
     """Trains until `steps` updates are completed, or until asked to stop.
 
-    Returns:
-        The exit code: FINISHED, or STOPPED with a checkpoint of the last step.
+    Returns the exit code: FINISHED, or STOPPED with a checkpoint of the last step.
 
     Raises:
         ConfigError: a setting does not fit the data or the checkpoints.
@@ -101,7 +100,7 @@ class Trainer:
                 if self.stop.requested:
                     return None
                 with self.log.pause():
-                    return _tagged("validation_whole", self.evaluate(config.eval.final_batches))
+                    return self.evaluate("validation_whole", config.eval.final_batches)
             except Interrupted:  # within an evaluation: the state is complete, and is saved as after any other step
                 return None
 
@@ -119,16 +118,19 @@ class Trainer:
         if not (_due(self.step, config.eval.every) or self.step == config.steps):
             return None
         with self.log.pause():
-            results = self.evaluate(config.eval.batches)
-        self.log.scalars(self.step, _tagged("validation", results))
-        if not math.isfinite(results["loss"]):
-            raise NonFiniteLoss(f"step {self.step}: the validation loss is {results['loss']}")
-        return results["loss"]
+            results = self.evaluate("validation", config.eval.batches)
+        self.log.scalars(self.step, results)
+        loss = results["validation/loss"]
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"step {self.step}: the validation loss is {loss}")
+        return loss
 
-    def evaluate(self, n_batches: int | None) -> dict[str, float]:
+    def evaluate(self, group: str, n_batches: int | None) -> dict[str, float]:
+        """Results on the validation split by tag, group/name."""
         split, data, mesh = self.corpus.splits["validation"], self.program.config.data, self.program.mesh
         rows = pipeline.eval_batches(split, data, n_batches, *data_share(mesh), self.program.vocabulary.n_vocab)
-        return evaluate(self._eval_step, self.state.params, rows, mesh, split, stop=lambda: self.stop.requested).results
+        scored = evaluate(self._eval_step, self.state.params, rows, mesh, split, stop=lambda: self.stop.requested)
+        return {f"{group}/{key}": value for key, value in scored.results.items()}
 
     def save(self) -> None:
         self.checkpoints.save(self.state, self.batches.get_state(), self.fingerprint, self.loss)
@@ -165,10 +167,6 @@ class Profile:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _tagged(group: str, results: dict[str, float]) -> dict[str, float]:
-    return {f"{group}/{key}": value for key, value in results.items()}
 
 
 def _write_run_files(program: Program, corpus: Corpus) -> None:

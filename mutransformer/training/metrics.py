@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -37,10 +37,10 @@ class NonFiniteLoss(FloatingPointError):
     """The loss of a step, or the weights after it, are NaN or infinite."""
 
 
-def setup_logging(level: int = logging.INFO) -> None:
+def setup_logging() -> None:
     """Prints the package's log messages on rich.get_console(), above a running bar. Does not start JAX."""
     logger = logging.getLogger("mutransformer")
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)
     logger.propagate = False  # libraries add handlers to the root logger
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about options that are set on purpose
     if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
@@ -54,29 +54,20 @@ class Metrics:
     last step. Rates are measured from one logged step to the next, so compilation, in the first step, does not count.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        flops_per_token: float,
-        n_device: int,
-        start_step: int,
-        *,
-        clock: Callable[[], float] = time.perf_counter,
-        console: Console | None = None,
-    ) -> None:
+    def __init__(self, config: Config, flops_per_token: float, n_device: int, start_step: int) -> None:
         """Opens the files in config.rundir and drops what an earlier process wrote after start_step, the updates completed.
 
-        flops_per_token: of the model, forward and backward. n_device: in all processes. clock: returns seconds. console: None is
-        rich.get_console(), standard output. Raises ConfigError if log.wandb is set and the package is missing.
+        flops_per_token: of the model, forward and backward. n_device: in all processes. Raises ConfigError if log.wandb is set
+        and the package is missing.
         """
-        self._config, self._flops_per_token, self._start_step, self._clock = config, flops_per_token, start_step, clock
+        self._config, self._flops_per_token, self._start_step = config, flops_per_token, start_step
         self._peak = (peak_flops(jax.devices()[0].device_kind) or 0) * n_device  # 0: unknown
         self._pending: tuple[int, Mapping[str, SupportsFloat], float | None] | None = None
         self._mark: tuple[int, float] | None = None  # the last logged step and the time of its end
         self._step, self._latest = start_step, dict[str, float]()
         self._sinks: list[_WeightsAndBiases | _JsonLines | _TensorBoard] = []
         self._writes = jax.process_index() == 0
-        self._console = (console or rich.get_console()) if self._writes else Console(quiet=True)
+        self._console = rich.get_console() if self._writes else Console(quiet=True)
         columns = BarColumn(bar_width=None), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
         self._bar = Progress(*columns, console=self._console, expand=True, refresh_per_second=4)
         self._task = self._bar.add_task(f"{self._at(start_step)}  compiling", total=config.steps, completed=start_step)
@@ -107,12 +98,12 @@ class Metrics:
     def record(self, step: int, device_scalars: Mapping[str, SupportsFloat]) -> None:
         """Takes the scalars of a step just dispatched, and writes those of the previous step if it is to be logged.
 
-        step: updates completed after this one. device_scalars: arrays of shape [], the same in all processes: loss (mean nats per
-        target) and others to log. Raises NonFiniteLoss if the loss or the norm of the weights of a logged step is NaN or infinite;
-        it is written nevertheless.
+        step: updates completed after this one. device_scalars: arrays of shape [], the same in all processes: loss (mean nats
+        per target) and others to log. Raises NonFiniteLoss if the loss or the norm of the weights of a logged step is NaN or
+        infinite; it is written nevertheless.
         """
         # The device may be done already, as a CPU that computes while it dispatches: then the step ended here, not when read.
-        done = self._clock() if getattr(device_scalars["loss"], "is_ready", lambda: True)() else None
+        done = time.perf_counter() if getattr(device_scalars["loss"], "is_ready", lambda: True)() else None
         before, self._pending = self._pending, (step, device_scalars, done)
         if before and self._due(before[0]):
             self._read(*before)
@@ -132,10 +123,10 @@ class Metrics:
     def pause(self) -> Iterator[None]:
         """Flushes, and excludes the time within from the rates: for evaluations and checkpoints. Raises as flush does."""
         self.flush()
-        start = self._clock()
+        start = time.perf_counter()
         yield
         if self._mark:
-            self._mark = self._mark[0], self._mark[1] + self._clock() - start
+            self._mark = self._mark[0], self._mark[1] + time.perf_counter() - start
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes host values, such as an evaluation's results, by tag: {"validation/loss": 3.2}. step: updates completed."""
@@ -164,7 +155,7 @@ class Metrics:
         if self._writes and self._due(step):
             values = {_TAGS.get(key, f"train/{key}"): float(value) for key, value in device_scalars.items() if key != "loss"}
             values |= {"train/loss": loss, "train/perplexity": math.inf if loss > 700 else math.exp(loss)}
-            values |= self._rates(step, self._clock() if done is None else done)
+            values |= self._rates(step, time.perf_counter() if done is None else done)
             values |= {f"memory/{key}": float(value) for key, value in (memory_in_use(jax.local_devices()) or {}).items()}
             self._write(step, values)
             self._bar.update(self._task, completed=step, description=self._text(step, self._latest, _BAR))
