@@ -98,7 +98,7 @@ class Metrics:
     def record(self, step: int, device_scalars: Mapping[str, SupportsFloat]) -> None:
         """Takes the scalars of a step just dispatched, and writes those of the previous step if it is to be logged.
 
-        step: updates completed after this one. device_scalars: arrays of shape [], the same in all processes: loss (mean nats
+        step: updates completed after this step. device_scalars: arrays of shape [], the same in all processes: loss (mean nats
         per target) and others to log. Raises NonFiniteLoss if the loss or the norm of the weights of a logged step is NaN or
         infinite; it is written nevertheless.
         """

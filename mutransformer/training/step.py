@@ -1,6 +1,7 @@
 """One update, one evaluation: shard_map around loss and gradient, plain optax on global arrays around that."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,31 +21,27 @@ from mutransformer.training.program import Program, TrainState
 Metrics = dict[str, Array]
 
 
-def device_grads(program: Program) -> Callable[[Transformer[Array], Batch], tuple[Metrics, Any]]:
-    """What one device computes inside shard_map: (its shards of the params, its rows) -> as make_loss_and_grads."""
-    optim, forward, bos_id = program.config.optim, program.forward, program.bos_id
+def device_grads(program: Program, params: Transformer[Array], batch: Batch) -> tuple[Metrics, Any]:
+    """As make_loss_and_grads, for one device inside shard_map: of its shards of the params and its rows."""
+    optim, forward = program.config.optim, program.forward
     n = optim.grad_accumulation_steps
     once_per_step = n > 1 and optim.grad_sync == "step"  # weights stay gathered over x, and gradients are reduced once
     model = forward.for_gathered_weights() if once_per_step else forward
+    count = jnp.maximum(1, sum_rows(jnp.sum(batch.mask, dtype=jnp.float32)))
+    denominator = count
+    if optim.loss_per == "position":
+        denominator = sum_rows(jnp.sum(jnp.ones_like(batch.mask), dtype=jnp.float32))
 
-    def grads_of(params: Transformer[Array], batch: Batch) -> tuple[Metrics, Transformer[Array]]:
-        count = jnp.maximum(1, sum_rows(jnp.sum(batch.mask, dtype=jnp.float32)))
-        denominator = count
-        if optim.loss_per == "position":
-            denominator = sum_rows(jnp.sum(jnp.ones_like(batch.mask), dtype=jnp.float32))
+    def objective(weights: Transformer[Array], microbatch: Batch) -> tuple[Array, Array]:
+        objective, loss = model.loss(weights, *microbatch, program.bos_id)
+        return sum_rows(objective) / denominator, sum_rows(loss) / denominator
 
-        def objective(weights: Transformer[Array], microbatch: Batch) -> tuple[Array, Array]:
-            objective, loss = model.loss(weights, *microbatch, bos_id)
-            return sum_rows(objective) / denominator, sum_rows(loss) / denominator
-
-        params = varying_on_z(params)
-        weights, pullback = jax.vjp(forward.gather_weights, params) if once_per_step else (params, None)
-        (value, loss), grads = _accumulate(objective, weights, batch, jnp.zeros_like(count), n)
-        if pullback is not None:
-            (grads,) = pullback(grads)
-        return {"loss": loss * denominator / count, "objective": value}, sum_z(grads, forward.policy.grad_reduce_dtype)
-
-    return grads_of
+    params = varying_on_z(params)
+    weights, pullback = jax.vjp(forward.gather_weights, params) if once_per_step else (params, None)
+    (value, loss), grads = _accumulate(objective, weights, batch, jnp.zeros_like(count), n)
+    if pullback is not None:
+        (grads,) = pullback(grads)
+    return {"loss": loss * denominator / count, "objective": value}, sum_z(grads, forward.policy.grad_reduce_dtype)
 
 
 def _accumulate(objective: Callable[..., Any], weights: Any, batch: Batch, zero: Array, n: int) -> Any:
@@ -69,7 +66,7 @@ def make_loss_and_grads(program: Program) -> Callable[[Transformer[Array], Batch
     """
     pspecs = program.forward.pspecs
     in_specs, out_specs = (pspecs, program.batch_pspec), (PartitionSpec(), pspecs)
-    return jax.shard_map(device_grads(program), mesh=program.mesh, in_specs=in_specs, out_specs=out_specs)
+    return jax.shard_map(partial(device_grads, program), mesh=program.mesh, in_specs=in_specs, out_specs=out_specs)
 
 
 def update(
@@ -111,20 +108,16 @@ def make_train_step(program: Program) -> jax.stages.Wrapped:
     return jax.jit(train_step, donate_argnums=0, out_shardings=(program.state_shardings, None), compiler_options=options)
 
 
-def device_sums(program: Program) -> Callable[[Transformer[Array], Batch], tuple[Array, Array]]:
-    """What one device computes inside shard_map: as make_eval_step."""
-
-    def sums(params: Transformer[Array], batch: Batch) -> tuple[Array, Array]:
-        _, loss = program.forward.loss(params, *batch, program.bos_id)
-        return sum_rows(loss), sum_rows(jnp.sum(batch.mask, dtype=jnp.int32))
-
-    return sums
+def device_sums(program: Program, params: Transformer[Array], batch: Batch) -> tuple[Array, Array]:
+    """As make_eval_step, for one device inside shard_map: of its shards of the params and its rows."""
+    _, loss = program.forward.loss(params, *batch, program.bos_id)
+    return sum_rows(loss), sum_rows(jnp.sum(batch.mask, dtype=jnp.int32))
 
 
 def make_eval_step(program: Program) -> Callable[[Transformer[Array], Batch], tuple[Array, Array]]:
     """The jitted sum of losses over unmasked targets, in nats, and the number of these targets."""
-    in_specs = program.forward.pspecs, program.batch_pspec
-    return jax.jit(jax.shard_map(device_sums(program), mesh=program.mesh, in_specs=in_specs, out_specs=PartitionSpec()))
+    sums, in_specs = partial(device_sums, program), (program.forward.pspecs, program.batch_pspec)
+    return jax.jit(jax.shard_map(sums, mesh=program.mesh, in_specs=in_specs, out_specs=PartitionSpec()))
 
 
 def make_logits(program: Program) -> Callable[..., Float[Array, "B T V"]]:

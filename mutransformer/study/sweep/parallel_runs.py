@@ -7,6 +7,7 @@ are fast for two factors, not for stacks of them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -113,8 +114,8 @@ class ParallelRuns(RunGroup):
         """The functions of one run, mapped over all."""
         p, per_run = self.program, self._per_run
         self.pspecs = jax.tree.map(lambda spec: PartitionSpec("run", *spec), p.forward.pspecs)
-        grads = self.map(device_grads(p), self.pspecs, (RUNS, self.pspecs))
-        sums = self.map(device_sums(p), self.pspecs, RUNS)
+        grads = self.map(partial(device_grads, p), self.pspecs, (RUNS, self.pspecs))
+        sums = self.map(partial(device_sums, p), self.pspecs, RUNS)
 
         def init(hyper: Hyper) -> TrainState[Array]:
             return jax.vmap(lambda seed: initial_state(p.optimizer, seed))(hyper.seed)
@@ -134,7 +135,7 @@ class ParallelRuns(RunGroup):
         self._gather = jax.jit(jnp.stack, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
     def map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[[Any, Batch, Array], Any]:
-        """A per-device function of one run's (weights, batch), as step.device_grads returns -> one of all runs, not jitted.
+        """A per-device function of one run's (weights, batch), as step.device_grads of a program -> one of all runs, not jitted.
 
         That is a function of (stacked weights, batches of all seeds, index of each run's batch [R]); in_specs and out_specs are
         those of the stacked weights, or whatever tree takes their place, and of the stacked results.
