@@ -17,7 +17,7 @@ from mutransformer.config.load import load
 from mutransformer.config.schema import Config
 from mutransformer.data.batches.pipeline import Batch
 from mutransformer.sharding.mesh import make_mesh, put_batch
-from mutransformer.study.sweep.parallel_runs import ParallelRuns
+from mutransformer.study.sweep.parallel_runs import ParallelRuns, mean_losses
 from mutransformer.training.program import Vocabulary
 from mutransformer.training.step import make_eval_step, make_logits, make_loss_and_grads
 
@@ -148,7 +148,7 @@ def test_runs_of_a_sweep_keep_them_apart_too(one_by_one: bool) -> None:
     apart, joined = (
         float(total) / int(count) for total, count in (score(weights, b) for b in (batch, batch._replace(segments=None)))
     )
-    assert runs.evaluate(state, [batch]) == pytest.approx([apart] * 2, rel=1e-6)
+    assert mean_losses(runs, state, [batch]) == pytest.approx([apart] * 2, rel=1e-6)
     _, losses = runs.step(state, [batch])
     assert runs.read([losses])[0] == pytest.approx([apart] * 2, rel=1e-6)
     assert abs(apart / joined - 1) > 1e-4

@@ -18,7 +18,7 @@ from mutransformer.config.schema import Config
 from mutransformer.data.batches.pipeline import Batch
 from mutransformer.data.cache.dataset import TokenSplit
 from mutransformer.sharding.mesh import make_mesh, put_batch
-from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun
+from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun, mean_losses
 from mutransformer.training.evaluate import evaluate
 from mutransformer.training.program import TrainState, Vocabulary
 from mutransformer.training.step import make_eval_step, make_train_step
@@ -147,7 +147,7 @@ def test_losses_equal_those_of_each_run_alone(model: str, n: int, sequential: bo
     allowed = 1e-5 if model == A or sequential else 5e-4
     runs, _, losses, state = trained(model, n, sequential)
     assert largest_difference(losses, alone(model).losses) <= allowed
-    assert largest_difference(runs.evaluate(state, held_out(runs.config)), alone(model).validation) <= allowed
+    assert largest_difference(mean_losses(runs, state, held_out(runs.config)), alone(model).validation) <= allowed
     assert np.asarray(state.step).tolist() == [STEPS] * len(RUNS)
 
 
@@ -253,7 +253,7 @@ def test_a_sharded_run_has_the_same_losses() -> None:
     one, losses, state = trained_sharded()
     assert losses.shape == (1, STEPS) and one.seeds == [RUNS[2][1]]
     assert largest_difference(losses[0], alone(A).losses[2]) <= 1e-5
-    assert largest_difference(one.evaluate(state, held_out(one.config)), alone(A).validation[2:3]) <= 1e-5
+    assert largest_difference(mean_losses(one, state, held_out(one.config)), alone(A).validation[2:3]) <= 1e-5
     embed = state.params.embed
     assert [shard.data.size for shard in embed.addressable_shards] == [embed.size // 8] * 8
 

@@ -8,7 +8,7 @@ are fast for two factors, not for stacks of them.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,43 +29,6 @@ RUNS = PartitionSpec("run")
 BATCHES = PartitionSpec(None, "x")  # [seeds, rows, T], the same on every device
 
 
-@runtime_checkable
-class RunGroup(Protocol):
-    """R runs that advance together, whatever devices they are on."""
-
-    config: Config  # of the runs; optim.lr and seed may differ
-    seeds: list[int]  # distinct, ascending
-    data_share: tuple[int, tuple[int, ...]]  # the rows of a batch that this process reads, as of mesh.data_share
-    shapes: Any  # the abstract train state, with shardings
-    layout: str  # how the runs are placed, for log messages
-
-    def init(self) -> TrainState[Array]:
-        """The state before the first update: for each run, bit for bit the state that it would start with alone."""
-        ...
-
-    def step(self, state: TrainState[Array], batches: Sequence[Batch]) -> tuple[TrainState[Array], Array]:
-        """One update of every run.
-
-        Takes a state, which is donated, and for each of `seeds` this process's rows of a batch, host arrays [B, T]. Returns the
-        new state, and the losses before the update in nats per token, on the devices: [R], or [] for a single run.
-        """
-        ...
-
-    def loss_sums(self, state: TrainState[Array], batch: Batch) -> tuple[Array, Array]:
-        """(sum of losses in nats, number of unmasked targets) of every run on one batch, shaped as the losses of `step`."""
-        ...
-
-    def read(self, numbers: Sequence[Array]) -> Real[np.ndarray, "n R"]:
-        """Losses or counts of n steps, on the host."""
-        ...
-
-    def evaluate(self, state: TrainState[Array], batches: Sequence[Batch]) -> Float[np.ndarray, " R"]:
-        """The mean loss of each run over the unmasked targets of all batches, in nats per token."""
-        sums = [self.loss_sums(state, batch) for batch in batches]
-        totals, counts = (self.read(numbers).astype(np.float64).sum(axis=0) for numbers in zip(*sums, strict=True))
-        return totals / counts
-
-
 class Hyper(NamedTuple):
     """What differs between the runs, arrays [R]."""
 
@@ -74,10 +37,10 @@ class Hyper(NamedTuple):
     data: Any  # int32, the index of the run's batch among those of the distinct seeds
 
 
-class ParallelRuns(RunGroup):
-    """Runs divided among the devices; R must be a multiple of the number of devices. The state is stacked over runs."""
+class ParallelRuns:
+    """R runs divided among the devices, a multiple of their number. The train state is stacked over runs."""
 
-    layout = "in parallel"
+    layout = "in parallel"  # for log messages
 
     def __init__(
         self,
@@ -87,32 +50,25 @@ class ParallelRuns(RunGroup):
         devices: Sequence[Any] = (),
         sequential: bool | None = None,
     ):
-        """Compiles nothing yet.
+        """Compiles nothing yet. Without devices all are used.
 
-        Args:
-            config: of all runs.
-            vocabulary: a tokenizer, or its numbers.
-            points: (base learning rate, seed) of each run.
-            devices: empty: all.
-            sequential: whether a device computes its runs one after another or vectorized; None: whichever is faster there.
+        The learning rates and seeds of the points take the place of the config's. `sequential` says whether a device computes its
+        runs one after another or vectorized; None: whichever is faster there.
         """
         devices = devices or jax.devices()
         assert len(points) % len(devices) == 0, f"{len(points)} runs on {len(devices)} devices"
         one_device = replace(config, mesh=replace(config.mesh, x=1, y=1, replicas=1))
         self.program = build(one_device, devices[:1], vocabulary)
         self.config, self.data_share = self.program.config, (1, (0,))  # every process reads whole batches
-        self.seeds = sorted({seed for _, seed in points})
+        self.seeds = sorted({seed for _, seed in points})  # a batch is needed for each
         self.mesh = lay_mesh(devices, run=len(devices), x=1, y=1)
         self._sequential = devices[0].platform == "cpu" if sequential is None else sequential
-        self._per_run, self._batches = NamedSharding(self.mesh, RUNS), NamedSharding(self.mesh, BATCHES)
+        per_run, self._batches = NamedSharding(self.mesh, RUNS), NamedSharding(self.mesh, BATCHES)
         lr, seed = zip(*points, strict=True)
         hyper = Hyper(np.array(lr, np.float32), *np.array([seed, [self.seeds.index(s) for s in seed]], np.int32))
-        self.hyper = jax.tree.map(lambda a: _put(a, self._per_run), hyper)
-        self._map_functions()
+        self.hyper = jax.tree.map(lambda a: _put(a, per_run), hyper)
 
-    def _map_functions(self) -> None:
-        """The functions of one run, mapped over all."""
-        p, per_run = self.program, self._per_run
+        p = self.program
         self.pspecs = jax.tree.map(lambda spec: PartitionSpec("run", *spec), p.forward.pspecs)
         grads = self.map(partial(device_grads, p), self.pspecs, (RUNS, self.pspecs))
         sums = self.map(partial(device_sums, p), self.pspecs, RUNS)
@@ -155,15 +111,23 @@ class ParallelRuns(RunGroup):
         return jax.tree.map(lambda *a: _put(np.stack(a), self._batches), *batches)
 
     def init(self) -> TrainState[Array]:
+        """The state before the first update: for each run, bit for bit the state that it would start with alone."""
         return self._init(self.hyper)
 
-    def step(self, state: TrainState[Array], batches: Sequence[Batch]) -> tuple[TrainState[Array], Array]:
+    def step(self, state: TrainState[Array], batches: Sequence[Batch]) -> tuple[TrainState[Array], Float[Array, " R"]]:
+        """One update of every run.
+
+        Takes a state, which is donated, and for each of `seeds` this process's rows of a batch, host arrays [B, T]. Returns the
+        new state, and the losses before the update in nats per token, on the devices.
+        """
         return self._step(state, self.place(batches), self.hyper)
 
-    def loss_sums(self, state: TrainState[Array], batch: Batch) -> tuple[Array, Array]:
+    def loss_sums(self, state: TrainState[Array], batch: Batch) -> tuple[Float[Array, " R"], Real[Array, " R"]]:
+        """(sum of losses in nats, number of unmasked targets) of every run on one batch."""
         return self._sums(state.params, self.place([batch]))
 
     def read(self, numbers: Sequence[Array]) -> Real[np.ndarray, "n R"]:
+        """Losses or counts of n steps, on the host."""
         return np.asarray(self._gather(list(numbers)))
 
     def compile(self) -> int:
@@ -177,8 +141,11 @@ class ParallelRuns(RunGroup):
         return sum(sizes) - memory.alias_size_in_bytes
 
 
-class ShardedRun(RunGroup):
-    """One run, sharded over all devices as in ordinary training: for a model that does not fit on one device. R = 1."""
+class ShardedRun:
+    """One run, sharded over all devices as in ordinary training: for a model that does not fit on one device.
+
+    Its methods are those of ParallelRuns, with losses and counts of shape [] on the devices and R = 1 on the host.
+    """
 
     layout = "sharded"
 
@@ -203,6 +170,16 @@ class ShardedRun(RunGroup):
 
     def read(self, numbers: Sequence[Array]) -> Real[np.ndarray, "n 1"]:
         return np.array([[np.asarray(number)] for number in numbers])
+
+
+RunGroup = ParallelRuns | ShardedRun
+
+
+def mean_losses(group: RunGroup, state: TrainState[Array], batches: Sequence[Batch]) -> Float[np.ndarray, " R"]:
+    """The mean loss of each run over the unmasked targets of all batches, in nats per token."""
+    sums = [group.loss_sums(state, batch) for batch in batches]
+    totals, counts = (group.read(numbers).astype(np.float64).sum(axis=0) for numbers in zip(*sums, strict=True))
+    return totals / counts
 
 
 def _put(a: np.ndarray, sharding: NamedSharding) -> Array:

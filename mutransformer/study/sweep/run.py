@@ -27,11 +27,11 @@ from mutransformer.data.cache.dataset import Corpus
 from mutransformer.errors import FINISHED, STOPPED, check
 from mutransformer.sharding.devices import memory_limit
 from mutransformer.sharding.processes import StopRequest, stop_on_signals
+from mutransformer.study.verdict import count
 from mutransformer.study.sweep import records
 from mutransformer.study.sweep.grid import Point, VariantConfig, non_defaults
-from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun
+from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun, mean_losses
 from mutransformer.study.tensorboard import open_writer
-from mutransformer.study.verdict import count
 from mutransformer.training.program import prepare_data
 
 SNAPSHOT_SECONDS = 300.0  # between snapshots of runs in progress
@@ -159,7 +159,7 @@ def _train(
             if stopping:
                 return None
         batches = pipeline.eval_batches(corpus.splits["validation"], config.data, config.eval.batches, *share, n_vocab)
-        validation = group.evaluate(state, list(batches))
+        validation = mean_losses(group, state, list(batches))
         seconds = (time.perf_counter() - began) / len(points)
         runs = [_record(variant, p, losses[:, i], float(validation[i]), seconds) for i, p in enumerate(points)]
         for writer, run in zip(writers, runs, strict=False):
