@@ -28,11 +28,9 @@ from mutransformer.model.ops import shift_right
 from mutransformer.model.weights import Transformer
 from mutransformer.sharding import devices as hardware
 from mutransformer.sharding.spec import Weight
-from mutransformer.study import figures
-from mutransformer.study.coordinates import plots, report
-from mutransformer.study.coordinates.measure import Coordinate, Kind, _mean_abs, measure
-from mutransformer.study.coordinates.slopes import ACTIVATIONS, KINDS, SlopeFit, fit_slopes
-from mutransformer.study.coordinates.verdicts import Limits, counts, judge
+from mutransformer.study import coordinates, figures
+from mutransformer.study.coordinates import measure
+from mutransformer.study.slopes import ACTIVATIONS, KINDS, Coordinate, Kind, Limits, SlopeFit, counts, fit_slopes, judge
 from mutransformer.study.sweep.grid import Axis, VariantConfig
 from mutransformer.training.program import Program
 
@@ -102,7 +100,7 @@ def test_fits_are_ordered_as_in_the_forward_pass_and_printed(capsys) -> None:
         for kind in KINDS
         for name in (("blocks.w_q",) if kind == "update" else ACTIVATIONS)
     ]
-    report._print_slopes(found, "width", 2)
+    coordinates._print_slopes(found, "width", 2)
     head, *rows = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"slope over width +step 0 +step 1 +step 2 *", head)
     assert rows[0].split("  ")[0].strip() == "sp" and re.search(r"size +residual( +\+0.250 ± 0.000){3}", rows[0])
@@ -210,9 +208,9 @@ def test_odd_numbers_can_be_drawn_and_written(tmp_path: Path) -> None:
     found += [Coordinate("mup", a, 0, 1, "update", "all_zero", 0.0) for a in (64, 128)]
     for kind in ("size", "update"):
         of = [fit for fit in fit_slopes(found) if fit.kind == kind]
-        figures.save(plots.coordinates, of, "mup", "sp", "width", path=tmp_path / kind)
+        figures.save(figures.coordinates, of, "mup", "sp", "width", path=tmp_path / kind)
         assert (tmp_path / f"{kind}.png").stat().st_size > 10_000 and "</svg>" in (tmp_path / f"{kind}.svg").read_text()
-    report.write_csv(found, tmp_path / "c.csv")
+    coordinates.write_csv(found, tmp_path / "c.csv")
     again = read_csv(tmp_path / "c.csv")
     assert [dataclasses.replace(c, value=0.0) for c in again] == [dataclasses.replace(c, value=0.0) for c in found]
     np.testing.assert_allclose([c.value for c in again], [c.value for c in found], rtol=1e-5)
@@ -261,7 +259,7 @@ def sizes_on(program: Program) -> Callable[[Transformer, Any], dict[str, jax.Arr
     forward = program.forward
 
     def look(params: Transformer, tokens: jax.Array) -> dict[str, jax.Array]:
-        return jax.tree.map(_mean_abs, forward.intermediates(params, shift_right(tokens, program.bos_id), None))
+        return jax.tree.map(coordinates._mean_abs, forward.intermediates(params, shift_right(tokens, program.bos_id), None))
 
     in_specs = (forward.pspecs, PartitionSpec("x"))
     return jax.jit(jax.shard_map(look, mesh=program.mesh, in_specs=in_specs, out_specs=PartitionSpec()))
@@ -438,7 +436,7 @@ def test_the_command_writes_tables_figures_and_verdicts(told: str, folder: Path)
     assert control.startswith("PASS    the control sp grows, as it should: ")
     assert told.endswith(f"results: {folder / 'out'}\n")
     assert "slope over width" in told and re.search(r"^mup +size +query +[+-]0\.\d{3} ± 0\.\d{3} ", told, re.MULTILINE)
-    found = read_csv(folder / "out" / report.TABLE)
+    found = read_csv(folder / "out" / coordinates.TABLE)
     assert {(c.variant, c.at, c.seed) for c in found} == {(v, a, s) for v in ("mup", "sp") for a in (64, 512) for s in (0, 1)}
     assert len(found) == 8 * ((4 + 3) * len(ACTIVATIONS) + 3 * 8)
     assert [str(v) for v in judge(fit_slopes(found), "mup", "sp", "width", Limits(slope=0.1))] == [flat, control]
@@ -457,7 +455,7 @@ def test_the_command_writes_tables_figures_and_verdicts(told: str, folder: Path)
 
 @pytest.mark.slow
 def test_the_first_adam_update_is_the_scaled_learning_rate(told: str, folder: Path) -> None:
-    found = read_csv(folder / "out" / report.TABLE)
+    found = read_csv(folder / "out" / coordinates.TABLE)
     for variant, at, share in (("mup", 64, 1), ("mup", 512, 1 / 8), ("sp", 64, 1), ("sp", 512, 1)):
         for seed in (0, 1):
             (moved,) = (
@@ -473,10 +471,10 @@ def replay(found: Sequence[Coordinate]) -> Callable[..., list[Coordinate]]:
 
 @pytest.mark.slow
 def test_a_wrong_parametrization_fails(told: str, folder: Path, check, monkeypatch, capsys) -> None:
-    found = read_csv(folder / "out" / report.TABLE)
-    monkeypatch.setattr(report, "measure", replay(found))
+    found = read_csv(folder / "out" / coordinates.TABLE)
+    monkeypatch.setattr(coordinates, "measure", replay(found))
     monkeypatch.setattr(figures, "save", lambda *_, **__: None)  # drawn above
-    monkeypatch.setattr(report, "_write_tensorboard", lambda *_: None)
+    monkeypatch.setattr(coordinates, "_write_tensorboard", lambda *_: None)
     args = [*settings(folder, *CHECK), *OPTIONS, "--out", str(folder / "again")]
     assert check(*args) == FINISHED
     out = capsys.readouterr().out
@@ -490,21 +488,21 @@ def test_a_wrong_parametrization_fails(told: str, folder: Path, check, monkeypat
     assert check(*args, "--max-slope", "1e-6") == FAILED and "\nPASS    the control" in capsys.readouterr().out
     assert check(*args, "--no-control") == FINISHED and "\nWARNING no control: " in capsys.readouterr().out
     flat = [dataclasses.replace(c, variant=rule) for c in found if c.variant == "mup" for rule in ("mup", "sp")]
-    monkeypatch.setattr(report, "measure", replay(flat))
+    monkeypatch.setattr(coordinates, "measure", replay(flat))
     assert check(*args) == FAILED and "\nFAIL    the control sp does not grow" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rule", ["optim.rule=completed_p optim.batch_base=64 optim.tokens_base=640", "optim.eps_scaling=true"])
 def test_the_control_drops_settings_without_use_in_sp(rule: str, folder: Path, check, monkeypatch) -> None:
     jobs: list[VariantConfig] = []
-    monkeypatch.setattr(report, "coordinate_check", lambda subject, control, *_: jobs.extend([*subject, *control]) or [])
+    monkeypatch.setattr(coordinates, "coordinate_check", lambda subject, control, *_: jobs.extend([*subject, *control]) or [])
     assert check(*settings(folder, *CHECK, *rule.split()), *OPTIONS) == FINISHED
     assert [job.config.optim.rule for job in jobs[2:]] == ["sp", "sp"]
 
 
 def test_configs_of_a_check_over_depth(folder: Path, check, monkeypatch) -> None:
     jobs: list[list[VariantConfig]] = []
-    monkeypatch.setattr(report, "coordinate_check", lambda subject, control, *_: jobs.extend([subject, control]) or [])
+    monkeypatch.setattr(coordinates, "coordinate_check", lambda subject, control, *_: jobs.extend([subject, control]) or [])
     depth = ["--depths", "8,2", "--steps", "2"]
 
     def given(*args: str) -> list[list[tuple[str, int, int | None]]]:
@@ -522,7 +520,7 @@ def test_configs_of_a_check_over_depth(folder: Path, check, monkeypatch) -> None
 
 def test_the_preset_can_be_overridden(folder: Path, check, monkeypatch) -> None:
     seen: list[Config] = []
-    monkeypatch.setattr(report, "coordinate_check", lambda subject, *_: seen.append(subject[0].config) or [])
+    monkeypatch.setattr(coordinates, "coordinate_check", lambda subject, *_: seen.append(subject[0].config) or [])
     assert check(str(ROOT / "configs/small.yaml"), "optim.lr=0.5", *OPTIONS) == FINISHED
     (config,) = seen
     assert (config.data.batch_size, config.data.seq_len, config.optim.schedule, config.optim.lr) == (1, 32, "constant", 0.5)
@@ -554,7 +552,7 @@ def test_mistakes_are_reported_before_jax_starts(name: str, tmp_path: Path, chec
 
 
 def test_a_folder_that_cannot_be_created_is_reported_first(folder: Path, check, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(report, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(coordinates, "measure", lambda *_: pytest.fail("measured"))
     assert check(*settings(folder, *CHECK), *OPTIONS, "--out", "/dev/null/out") == USAGE_ERROR
     assert capsys.readouterr().err == "error: /dev/null/out: Not a directory\n"
 

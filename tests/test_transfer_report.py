@@ -17,11 +17,8 @@ from mutransformer.cli import main
 from mutransformer.errors import ConfigError
 from mutransformer.study import figures
 from mutransformer.study.sweep.records import FILE, Run, append
-from mutransformer.study.transfer import plots
-from mutransformer.study.transfer.analysis import Variant, analyze
-from mutransformer.study.transfer.optimum import Bounds, locate, vertex
-from mutransformer.study.transfer.report import page, write
-from mutransformer.study.transfer.verdicts import judge, transfers
+from mutransformer.study.transfer.analysis import Bounds, Variant, analyze, locate, vertex
+from mutransformer.study.transfer.report import judge, page, transfers, write
 from mutransformer.study.transfer.width_ordering import WidthPair, training_losses
 
 ROOT = Path(__file__).parents[1]
@@ -319,9 +316,9 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
 
 def test_figures_show_the_losses_that_matter():
     variants = analyze(sweep() + [make_run("mup", 1024, rate, 0, 400.0 if rate == -3 else 3.0 + abs(rate + 6)) for rate in RATES])
-    low, high = plots.loss_range(variants)
+    low, high = figures.loss_range(variants)
     assert low < 3.0 and 5.0 < high < 10
-    assert plots.loss_range(analyze(sweep(diverges_above=lambda width: -20))) == (0, 1)
+    assert figures.loss_range(analyze(sweep(diverges_above=lambda width: -20))) == (0, 1)
 
 
 @pytest.mark.parametrize(

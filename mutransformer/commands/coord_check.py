@@ -73,8 +73,8 @@ def run(args: Namespace) -> int:
 
     processes.simulate_devices(len(seeds))
     start_jax(config)
-    from mutransformer.study.coordinates.report import coordinate_check
-    from mutransformer.study.coordinates.verdicts import Limits
+    from mutransformer.study.coordinates import coordinate_check
+    from mutransformer.study.slopes import Limits
 
     verdicts = coordinate_check(subject, control, axis, seeds, args.steps, Limits(slope=args.max_slope), out)
     print(*verdicts, f"results: {out}", sep="\n")

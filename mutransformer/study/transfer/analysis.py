@@ -1,19 +1,48 @@
 """The numbers of a transfer report: each width's best learning rate, and how far it drifts over the widths. Pure.
 
-Learning rates are given as log2, losses in nats per token, drifts in octaves (factors of two).
+Learning rates are given as log2, losses in nats per token, infinite where a run diverged, and drifts in octaves (factors of two).
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mutransformer.errors import check
+from mutransformer.study import count
 from mutransformer.study.sweep.records import Run
-from mutransformer.study.transfer.optimum import Bounds, Optimum, argmin, locate
 from mutransformer.study.transfer.width_ordering import WidthOrdering, compare_widths
-from mutransformer.study.verdict import count
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where a number in log2(LR) lies; a point if low == high, infinite where there is no bound."""
+
+    low: float
+    high: float
+    stderr: float | None = None
+
+    @property
+    def is_point(self) -> bool:
+        return self.low == self.high
+
+    def __str__(self) -> str:
+        if self.is_point:
+            return f"{self.low:.2f}" + ("" if self.stderr is None else f" ± {self.stderr:.2f}")
+        if math.isinf(self.low):
+            return "unknown" if math.isinf(self.high) else f"≤ {self.high:.2f}"
+        return f"≥ {self.low:.2f}" if math.isinf(self.high) else f"{self.low:.2f} to {self.high:.2f}"
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best log2(LR): a point if a parabola could be fitted."""
+
+    at: Bounds
+    loss: float | None  # of the parabola at its vertex; None without one
+    why: str  # why no parabola could be fitted, as "at the lower edge of the grid"; empty for a point
 
 
 @dataclass(frozen=True)
@@ -123,10 +152,8 @@ class Variant:
 def analyze(runs: Sequence[Run], controls: Sequence[str] = (), rate: float | None = None) -> list[Variant]:
     """The numbers of each variant, controls last.
 
-    Args:
-        runs: of one or more variants; no two with the same key.
-        controls: names of variants to treat as controls, besides `sp` and those whose names start with `sp `.
-        rate: log2(LR) at which widths are compared step by step; None: the best rate of each variant's narrowest width.
+    No two runs may have the same key. Controls are the variants of these names, `sp` and those whose names start with `sp `. The
+    rate is the log2(LR) at which widths are compared step by step; None: the best one of each variant's narrowest width.
 
     Raises ConfigError if a control is unknown; a variant has one width only, fewer than three learning rates, runs of unequal
     length, or no run at `rate`; or all variants are controls.
@@ -162,23 +189,23 @@ def _on_grid(runs: Sequence[Run]) -> list[Run]:
     Such seeds were added to compare widths step by step with less noise; the mean at their rate would be over other seeds than
     at the neighboring rates.
     """
-    rates: dict[tuple[int, int], set[float]] = {}
-    for run in runs:
-        rates.setdefault((run.width, run.seed), set()).add(run.lr)
-    most = {width: max(len(r) for (w, _), r in rates.items() if w == width) for width, _ in rates}
-    return [run for run in runs if len(rates[run.width, run.seed]) >= min(3, most[run.width])]
+    n_rates = Counter((run.width, run.seed) for run in runs)
+    most = {width: max(n for (other, _), n in n_rates.items() if other == width) for width, _ in n_rates}
+    return [run for run in runs if n_rates[run.width, run.seed] >= min(3, most[run.width])]
 
 
 def _fit(runs: Sequence[Run], grid: Sequence[float]) -> WidthFit:
-    losses = {(math.log2(run.lr), run.seed): run.loss for run in runs}
-    rates, seeds = sorted({rate for rate, _ in losses}), sorted({seed for _, seed in losses})
-    cells = {rate: Cell({seed: loss for (r, seed), loss in losses.items() if r == rate}) for rate in rates}
+    cells: dict[float, Cell] = {}
+    for run in sorted(runs, key=lambda run: run.lr):
+        cells.setdefault(math.log2(run.lr), Cell({})).losses[run.seed] = run.loss
+    seed_optima: dict[int, float | None] = {}
+    for seed in sorted({run.seed for run in runs}):
+        at = locate({rate: cell.losses[seed] for rate, cell in cells.items() if seed in cell.losses}, grid).at
+        seed_optima[seed] = at.low if at.is_point else None
     means = {rate: cell.mean for rate, cell in cells.items()}
-    optima = {seed: locate({r: loss for (r, s), loss in losses.items() if s == seed}, grid).at for seed in seeds}
-    seed_optima = {seed: at.low if at.is_point else None for seed, at in optima.items()}
     optimum = locate(means, grid)
-    at = Bounds(optimum.at.low, optimum.at.high, _stderr(list(seed_optima.values())))
-    return WidthFit(cells, argmin(means), Optimum(at, optimum.loss, optimum.why), seed_optima)
+    with_error = replace(optimum, at=replace(optimum.at, stderr=_stderr(list(seed_optima.values()))))
+    return WidthFit(cells, argmin(means), with_error, seed_optima)
 
 
 def _stderr(by_seed: Sequence[float | None]) -> float | None:
@@ -193,3 +220,46 @@ def _paired_stderr(a: WidthFit, b: WidthFit) -> float | None:
     """The standard error of the difference of two optima, paired by seed."""
     pairs = [(a.seed_optima[seed], b.seed_optima[seed]) for seed in sorted(a.seed_optima.keys() & b.seed_optima.keys())]
     return _stderr([None if x is None or y is None else x - y for x, y in pairs])
+
+
+def argmin(losses: Mapping[float, float]) -> float | None:
+    """The rate with the lowest finite loss, the lower of two equals; None if there is none."""
+    return min((rate for rate in sorted(losses) if math.isfinite(losses[rate])), key=lambda rate: losses[rate], default=None)
+
+
+def locate(losses: Mapping[float, float], grid: Sequence[float]) -> Optimum:
+    """The optimum of one width.
+
+    Where a neighbor of the lowest loss is missing or diverged there are only bounds. A neighbor with a higher loss bounds the
+    optimum by the midpoint of the two, as for any curve symmetric about its minimum; one that diverged bounds it by itself.
+    Losses are by log2(LR); the grid is every log2(LR) expected, ascending.
+    """
+    best = argmin(losses)
+    if best is None:
+        return Optimum(Bounds(-math.inf, math.inf), None, "every run diverged")
+    below, above = [x for x in grid if x < best], [x for x in grid if x > best]
+    why: list[str] = []
+    for edge, neighbor in (("lower", below[-1:]), ("upper", above[:1])):
+        if not neighbor:
+            why.append(f"at the {edge} edge of the grid")
+        elif neighbor[0] not in losses:
+            why.append(f"no run at its neighbor {neighbor[0]:.4g}")
+        elif math.isinf(losses[neighbor[0]]):
+            why.append(f"its neighbor {neighbor[0]:.4g} diverged")
+    left = max((x for x in below if x in losses), default=-math.inf)
+    right = min((x for x in above if x in losses), default=math.inf)
+    if why:
+        low, high = ((best + x) / 2 if math.isfinite(losses.get(x, math.inf)) else x for x in (left, right))
+        return Optimum(Bounds(low, high), None, "; ".join(why))
+    at, loss = vertex((left, best, right), (losses[left], losses[best], losses[right]))
+    return Optimum(Bounds(at, at), loss, "")
+
+
+def vertex(x: tuple[float, float, float], y: tuple[float, float, float]) -> tuple[float, float]:
+    """The vertex (place, height) of the parabola through three points, of which the middle one is the lowest."""
+    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    curvature = (right - left) / (x[2] - x[0])  # of y = ... + curvature x^2: positive, unless all three are equal
+    if curvature <= 0:
+        return x[1], y[1]
+    at = (x[0] + x[1]) / 2 - left / (2 * curvature)
+    return at, y[1] + (at - x[1]) * (left + curvature * (at - x[0]))

@@ -1,0 +1,158 @@
+"""The coordinate check: how large activations are, and how far training moves them and the weights, at every width or depth.
+
+In a parametrization that transfers, mean |x| of every activation, and of its change since the start, is independent of width
+after a few steps (Yang et al., arXiv 2203.03466, appendix D.1; depth: Dey et al., arXiv 2505.01618). Reported as CSV, figures,
+TensorBoard files, a table of slopes, and verdicts.
+"""
+
+import csv
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from rich.console import Console
+from rich.table import Table
+
+from mutransformer.data.batches import pipeline
+from mutransformer.data.cache.dataset import Corpus
+from mutransformer.model.ops import shift_right
+from mutransformer.model.transformer import Intermediates
+from mutransformer.model.weights import Transformer
+from mutransformer.sharding.collectives import mean_xy
+from mutransformer.study import Verdict
+from mutransformer.study.slopes import KINDS, Coordinate, Kind, Limits, SlopeFit, fit_slopes, judge
+from mutransformer.study.sweep.grid import Axis, VariantConfig
+from mutransformer.study.sweep.parallel_runs import RUNS, ParallelRuns
+from mutransformer.study.tensorboard import open_writer
+from mutransformer.training.program import prepare_data
+
+TABLE = "coordinates.csv"
+Configs = Sequence[VariantConfig]  # one for each width or depth
+
+_log = logging.getLogger(__name__)
+
+
+def coordinate_check(
+    subject: Configs, control: Configs, axis: Axis, seeds: Sequence[int], steps: int, limits: Limits, folder: Path
+) -> list[Verdict]:
+    """Measures every config of the checked parametrization and of one that should fail (empty: none), and judges the result.
+
+    Writes coordinates.csv, figures as PNG and SVG, and TensorBoard files to the folder. Raises ConfigError if a setting does not
+    fit the data or matplotlib is not installed.
+    """
+    from mutransformer.study import figures  # needs matplotlib, which is an extra
+
+    folder.mkdir(parents=True, exist_ok=True)  # fails before measuring, not after
+    found: list[Coordinate] = []
+    for variant in (*subject, *control):
+        at = variant.config.model.d_model if axis == "width" else variant.config.model.n_layer
+        found += measure(variant, at, seeds, steps, prepare_data(variant.config))
+        _log.info("measured %s at %s %d", variant.name, axis, at)
+    write_csv(found, folder / TABLE)
+    fits = fit_slopes(found)
+    name, control_name = subject[0].name, control[0].name if control else None
+    images = {kind: folder / f"coordinates_{kind}.png" for kind in KINDS}
+    for kind, path in images.items():
+        figures.save(figures.coordinates, [fit for fit in fits if fit.kind == kind], name, control_name, axis, path=path)
+    _write_tensorboard(found, folder, images)
+    _print_slopes(fits, axis, steps)
+    return judge(fits, name, control_name, axis, limits)
+
+
+def measure(variant: VariantConfig, at: int, seeds: Sequence[int], steps: int, corpus: Corpus) -> list[Coordinate]:
+    """Trains on one batch, the same at every step, and measures the model before the first update and after each.
+
+    `at` is the variant's width or depth, to be recorded. Each seed has its own weights and batch.
+    """
+    config, n_vocab = variant.config, corpus.tokenizer.n_vocab
+    filled = [*seeds, *[seeds[-1]] * (-len(seeds) % len(jax.devices()))]
+    runs = ParallelRuns(config, corpus.tokenizer, [(config.optim.lr, seed) for seed in filled])
+    batches = []
+    for seed in runs.seeds:
+        with closing(pipeline.train_batches(corpus.splits["train"], config.data, seed, 1, (0,), n_vocab)) as source:
+            batches.append(next(source))
+    placed = runs.place(batches)
+    sizes_and_changes, updates = jax.jit(_sizes_and_changes(runs)), jax.jit(_updates)
+    state = runs.init()
+    start: Any = jax.tree.map(jnp.copy, state.params)
+    found: list[Coordinate] = []
+
+    def record(step: int, kind: Kind, values: dict[str, Array]) -> None:
+        for name, by_run in values.items():
+            by_seed = zip(seeds, np.asarray(by_run).tolist(), strict=False)
+            found.extend(Coordinate(variant.name, at, seed, step, kind, name, value) for seed, value in by_seed)
+
+    for step in range(steps + 1):
+        if step:
+            before = jax.tree.map(jnp.copy, state.params)
+            state, _ = runs.step(state, batches)
+            moved = jax.tree_util.tree_leaves_with_path(updates(before, state.params))
+            record(step, "update", {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in moved})
+        size, change = sizes_and_changes((start, state.params), placed, runs.hyper.data)
+        record(step, "size", size)
+        if step:
+            record(step, "change", change)
+    return found
+
+
+def _sizes_and_changes(runs: ParallelRuns) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
+    """A function of ((weights at the start, weights now), batches, data) -> size and change of every activation, [R] each."""
+    forward, bos_id = runs.program.forward, runs.program.bos_id
+
+    def of_run(weights: Sequence[Transformer[Array]], batch: pipeline.Batch) -> tuple[Intermediates, Intermediates]:
+        inputs = shift_right(batch.tokens, bos_id, batch.segments)
+        start, now = (forward.intermediates(w, inputs, batch.segments) for w in weights)
+        change = {name: now[name].astype(jnp.float32) - start[name].astype(jnp.float32) for name in now}
+        return jax.tree.map(_mean_abs, now), jax.tree.map(_mean_abs, change)
+
+    return runs.map(of_run, (runs.pspecs, runs.pspecs), RUNS)
+
+
+def _mean_abs(x: Array) -> Array:
+    return mean_xy(jnp.mean(jnp.abs(x.astype(jnp.float32))))
+
+
+def _updates(before: Transformer[Array], after: Transformer[Array]) -> Transformer[Array]:
+    """The mean |update| of every weight, [R] each."""
+    return jax.tree.map(lambda a, b: jnp.mean(jnp.abs(b - a), axis=tuple(range(1, a.ndim))), before, after)
+
+
+def write_csv(coordinates: Sequence[Coordinate], path: Path) -> None:
+    """One line for each, below a line of column names."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(Coordinate))
+        writer.writerows((*astuple(c)[:-1], f"{c.value:.6g}") for c in coordinates)
+
+
+def _print_slopes(fits: Sequence[SlopeFit], axis: Axis, steps: int) -> None:
+    """Prints slopes and their spread over seeds: a row for each variant, kind and name, a column for a few of the steps."""
+    shown = sorted({0, 1, 2, steps // 2, steps} & set(range(steps + 1)))
+    cells = {(fit.variant, fit.kind, fit.name, fit.step): str(fit) for fit in fits}
+    table = Table(f"slope over {axis}", "", "", *(f"step {step}" for step in shown), box=None, pad_edge=False)
+    for row in dict.fromkeys(key[:-1] for key in cells):
+        table.add_row(*row, *(cells.get((*row, step), "") for step in shown))
+    Console(width=200, markup=False, highlight=False).print(table)
+
+
+def _write_tensorboard(coordinates: Sequence[Coordinate], folder: Path, images: Mapping[str, Path]) -> None:
+    """Curves over steps, means over seeds, one TensorBoard run for each variant and size; and the figures."""
+    from PIL import Image  # a dependency of matplotlib
+
+    curves: dict[str, dict[tuple[str, int], list[float]]] = {}
+    for c in coordinates:
+        curves.setdefault(f"{c.variant} {c.at}", {}).setdefault((f"{c.kind}/{c.name}", c.step), []).append(c.value)
+    for name, points in curves.items():
+        with open_writer(folder, name) as writer:
+            for (tag, step), values in points.items():
+                writer.add_scalar(tag, float(np.mean(values)), step)
+    with open_writer(folder, "figures") as writer:
+        for kind, path in images.items():
+            writer.add_image(f"coordinates/{kind}", np.asarray(Image.open(path).convert("RGB")), dataformats="HWC")
