@@ -271,7 +271,8 @@ def test_a_wider_run_that_diverges_is_worse_and_a_narrower_one_is_not():
 def test_losses_after_a_divergence_mean_nothing():
     run = make_run("mup", 64, -6, 0, math.inf, diverged_at=31)
     run.train_loss[:] = [5.0] * len(LOGGED)
-    assert training_losses(run, LOGGED).tolist() == [5.0] * 3 + [math.inf] * (len(LOGGED) - 3)
+    steps, losses = training_losses([run])
+    assert steps.tolist() == LOGGED and losses.tolist() == [[5.0] * 3 + [math.inf] * (len(LOGGED) - 3)]
 
 
 def test_the_rate_to_compare_at_can_be_chosen():

@@ -83,7 +83,7 @@ class WidthFit:
 
     @property
     def best_loss(self) -> float:
-        """The lowest mean loss of the grid; infinite if every rate diverged."""
+        """The lowest mean loss of the grid."""
         return math.inf if self.best is None else self.cells[self.best].mean
 
     def penalty(self, rate: float | None) -> float | None:
@@ -126,15 +126,13 @@ class Variant:
         """The largest optimum of all widths minus the smallest: a point, or a lower bound if some optimum is not found."""
         fits = self.fits.values()
         highest, lowest = max(fits, key=lambda fit: fit.optimum.at.low), min(fits, key=lambda fit: fit.optimum.at.high)
-        octaves = max(0.0, highest.optimum.at.low - lowest.optimum.at.high)
-        if not all(fit.optimum.at.is_point for fit in fits):
-            return Bounds(octaves, math.inf)
-        return Bounds(octaves, octaves, _paired_stderr(highest, lowest))
+        octaves, found = max(0.0, highest.optimum.at.low - lowest.optimum.at.high), all(fit.optimum.at.is_point for fit in fits)
+        return Bounds(octaves, octaves, _paired_stderr(highest, lowest)) if found else Bounds(octaves, math.inf)
 
     @property
     def signed_drift(self) -> Bounds:
         """The widest width's optimum minus the narrowest's."""
-        narrow, wide = (self.fits[width] for width in (self.widths[0], self.widths[-1]))
+        narrow, wide = self.fits[self.widths[0]], self.fits[self.widths[-1]]
         a, b = narrow.optimum.at, wide.optimum.at
         return Bounds(b.low - a.high, b.high - a.low, _paired_stderr(wide, narrow) if a.is_point and b.is_point else None)
 
@@ -211,9 +209,7 @@ def _fit(runs: Sequence[Run], grid: Sequence[float]) -> WidthFit:
 def _stderr(by_seed: Sequence[float | None]) -> float | None:
     # A seed without a value cannot be left out: those that remain would agree too well.
     values = [value for value in by_seed if value is not None]
-    if len(values) < 2 or len(values) < len(by_seed):
-        return None
-    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) == len(by_seed) > 1 else None
 
 
 def _paired_stderr(a: WidthFit, b: WidthFit) -> float | None:

@@ -61,18 +61,15 @@ def judge(variants: Sequence[Variant], runs: Sequence[Run], max_drift: float) ->
     """Two verdicts on each variant that `analyze` gives for these runs, the behavior of controls, and warnings."""
     verdicts = []
     for variant in variants:
-        transfer = transfers(variant, max_drift)
+        name, transfer, better = variant.name, transfers(variant, max_drift), variant.ordering.better
         drift = f"{drift_in_words(variant)} (at most {max_drift:g} allowed)"
         if variant.control:
             words = {True: "transfers, unexpectedly", False: "does not transfer, as expected", None: "may or may not transfer"}
-            verdicts.append(Verdict("CONTROL", f"{variant.name} {words[transfer]}: {drift}"))
+            verdicts.append(Verdict("CONTROL", f"{name} {words[transfer]}: {drift}"))
         else:
             words = {True: "transfers", False: "does not transfer", None: "is not shown to transfer"}
-            ordering = ordering_in_words(variant.ordering)
-            verdicts += [
-                Verdict("PASS" if transfer else "FAIL", f"{variant.name}: the learning rate {words[transfer]}: {drift}"),
-                Verdict("PASS" if variant.ordering.better else "FAIL", f"{variant.name}: {ordering}"),
-            ]
+            verdicts.append(Verdict("PASS" if transfer else "FAIL", f"{name}: the learning rate {words[transfer]}: {drift}"))
+            verdicts.append(Verdict("PASS" if better else "FAIL", f"{name}: {ordering_in_words(variant.ordering)}"))
     for variant in variants:
         verdicts += [Verdict("WARNING", text) for text in _warnings(variant, runs, max_drift)]
     if not any(variant.control for variant in variants):
@@ -153,38 +150,31 @@ def page(variants: Sequence[Variant], runs: Sequence[Run], verdicts: Sequence[Ve
 
 
 def _section(variant: Variant) -> list[str]:
+    losses, optima, pairs = [], [], []
+    for width, fit in variant.fits.items():
+        cells = {rate: f"**{cell}**" if rate == fit.best else cell for rate, cell in fit.cells.items()}
+        losses.append([width, *(cells.get(rate, "") for rate in variant.rates)])
+        at, best = fit.optimum.at, "none" if fit.best is None else f"{fit.best:.4g}"
+        no_error = at.is_point and at.stderr is None and len(variant.seeds) > 1
+        why = "no ±: a single seed has no optimum" if no_error else fit.optimum.why
+        optima.append([width, at, best, _loss(fit.best_loss), _loss(fit.penalty(variant.tuned), 4), why])
+    for pair in (pair for pair in variant.ordering.pairs if pair.steps):
+        largest = f"{nats(pair.difference[pair.worst])} at step {pair.steps[pair.worst]}"
+        holds = f"{int(pair.holds.sum())} of {len(pair.steps)}"
+        pairs.append([pair, holds, largest, f"{2 * pair.noise:.4f}", nats(pair.difference[-1]), pair.seeds])
     drift, wider = _escape(drift_in_words(variant)), _escape(ordering_in_words(variant.ordering))
+    pairs_head = ["widths", "holds at", "largest difference", "2 × noise", "at the last step", "seeds"]
     return [
         f"## {_escape(variant.title)}",
         "Validation loss by width and log2(learning rate), each width's lowest in bold; "
         f"{count(len(variant.seeds), 'seed')}, {count(variant.diverged, 'run')} diverged:",
-        _losses(variant),
-        _optima(variant),
+        _table(["width", *(f"{rate:.4g}" for rate in variant.rates)], losses),
+        _table(["width", "optimum, log2", "best of the grid", "its loss", "zero-shot penalty", ""], optima),
         f"{drift[:1].upper()}{drift[1:]}; signed, from width {variant.widths[0]} to {variant.widths[-1]}: "
         f"{variant.signed_drift}. The best of the grid {'is' if variant.same_best else 'is not'} the same at every width.",
         f"{wider[:1].upper()}{wider[1:]}.",
-        *([_pairs(variant.ordering)] if variant.ordering.pairs else []),
+        *([_table(pairs_head, pairs)] if variant.ordering.pairs else []),
     ]
-
-
-def _losses(variant: Variant) -> str:
-    rows = []
-    for width, fit in variant.fits.items():
-        cells = {rate: str(cell) for rate, cell in fit.cells.items()}
-        if fit.best is not None:
-            cells[fit.best] = f"**{cells[fit.best]}**"
-        rows.append([str(width), *(cells.get(rate, "") for rate in variant.rates)])
-    return _table(["width", *(f"{rate:.4g}" for rate in variant.rates)], rows)
-
-
-def _optima(variant: Variant) -> str:
-    rows = []
-    for width, fit in variant.fits.items():
-        at, penalty = fit.optimum.at, _loss(fit.penalty(variant.tuned), 4)
-        no_error = at.is_point and at.stderr is None and len(variant.seeds) > 1
-        why = "no ±: a single seed has no optimum" if no_error else fit.optimum.why
-        rows.append([str(width), str(at), "none" if fit.best is None else f"{fit.best:.4g}", _loss(fit.best_loss), penalty, why])
-    return _table(["width", "optimum, log2", "best of the grid", "its loss", "zero-shot penalty", ""], rows)
 
 
 def _overview(variants: Sequence[Variant], max_drift: float) -> str:
@@ -192,20 +182,12 @@ def _overview(variants: Sequence[Variant], max_drift: float) -> str:
     rows = []
     for variant in variants:
         fits, held = list(variant.fits.values()), f"{variant.ordering.held} of {variant.ordering.compared}"
-        at = " / ".join(str(replace(fit.optimum.at, stderr=None)) for fit in fits)
-        more = [" / ".join(_loss(fit.best_loss) for fit in fits), _loss(fits[-1].penalty(variant.tuned), 4), held]
-        rows.append([_escape(variant.title), answers[transfers(variant, max_drift)], str(variant.drift), at, *more])
+        optima = " / ".join(str(replace(fit.optimum.at, stderr=None)) for fit in fits)
+        losses, penalty = " / ".join(_loss(fit.best_loss) for fit in fits), _loss(fits[-1].penalty(variant.tuned), 4)
+        answer = answers[transfers(variant, max_drift)]
+        rows.append([_escape(variant.title), answer, variant.drift, optima, losses, penalty, held])
     head = ["variant", "transfers", "drift, octaves", "optimum by width, log2", "lowest loss by width"]
     return _table([*head, "zero-shot penalty at the widest", "wider is better"], rows)
-
-
-def _pairs(ordering: WidthOrdering) -> str:
-    rows = []
-    for pair in (pair for pair in ordering.pairs if pair.steps):
-        holds = f"{int(pair.holds.sum())} of {len(pair.steps)}"
-        largest = f"{nats(pair.difference[pair.worst])} at step {pair.steps[pair.worst]}"
-        rows.append([str(pair), holds, largest, f"{2 * pair.noise:.4f}", nats(pair.difference[-1]), str(pair.seeds)])
-    return _table(["widths", "holds at", "largest difference", "2 × noise", "at the last step", "seeds"], rows)
 
 
 def _settings(runs: Sequence[Run]) -> str:
@@ -232,5 +214,5 @@ def _escape(text: str) -> str:
     return re.sub(r"([\\`*_|<\[])", r"\\\1", text)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows])

@@ -1,5 +1,6 @@
 """Whether wider is better: training losses of all widths at one learning rate, step by step, relative to seed noise. Pure."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,28 +67,25 @@ def compare_widths(runs: Sequence[Run], widths: Sequence[int], rate: float | Non
         return WidthOrdering(None, {}, [], f"every learning rate diverged at width {widths[0]}")
     at = {width: {run.seed: run for run in runs if run.width == width and math.log2(run.lr) == rate} for width in widths}
     present = [width for width in widths if at[width]]
-    curves = {width: _curve(at[width]) for width in present}
-    pairs = [_pair(narrow, wide, at[narrow], at[wide]) for narrow, wide in zip(present, present[1:], strict=False)]
+    curves = {}
+    for width in present:
+        steps, losses = training_losses(list(at[width].values()))
+        finite = np.where(np.isinf(losses), np.nan, losses)
+        spread = np.std(finite, axis=0, ddof=1) if len(losses) > 1 else np.zeros(len(steps))
+        curves[width] = steps.tolist(), losses.mean(axis=0), spread
+    pairs = [_pair(narrow, wide, at[narrow], at[wide]) for narrow, wide in itertools.pairwise(present)]
     why = [f"no run at width {width}" for width in widths if not at[width]]
     why += [f"widths {pair.narrow} and {pair.wide} share no seed and step" for pair in pairs if not pair.steps]
     return WidthOrdering(rate, curves, pairs, "; ".join(why))
 
 
-def _curve(by_seed: Mapping[int, Run]) -> tuple[list[int], np.ndarray, np.ndarray]:
-    steps = sorted(set.intersection(*(set(run.logged) for run in by_seed.values())))
-    losses = np.array([training_losses(run, steps) for run in by_seed.values()])
-    finite = np.where(np.isinf(losses), np.nan, losses)
-    return steps, losses.mean(axis=0), np.std(finite, axis=0, ddof=1) if len(losses) > 1 else np.zeros(len(steps))
-
-
 def _pair(narrow: int, wide: int, narrows: Mapping[int, Run], wides: Mapping[int, Run]) -> WidthPair:
     seeds = sorted(narrows.keys() & wides.keys())
-    logged = [set(run.logged) for seed in seeds for run in (narrows[seed], wides[seed])]
-    steps = np.array(sorted(set.intersection(*logged)) if logged else [], dtype=int)
+    steps, losses = training_losses([by_seed[seed] for by_seed in (wides, narrows) for seed in seeds])
     if not len(steps):
         return WidthPair(narrow, wide, [], np.zeros(0), 0.0, len(seeds))
     with np.errstate(invalid="ignore"):  # inf - inf = NaN: both diverged, so nothing to compare
-        differences = np.array([training_losses(wides[s], steps) - training_losses(narrows[s], steps) for s in seeds])
+        differences = losses[: len(seeds)] - losses[len(seeds) :]
         comparable = ~np.all(np.isnan(differences), axis=0)
         differences, steps = differences[:, comparable], steps[comparable]
         mean = np.nanmean(differences, axis=0)  # NaN: the wider diverged in one seed, the narrower in another
@@ -97,8 +95,9 @@ def _pair(narrow: int, wide: int, narrows: Mapping[int, Run], wides: Mapping[int
     return WidthPair(narrow, wide, steps.tolist(), mean, float(np.sqrt(variance.mean() / len(seeds))), len(seeds))
 
 
-def training_losses(run: Run, steps: Sequence[int] | np.ndarray) -> np.ndarray:
-    """The training losses at logged steps; infinite from the first one that is not finite."""
-    losses = {at: loss for at, loss in zip(run.logged, run.train_loss, strict=True) if at < (run.diverged_at or math.inf)}
-    values = (losses.get(int(step)) for step in steps)
-    return np.array([math.inf if loss is None else loss for loss in values])
+def training_losses(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
+    """The steps that all runs have logged, and their losses [runs, steps]; infinite from a run's first that is not finite."""
+    steps = np.array(sorted(set.intersection(*(set(run.logged) for run in runs))) if runs else [], dtype=int)
+    losses = np.array([np.array(run.train_loss, float)[np.isin(run.logged, steps)] for run in runs])  # NaN: not finite
+    ends = np.array([[run.diverged_at or math.inf] for run in runs])
+    return steps, np.where((steps < ends) & ~np.isnan(losses), losses, math.inf)
