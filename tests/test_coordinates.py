@@ -30,7 +30,7 @@ from mutransformer.sharding import devices as hardware
 from mutransformer.sharding.spec import Weight
 from mutransformer.study import coordinates, figures
 from mutransformer.study.coordinates import measure
-from mutransformer.study.slopes import ACTIVATIONS, KINDS, Coordinate, Kind, Limits, SlopeFit, counts, fit_slopes, judge
+from mutransformer.study.slopes import ACTIVATIONS, KINDS, Coordinate, Kind, SlopeFit, counts, fit_slopes, judge
 from mutransformer.study.sweep.grid import Axis, VariantConfig
 from mutransformer.training.program import Program
 
@@ -112,11 +112,15 @@ def test_fits_are_ordered_as_in_the_forward_pass_and_printed(capsys) -> None:
 
 
 def verdict_lines(
-    subject: Law, control: Law | None = lambda *_: 1.0, axis: Axis = "width", at: Sequence[int] = (64, 256, 1024), **limits
+    subject: Law,
+    control: Law | None = lambda *_: 1.0,
+    axis: Axis = "width",
+    at: Sequence[int] = (64, 256, 1024),
+    max_slope: float = 0.05,
 ):
     against = [] if control is None else synthetic(control, "sp", at)
     found = fit_slopes([*synthetic(subject, at=at), *against])
-    return [str(verdict) for verdict in judge(found, "mup", None if control is None else "sp", axis, Limits(**limits))]
+    return [str(verdict) for verdict in judge(found, "mup", None if control is None else "sp", axis, max_slope)]
 
 
 def steep(kind: Kind, name: str, step: int, exponent: float, elsewhere: float = 0.01) -> Law:
@@ -140,7 +144,7 @@ def test_one_slope_outside_the_limit_fails_and_is_named(kind: Kind, name: str, s
     told, _ = verdict_lines(steep(kind, name, step, exponent))
     assert told.startswith("FAIL    mup: not flat over widths 64 to 1024: 1 of 80 slopes outside ±0.05; the steepest, ")
     assert f"{exponent:+.3f}" in told and told.endswith(f"is the {kind} of {name} after {step} updates")
-    assert math.isnan(exponent) or verdict_lines(steep(kind, name, step, exponent), slope=0.07)[0].startswith("PASS")
+    assert math.isnan(exponent) or verdict_lines(steep(kind, name, step, exponent), max_slope=0.07)[0].startswith("PASS")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +160,7 @@ def test_zero_sizes_are_not_judged_but_zero_changes_are() -> None:
     def zero(kind: Kind, steps: Sequence[int]) -> str:
         found = synthetic(lambda *_: 0.0)
         at = [dataclasses.replace(c, value=0.0) if (c.kind, c.name) == (kind, "query") and c.step in steps else c for c in found]
-        return judge(fit_slopes(at), "mup", None, "width", Limits())[0].outcome
+        return judge(fit_slopes(at), "mup", None, "width", 0.05)[0].outcome
 
     assert zero("size", [0]) == "PASS"  # model.q_init=zero
     assert zero("change", [2, 3]) == "FAIL"
@@ -189,7 +193,7 @@ def test_depth_is_judged_by_the_final_residual_stream() -> None:
     assert verdict_lines(final(0.0), final(0.8), "depth", depths)[1].startswith("FAIL")
     at_the_end = synthetic(lambda *_: 0.0, at=depths)
     at_the_end = [dataclasses.replace(c, value=math.nan) if (c.at, c.step) == (32, 3) else c for c in at_the_end]
-    assert judge(fit_slopes(at_the_end), "mup", None, "depth", Limits())[0].outcome == "FAIL", "the deepest has diverged"
+    assert judge(fit_slopes(at_the_end), "mup", None, "depth", 0.05)[0].outcome == "FAIL", "the deepest has diverged"
 
 
 def read_csv(path: Path) -> list[Coordinate]:
@@ -439,7 +443,7 @@ def test_the_command_writes_tables_figures_and_verdicts(told: str, folder: Path)
     found = read_csv(folder / "out" / coordinates.TABLE)
     assert {(c.variant, c.at, c.seed) for c in found} == {(v, a, s) for v in ("mup", "sp") for a in (64, 512) for s in (0, 1)}
     assert len(found) == 8 * ((4 + 3) * len(ACTIVATIONS) + 3 * 8)
-    assert [str(v) for v in judge(fit_slopes(found), "mup", "sp", "width", Limits(slope=0.1))] == [flat, control]
+    assert [str(v) for v in judge(fit_slopes(found), "mup", "sp", "width", 0.1)] == [flat, control]
     for kind in KINDS:
         assert (folder / "out" / f"coordinates_{kind}.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / "out" / f"coordinates_{kind}.svg").read_text().rstrip().endswith("</svg>")

@@ -17,14 +17,7 @@ SIZE_KEYS = ("model.d_model", "model.n_layer", "data.seq_len", "data.batch_size"
 
 
 def start(settings: Sequence[str]) -> Config:
-    """Loads a config, then starts JAX and logging.
-
-    Args:
-        settings: YAML files, names of shipped configs and overrides.
-
-    Raises:
-        ConfigError: a setting is wrong, or another process of the run cannot be reached.
-    """
+    """Loads a config, then starts JAX and logging. Raises ConfigError as `load` and `start_jax` do."""
     config = load(settings)
     start_jax(config)
     return config

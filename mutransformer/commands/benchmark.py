@@ -49,17 +49,17 @@ def run(args: Namespace) -> int:
     batch = put_batch(Batch(tokens, np.ones_like(tokens, dtype=bool), segments), mesh)
 
     state = program.init_state()
-    start_time = time.perf_counter()
+    began = time.perf_counter()
     step = make_train_step(program).lower(state, batch).compile()
-    compiled = time.perf_counter() - start_time
+    compile_seconds = time.perf_counter() - began
 
     def seconds_per_step(n: int) -> float:
         nonlocal state
-        start_time = time.perf_counter()
+        began = time.perf_counter()
         for _ in range(n):
             state, _ = step(state, batch)
         jax.block_until_ready(state)
-        return (time.perf_counter() - start_time) / n
+        return (time.perf_counter() - began) / n
 
     seconds_per_step(1)
     n = max(1, round(args.seconds / seconds_per_step(2)))
@@ -73,7 +73,7 @@ def run(args: Namespace) -> int:
         "step_seconds": round(config.tokens_per_step / median, 5),
         "model_flops_per_second": round(median * program.flops_per_token),
         "mfu": peak and round(median * program.flops_per_token / (mesh.size * peak), 4),
-        "compile_seconds": round(compiled, 2),
+        "compile_seconds": round(compile_seconds, 2),
         "peak_bytes": memory and memory["peak_bytes"],
         "parameters": program.n_params,
         "tokens_per_step": config.tokens_per_step,

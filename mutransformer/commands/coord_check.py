@@ -29,9 +29,8 @@ PRESET = [
     *("optim.eps=1e-15", "precision.compute=float32", "model.n_layer=2"),
 ]
 # The control, without the settings that the rule sp refuses.
-STANDARD = [
-    *("optim.rule=sp", "model.n_layer_base=null", "optim.batch_base=null", "optim.tokens_base=null", "optim.eps_scaling=false"),
-]
+STANDARD = ["optim.rule=sp", "optim.eps_scaling=false"]
+STANDARD += [f"{key}=null" for key in ("model.n_layer_base", "optim.batch_base", "optim.tokens_base")]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -57,25 +56,21 @@ def run(args: Namespace) -> int:
     check(len(sizes) > 1, f"--{axis}s {sizes[0]}: one {axis} only: nothing to compare")
     check(args.steps >= 2, f"--steps {args.steps}: must be at least 2")
     check(0 < args.max_slope < math.inf, f"--max-slope {args.max_slope}: must be positive and finite")
-    subject = grid.configs(settings, axis, sizes)
-    rule = subject[0].config.optim.rule
-    control = []
-    if axis == "width":
-        if rule != "sp" and not args.no_control:
-            control = grid.configs([*settings, *STANDARD], axis, sizes)
-    elif rule in DEPTH_RULES:
+    subject, control = grid.configs(settings, axis, sizes), []
+    config, rule = subject[0].config, subject[0].config.optim.rule
+    if axis == "width" and rule != "sp" and not args.no_control:
+        control = grid.configs([*settings, *STANDARD], axis, sizes)
+    if axis == "depth" and rule in DEPTH_RULES:
         if not args.no_control:
             control = grid.configs([*settings, "model.n_layer_base=null"], axis, sizes, label=f"{rule} without depth")
-        if subject[0].config.model.n_layer_base is None:
+        if config.model.n_layer_base is None:
             subject = grid.configs([*settings, f"model.n_layer_base={sizes[0]}"], axis, sizes)
-    config = subject[0].config
     out = args.out or config.rundir.with_name(f"{config.name}-coord")
 
     processes.simulate_devices(len(seeds))
     start_jax(config)
     from mutransformer.study.coordinates import coordinate_check
-    from mutransformer.study.slopes import Limits
 
-    verdicts = coordinate_check(subject, control, axis, seeds, args.steps, Limits(slope=args.max_slope), out)
+    verdicts = coordinate_check(subject, control, axis, seeds, args.steps, args.max_slope, out)
     print(*verdicts, f"results: {out}", sep="\n")
     return FAILED if any(verdict.outcome == "FAIL" for verdict in verdicts) else FINISHED

@@ -7,7 +7,7 @@ TensorBoard files, a table of slopes, and verdicts.
 
 import csv
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 from rich.console import Console
 from rich.table import Table
+from tensorboardX import SummaryWriter
 
 from mutransformer.data.batches import pipeline
 from mutransformer.data.cache.dataset import Corpus
@@ -27,10 +28,9 @@ from mutransformer.model.transformer import Intermediates
 from mutransformer.model.weights import Transformer
 from mutransformer.sharding.collectives import mean_xy
 from mutransformer.study import Verdict
-from mutransformer.study.slopes import KINDS, Coordinate, Kind, Limits, SlopeFit, fit_slopes, judge
+from mutransformer.study.slopes import KINDS, Coordinate, Kind, SlopeFit, fit_slopes, judge
 from mutransformer.study.sweep.grid import Axis, VariantConfig
 from mutransformer.study.sweep.parallel_runs import RUNS, ParallelRuns
-from mutransformer.study.tensorboard import open_writer
 from mutransformer.training.program import prepare_data
 
 TABLE = "coordinates.csv"
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 def coordinate_check(
-    subject: Configs, control: Configs, axis: Axis, seeds: Sequence[int], steps: int, limits: Limits, folder: Path
+    subject: Configs, control: Configs, axis: Axis, seeds: Sequence[int], steps: int, max_slope: float, folder: Path
 ) -> list[Verdict]:
     """Measures every config of the checked parametrization and of one that should fail (empty: none), and judges the result.
 
@@ -61,9 +61,9 @@ def coordinate_check(
     images = {kind: folder / f"coordinates_{kind}.png" for kind in KINDS}
     for kind, path in images.items():
         figures.save(figures.coordinates, [fit for fit in fits if fit.kind == kind], name, control_name, axis, path=path)
-    _write_tensorboard(found, folder, images)
+    _write_tensorboard(fits, folder / "tensorboard", images)
     _print_slopes(fits, axis, steps)
-    return judge(fits, name, control_name, axis, limits)
+    return judge(fits, name, control_name, axis, max_slope)
 
 
 def measure(variant: VariantConfig, at: int, seeds: Sequence[int], steps: int, corpus: Corpus) -> list[Coordinate]:
@@ -79,7 +79,16 @@ def measure(variant: VariantConfig, at: int, seeds: Sequence[int], steps: int, c
         with closing(pipeline.train_batches(corpus.splits["train"], config.data, seed, 1, (0,), n_vocab)) as source:
             batches.append(next(source))
     placed = runs.place(batches)
-    sizes_and_changes, updates = jax.jit(_sizes_and_changes(runs)), jax.jit(_updates)
+    forward, bos_id = runs.program.forward, runs.program.bos_id
+
+    def of_run(weights: Sequence[Transformer[Array]], batch: pipeline.Batch) -> tuple[Intermediates, Intermediates]:
+        inputs = shift_right(batch.tokens, bos_id, batch.segments)
+        start, now = (forward.intermediates(w, inputs, batch.segments) for w in weights)
+        change = {name: now[name].astype(jnp.float32) - start[name].astype(jnp.float32) for name in now}
+        return jax.tree.map(_mean_abs, now), jax.tree.map(_mean_abs, change)
+
+    sizes_and_changes = jax.jit(runs.map(of_run, (runs.pspecs, runs.pspecs), RUNS))
+    updates = jax.jit(lambda before, after: jax.tree.map(_mean_abs_update, before, after))
     state = runs.init()
     start: Any = jax.tree.map(jnp.copy, state.params)
     found: list[Coordinate] = []
@@ -102,26 +111,12 @@ def measure(variant: VariantConfig, at: int, seeds: Sequence[int], steps: int, c
     return found
 
 
-def _sizes_and_changes(runs: ParallelRuns) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
-    """A function of ((weights at the start, weights now), batches, data) -> size and change of every activation, [R] each."""
-    forward, bos_id = runs.program.forward, runs.program.bos_id
-
-    def of_run(weights: Sequence[Transformer[Array]], batch: pipeline.Batch) -> tuple[Intermediates, Intermediates]:
-        inputs = shift_right(batch.tokens, bos_id, batch.segments)
-        start, now = (forward.intermediates(w, inputs, batch.segments) for w in weights)
-        change = {name: now[name].astype(jnp.float32) - start[name].astype(jnp.float32) for name in now}
-        return jax.tree.map(_mean_abs, now), jax.tree.map(_mean_abs, change)
-
-    return runs.map(of_run, (runs.pspecs, runs.pspecs), RUNS)
-
-
 def _mean_abs(x: Array) -> Array:
     return mean_xy(jnp.mean(jnp.abs(x.astype(jnp.float32))))
 
 
-def _updates(before: Transformer[Array], after: Transformer[Array]) -> Transformer[Array]:
-    """The mean |update| of every weight, [R] each."""
-    return jax.tree.map(lambda a, b: jnp.mean(jnp.abs(b - a), axis=tuple(range(1, a.ndim))), before, after)
+def _mean_abs_update(before: Array, after: Array) -> Array:
+    return jnp.mean(jnp.abs(after - before), axis=tuple(range(1, before.ndim)))
 
 
 def write_csv(coordinates: Sequence[Coordinate], path: Path) -> None:
@@ -142,17 +137,14 @@ def _print_slopes(fits: Sequence[SlopeFit], axis: Axis, steps: int) -> None:
     Console(width=200, markup=False, highlight=False).print(table)
 
 
-def _write_tensorboard(coordinates: Sequence[Coordinate], folder: Path, images: Mapping[str, Path]) -> None:
+def _write_tensorboard(fits: Sequence[SlopeFit], folder: Path, images: Mapping[str, Path]) -> None:
     """Curves over steps, means over seeds, one TensorBoard run for each variant and size; and the figures."""
     from PIL import Image  # a dependency of matplotlib
 
-    curves: dict[str, dict[tuple[str, int], list[float]]] = {}
-    for c in coordinates:
-        curves.setdefault(f"{c.variant} {c.at}", {}).setdefault((f"{c.kind}/{c.name}", c.step), []).append(c.value)
-    for name, points in curves.items():
-        with open_writer(folder, name) as writer:
-            for (tag, step), values in points.items():
-                writer.add_scalar(tag, float(np.mean(values)), step)
-    with open_writer(folder, "figures") as writer:
+    for variant, at in dict.fromkeys((fit.variant, at) for fit in fits for at in fit.at):
+        with SummaryWriter(str(folder / f"{variant} {at}")) as writer:
+            for fit in (fit for fit in fits if fit.variant == variant):
+                writer.add_scalar(f"{fit.kind}/{fit.name}", fit.means[fit.at.index(at)], fit.step)
+    with SummaryWriter(str(folder / "figures")) as writer:
         for kind, path in images.items():
             writer.add_image(f"coordinates/{kind}", np.asarray(Image.open(path).convert("RGB")), dataformats="HWC")

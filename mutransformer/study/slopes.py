@@ -20,6 +20,9 @@ ACTIVATIONS = (
 )
 # Products fall with width at the start, until training has aligned their factors: judged from the second update on.
 PRODUCTS = ("logits", "attention_logits")
+# In the control some activation's change must grow over the widths by this factor at least. Over depth the size of the final
+# residual stream is judged: largest / smallest at most, and growth in the control at least.
+GROWTH, DEPTH_RATIO, DEPTH_GROWTH = 4.0, 2.5, 10.0
 
 
 @dataclass(frozen=True)
@@ -72,43 +75,32 @@ def fit_slopes(coordinates: Sequence[Coordinate]) -> list[SlopeFit]:
         groups.setdefault((c.variant, c.kind, c.name, c.step), {})[c.at, c.seed] = c.value
     variants = list(dict.fromkeys(variant for variant, *_ in groups))
     rank = {name: i for i, name in enumerate((*KINDS, *ACTIVATIONS))}
-    ordered = sorted(groups, key=lambda key: (variants.index(key[0]), rank[key[1]], rank.get(key[2], 0)))
-    return [_fit(*key, groups[key]) for key in ordered]
-
-
-def _fit(variant: str, kind: Kind, name: str, step: int, values: dict[tuple[int, int], float]) -> SlopeFit:
-    at, seeds = sorted({a for a, _ in values}), sorted({s for _, s in values})
-    by_seed = np.array([[values[a, s] for s in seeds] for a in at])
-    means = by_seed.mean(axis=1)
-    spread = float(np.std([_slope(at, column) for column in by_seed.T], ddof=1)) if len(seeds) > 1 else None
-    return SlopeFit(variant, kind, name, step, at, means.tolist(), _slope(at, means), spread)
+    fits = []
+    for key in sorted(groups, key=lambda key: (variants.index(key[0]), rank[key[1]], rank.get(key[2], 0))):
+        at, seeds = (sorted(set(numbers)) for numbers in zip(*groups[key], strict=True))
+        by_seed = np.array([[groups[key][a, seed] for seed in seeds] for a in at])
+        means = by_seed.mean(axis=1)
+        spread = float(np.std([_slope(at, column) for column in by_seed.T], ddof=1)) if len(seeds) > 1 else None
+        fits.append(SlopeFit(*key, at, means.tolist(), _slope(at, means), spread))
+    return fits
 
 
 def _slope(at: Sequence[int], values: np.ndarray) -> float:
-    if not (np.isfinite(values).all() and (values > 0).all()):
-        return math.nan
-    return float(np.polyfit(np.log(at), np.log(values), 1)[0])
+    positive = np.isfinite(values).all() and (values > 0).all()
+    return float(np.polyfit(np.log(at), np.log(values), 1)[0]) if positive else math.nan
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of a passing check. Over depth the size of the final residual stream is judged."""
+def judge(fits: Sequence[SlopeFit], subject: str, control: str | None, axis: Axis, max_slope: float) -> list[Verdict]:
+    """The verdict on the checked variant, and on whether the control fails as it should.
 
-    slope: float = 0.05  # at most: |d log(mean |x|) / d log(width)|
-    growth: float = 4.0  # at least: the factor by which, in the control, some activation's change grows over the widths
-    depth_ratio: float = 2.5  # at most: largest / smallest over the depths
-    depth_growth: float = 10.0  # at least: the factor by which it grows over the depths in the control
-
-
-def judge(fits: Sequence[SlopeFit], subject: str, control: str | None, axis: Axis, limits: Limits) -> list[Verdict]:
-    """The verdict on the checked variant, and on whether the control fails as it should."""
+    Over width, |d log(mean |x|) / d log(width)| of the checked variant may be at most max_slope.
+    """
     if axis == "depth":
         fits = [fit for fit in fits if (fit.kind, fit.name) == ("size", "final")]
     subjects, controls = ([fit for fit in fits if fit.variant == variant] for variant in (subject, control))
-    flat = (_flat_over_width if axis == "width" else _flat_over_depth)(subjects, limits)
-    if control is None:
-        return [flat, Verdict("WARNING", "no control: nothing shows that this check can fail")]
-    return [flat, _grows(controls, axis, limits)]
+    flat = _flat_over_width(subjects, max_slope) if axis == "width" else _flat_over_depth(subjects)
+    no_control = Verdict("WARNING", "no control: nothing shows that this check can fail")
+    return [flat, no_control if control is None else _grows(controls, axis)]
 
 
 def counts(fit: SlopeFit) -> bool:
@@ -121,30 +113,30 @@ def counts(fit: SlopeFit) -> bool:
     return fit.step >= (2 if fit.kind == "change" or fit.name in PRODUCTS else 0)
 
 
-def _flat_over_width(fits: list[SlopeFit], limits: Limits) -> Verdict:
+def _flat_over_width(fits: list[SlopeFit], max_slope: float) -> Verdict:
     judged = [fit for fit in fits if counts(fit)]
     worst = max(judged, key=lambda fit: math.inf if math.isnan(fit.slope) else abs(fit.slope))
-    outside, n = sum(not abs(fit.slope) <= limits.slope for fit in judged), len(judged)
+    outside, n = sum(not abs(fit.slope) <= max_slope for fit in judged), len(judged)
     text = f"{worst.variant}: {'not flat' if outside else 'flat'} over widths {worst.at[0]} to {worst.at[-1]}: "
     text += f"{outside} of {n} slopes outside" if outside else f"{n} slopes within"
-    text += f" ±{limits.slope:g}; the steepest, {worst}, is the {worst.kind} of {worst.name} after {count(worst.step, 'update')}"
+    text += f" ±{max_slope:g}; the steepest, {worst}, is the {worst.kind} of {worst.name} after {count(worst.step, 'update')}"
     return Verdict("FAIL" if outside else "PASS", text)
 
 
-def _flat_over_depth(fits: list[SlopeFit], limits: Limits) -> Verdict:
+def _flat_over_depth(fits: list[SlopeFit]) -> Verdict:
     worst = max(fits, key=lambda fit: fit.ratio)
-    flat = worst.ratio <= limits.depth_ratio
+    flat = worst.ratio <= DEPTH_RATIO
     text = f"{worst.variant}: the final residual stream is {'flat' if flat else 'not flat'} over depths {worst.at[0]} to "
     text += f"{worst.at[-1]}: largest / smallest size at most {worst.ratio:.2f}, after {count(worst.step, 'update')}"
-    return Verdict("PASS" if flat else "FAIL", f"{text} (at most {limits.depth_ratio:g} allowed)")
+    return Verdict("PASS" if flat else "FAIL", f"{text} (at most {DEPTH_RATIO:g} allowed)")
 
 
-def _grows(fits: list[SlopeFit], axis: Axis, limits: Limits) -> Verdict:
+def _grows(fits: list[SlopeFit], axis: Axis) -> Verdict:
     """On the control, after the last update: over width by the change that grows most, over depth by the final size."""
     last = max(fit.step for fit in fits)
     kind = "size" if axis == "depth" else "change"
     most = max((fit for fit in fits if (fit.kind, fit.step) == (kind, last)), key=lambda fit: fit.growth)
-    least = limits.depth_growth if axis == "depth" else limits.growth
+    least = DEPTH_GROWTH if axis == "depth" else GROWTH
     grows, factor = most.growth >= least, f"{most.growth:.1f} times as"
     what = f"the final residual stream is {factor} large" if axis == "depth" else f"{most.name} changes {factor} much"
     text = f"the control {most.variant} {'grows, as it should' if grows else 'does not grow'}: {what} at {axis} {most.at[-1]} as "

@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from mutransformer.config.load import load
@@ -31,22 +31,14 @@ class VariantConfig:
     def width(self) -> int:
         return self.config.model.d_model
 
-    def with_vocab(self, n_vocab: int) -> "VariantConfig":
-        return replace(self, config=self.config.with_vocab(n_vocab))
-
 
 def configs(
     args: Sequence[str], axis: Axis, sizes: Sequence[int], sets: Sequence[str] = (), label: str | None = None
 ) -> list[VariantConfig]:
-    """A config for each combination of swept settings at each width or depth.
+    """A config for each combination of swept settings, each "key=value,value,...", at each width or depth.
 
-    Args:
-        args: YAML files and overrides, as for training.
-        sizes: distinct values of model.d_model or model.n_layer.
-        sets: swept settings, each "key=value,value,...".
-        label: the variant's name, before its swept settings; None: the parametrization.
-
-    Raises ConfigError if a setting is invalid or does not fit a size, or if two variants would have the same name.
+    A variant's name is the label, or without one the parametrization, and its swept settings. Raises ConfigError if a setting is
+    invalid or does not fit a size, or if two variants would have the same name.
     """
     found: dict[tuple[str, int], VariantConfig] = {}
     for combination in itertools.product(*map(_settings, sets)):

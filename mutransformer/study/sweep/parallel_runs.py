@@ -102,7 +102,7 @@ class ParallelRuns:
                 weights, index = run
                 return function(weights, jax.tree.map(lambda a: a[index], batches))
 
-            return jax.lax.map(one, (weights, data)) if self._sequential else jax.vmap(lambda *run: one(run))(weights, data)
+            return jax.lax.map(one, (weights, data)) if self._sequential else jax.vmap(one)((weights, data))
 
         return jax.shard_map(on_device, mesh=self.mesh, in_specs=(in_specs, BATCHES, RUNS), out_specs=out_specs)
 

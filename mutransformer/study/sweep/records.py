@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from beartype.door import is_bearable
 from beartype.vale import Is
 
-from mutransformer.errors import ConfigError, check
+from mutransformer.errors import ConfigError, check, translate_errors
 
 FILE = "runs.jsonl"  # in a sweep's folder
 VARIED = {"model.d_model", "optim.lr", "seed", "name", "workdir"}  # settings that a sweep varies, or that say where it is
@@ -82,10 +82,8 @@ def read(path: Path) -> list[Run]:
     Raises ConfigError, with file and line, if the file is missing, unreadable or empty, or a line is truncated or invalid.
     """
     path = path / FILE if path.is_dir() else path
-    try:
+    with translate_errors(f"{path}: cannot read it", (OSError, UnicodeDecodeError)):
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read it: {getattr(error, 'strerror', None) or error}") from None
     check(bool(lines), f"{path}: holds no runs")
     return [_parse(line, f"{path}:{at}", last=at == len(lines)) for at, line in enumerate(lines, start=1)]
 

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from mutransformer.study import count
 from mutransformer.study.sweep import records
 from mutransformer.study.sweep.grid import Point, VariantConfig, non_defaults
 from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun, mean_losses
-from mutransformer.study.tensorboard import open_writer
 from mutransformer.training.program import prepare_data
 
 SNAPSHOT_SECONDS = 300.0  # between snapshots of runs in progress
@@ -61,7 +61,7 @@ def sweep(variants: Sequence[VariantConfig], points: Sequence[Point], folder: Pa
             if not todo:
                 continue
             corpus = prepare_data(variant.config)
-            variant = variant.with_vocab(corpus.tokenizer.n_vocab)
+            variant = replace(variant, config=variant.config.with_vocab(corpus.tokenizer.n_vocab))
             for group, together in _groups(variant.config, corpus, todo, memory):
                 runs = _train(variant, group, together, corpus, folder, stop)
                 if runs is None:
@@ -184,8 +184,9 @@ def _writers(folder: Path, variant: VariantConfig, points: Sequence[Point], step
     """One for each run, in process 0; what an interrupted process wrote beyond a step is dropped."""
     if jax.process_index() or not variant.config.log.tensorboard:
         return []
-    names = [f"{variant.name} width={variant.width} lr={lr:.6g} seed={seed}" for lr, seed in points]
-    return [open_writer(folder, n, purge_step=step + 1, filename_suffix=f".{step}", flush_secs=30) for n in names]
+    name = f"{variant.name} width={variant.width}".replace("/", "_")
+    paths = [str(folder / "tensorboard" / f"{name} lr={lr:.6g} seed={seed}") for lr, seed in points]
+    return [SummaryWriter(path, purge_step=step + 1, filename_suffix=f".{step}", flush_secs=30) for path in paths]
 
 
 def _progress(
