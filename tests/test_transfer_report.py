@@ -53,8 +53,8 @@ def test_three_equal_losses_have_no_vertex_to_divide_by():
 def test_optimum_drift_and_penalty_of_a_known_sweep():
     optimum = {64: -6.3, 128: -6.1, 256: -5.4, 512: -5.6}
     variant = only(sweep(optimum=optimum.__getitem__))
-    assert {width: fit.optimum.at.low for width, fit in variant.fits.items()} == pytest.approx(optimum, abs=1e-9)
-    assert all(fit.optimum.at.is_point and not fit.optimum.why for fit in variant.fits.values())
+    assert {width: fit.optimum.low for width, fit in variant.fits.items()} == pytest.approx(optimum, abs=1e-9)
+    assert all(fit.optimum.is_point and not fit.optimum.why for fit in variant.fits.values())
     assert variant.drift.low == variant.drift.high == pytest.approx(0.9, abs=1e-9)
     assert variant.signed_drift.low == variant.signed_drift.high == pytest.approx(0.7, abs=1e-9)
     assert variant.drift.stderr == pytest.approx(0, abs=1e-9) == variant.signed_drift.stderr
@@ -68,8 +68,8 @@ def test_the_uncertainty_is_that_of_the_seeds_own_optima():
     own = {(64, 0): -6.2, (64, 1): -6.0, (64, 2): -6.1, (128, 0): -6.3, (128, 1): -5.9, (128, 2): -6.0}
     runs = [make_run("mup", width, rate, seed, 5 + 0.1 * (rate - at) ** 2) for (width, seed), at in own.items() for rate in RATES]
     variant = only(runs)
-    assert variant.fits[64].optimum.at.low == pytest.approx(-6.1, abs=1e-9)  # the mean of the vertices
-    assert variant.fits[64].optimum.at.stderr == pytest.approx(0.1 / math.sqrt(3))
+    assert variant.fits[64].optimum.low == pytest.approx(-6.1, abs=1e-9)  # the mean of the vertices
+    assert variant.fits[64].optimum.stderr == pytest.approx(0.1 / math.sqrt(3))
     assert variant.drift.low == pytest.approx(6.1 - 6.2 / 3 - 4.2 + 0.2, abs=0.1)
     paired = [own[128, seed] - own[64, seed] for seed in range(3)]
     assert variant.signed_drift.low == pytest.approx(np.mean(paired), abs=1e-9)
@@ -85,23 +85,23 @@ def test_a_seed_without_an_optimum_of_its_own_leaves_no_uncertainty():
         for rate in RATES
     ]
     variant = only(runs)
-    assert variant.fits[64].optimum.at.low == pytest.approx(np.mean(list(own.values())), abs=1e-9)
-    assert variant.fits[64].optimum.at.stderr is None and variant.drift.stderr is None
+    assert variant.fits[64].optimum.low == pytest.approx(np.mean(list(own.values())), abs=1e-9)
+    assert variant.fits[64].optimum.stderr is None and variant.drift.stderr is None
     assert "no ±: a single seed has no optimum" in page([variant], runs, [], 0.5)
 
 
 def test_one_seed_has_no_uncertainty():
     runs = sweep(seeds=[0])
     variant = only(runs)
-    assert {fit.optimum.at.stderr for fit in variant.fits.values()} == {None} and variant.drift.stderr is None
+    assert {fit.optimum.stderr for fit in variant.fits.values()} == {None} and variant.drift.stderr is None
     assert "one seed: no uncertainties" in verdicts(runs) and "±" not in verdicts(runs)
 
 
 def test_an_optimum_at_the_edge_cannot_pass():
     low = locate({-9.0: 4.0, -8.0: 4.1, -7.0: 4.4}, [-9.0, -8.0, -7.0])
-    assert (low.at, low.loss, low.why) == (Bounds(-math.inf, -8.5), None, "at the lower edge of the grid")
+    assert low == Bounds(-math.inf, -8.5, loss=None, why="at the lower edge of the grid")
     high = locate({-9.0: 4.4, -8.0: 4.1, -7.0: 4.0}, [-9.0, -8.0, -7.0])
-    assert (high.at, high.why) == (Bounds(-7.5, math.inf), "at the upper edge of the grid")
+    assert high == Bounds(-7.5, math.inf, why="at the upper edge of the grid")
 
     same = sweep(optimum=lambda width: -10.2)  # at every width, and yet nobody knows where
     variant = only(same)
@@ -125,11 +125,11 @@ def test_the_drift_to_an_edge_is_a_lower_bound():
 def test_a_neighbour_that_diverged_or_is_missing_leaves_bounds():
     grid = [-8.0, -7.0, -6.0, -5.0]
     diverged = locate({-8.0: 5.0, -7.0: 4.5, -6.0: 4.0, -5.0: math.inf}, grid)
-    assert (diverged.at, diverged.why) == (Bounds(-6.5, -5.0), "its neighbor -5 diverged")
+    assert diverged == Bounds(-6.5, -5.0, why="its neighbor -5 diverged")
     missing = locate({-8.0: 5.0, -6.0: 4.0, -5.0: 4.1}, grid)
-    assert (missing.at, missing.why) == (Bounds(-7.0, -5.5), "no run at its neighbor -7")
+    assert missing == Bounds(-7.0, -5.5, why="no run at its neighbor -7")
     lost = locate(dict.fromkeys(grid, math.inf), grid)
-    assert str(lost.at) == "unknown" and lost.why == "every run diverged"
+    assert str(lost) == "unknown" and lost.why == "every run diverged"
 
 
 def test_a_mean_with_a_diverged_seed_diverged():

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import astuple, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def measure(variant: VariantConfig, at: int, seeds: Sequence[int], steps: int, c
         return jax.tree.map(_mean_abs, now), jax.tree.map(_mean_abs, change)
 
     sizes_and_changes = jax.jit(runs.map(of_run, (runs.pspecs, runs.pspecs), RUNS))
-    updates = jax.jit(lambda before, after: jax.tree.map(_mean_abs_update, before, after))
+    updates = jax.jit(partial(jax.tree.map, lambda a, b: jnp.mean(jnp.abs(b - a), axis=tuple(range(1, a.ndim)))))
     state = runs.init()
     start: Any = jax.tree.map(jnp.copy, state.params)
     found: list[Coordinate] = []
@@ -113,10 +114,6 @@ def measure(variant: VariantConfig, at: int, seeds: Sequence[int], steps: int, c
 
 def _mean_abs(x: Array) -> Array:
     return mean_xy(jnp.mean(jnp.abs(x.astype(jnp.float32))))
-
-
-def _mean_abs_update(before: Array, after: Array) -> Array:
-    return jnp.mean(jnp.abs(after - before), axis=tuple(range(1, before.ndim)))
 
 
 def write_csv(coordinates: Sequence[Coordinate], path: Path) -> None:

@@ -121,10 +121,10 @@ def _rate_line(axes: Axes, fit: WidthFit, color: Any, offset: float) -> None:
     _band(axes, rates, means, np.array([cell.spread or 0.0 for cell in cells]), color, marker="o", markersize=3.5)
     lost = rates[np.isinf(means)] + offset
     axes.plot(lost, np.full(len(lost), EDGE), **DIVERGED, color=color, transform=axes.get_xaxis_transform())
-    if fit.optimum.loss is not None:
-        at = fit.optimum.at
+    at = fit.optimum
+    if at.loss is not None:
         style = OPTIMUM | {"color": color, "ecolor": "black", "capsize": 2, "zorder": 5}
-        axes.errorbar([at.low], [fit.optimum.loss], xerr=at.stderr, **style)
+        axes.errorbar([at.low], [at.loss], xerr=at.stderr, **style)
 
 
 def loss_range(variants: Sequence[Variant]) -> tuple[float, float]:

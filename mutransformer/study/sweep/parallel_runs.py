@@ -78,8 +78,7 @@ class ParallelRuns:
 
         def step(state: TrainState[Array], batches: Batch, hyper: Hyper) -> tuple[TrainState[Array], Array]:
             metrics, gradients = grads(state.params, batches, hyper.data)
-            one = lambda s, m, g, lr: update(p, s, m, g, lr)  # noqa: E731  # untyped: vmap's tracers are not arrays [R]
-            state, metrics = jax.vmap(one)(state, metrics, gradients, hyper.lr)
+            state, metrics = jax.vmap(partial(update, p))(state, metrics, gradients, hyper.lr)
             return state, metrics["loss"]
 
         shapes = jax.eval_shape(init, self.hyper)

@@ -129,7 +129,11 @@ def _train(
             state, losses = restored[0], np.array(restored[1])
         else:
             state = group.init()
-        writers = [stack.enter_context(writer) for writer in _writers(folder, variant, points, step)]
+        writers = []
+        for lr, seed in points if config.log.tensorboard and jax.process_index() == 0 else ():
+            name = f"{variant.name} width={variant.width} lr={lr:.6g} seed={seed}".replace("/", "_")
+            options = {"purge_step": step + 1, "filename_suffix": f".{step}"}  # drops what was written beyond this step
+            writers.append(stack.enter_context(SummaryWriter(str(folder / "tensorboard" / name), flush_secs=30, **options)))
         sources = [pipeline.train_batches(train_split, config.data, seed, *share, n_vocab) for seed in group.seeds]
         for source in sources:
             stack.enter_context(closing(source))
@@ -178,15 +182,6 @@ def _snapshots(folder: Path, identity: Any) -> ocp.CheckpointManager:
     name = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     return ocp.CheckpointManager((folder / "snapshots" / name).absolute(), options=options)
-
-
-def _writers(folder: Path, variant: VariantConfig, points: Sequence[Point], step: int) -> list[SummaryWriter]:
-    """One for each run, in process 0; what an interrupted process wrote beyond a step is dropped."""
-    if jax.process_index() or not variant.config.log.tensorboard:
-        return []
-    name = f"{variant.name} width={variant.width}".replace("/", "_")
-    paths = [str(folder / "tensorboard" / f"{name} lr={lr:.6g} seed={seed}") for lr, seed in points]
-    return [SummaryWriter(path, purge_step=step + 1, filename_suffix=f".{step}", flush_secs=30) for path in paths]
 
 
 def _progress(

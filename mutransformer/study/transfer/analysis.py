@@ -23,6 +23,8 @@ class Bounds:
     low: float
     high: float
     stderr: float | None = None
+    loss: float | None = None  # of an optimum: of the parabola at its vertex; None without one
+    why: str = ""  # of an optimum: why no parabola could be fitted, as "at the lower edge of the grid"
 
     @property
     def is_point(self) -> bool:
@@ -34,15 +36,6 @@ class Bounds:
         if math.isinf(self.low):
             return "unknown" if math.isinf(self.high) else f"≤ {self.high:.2f}"
         return f"≥ {self.low:.2f}" if math.isinf(self.high) else f"{self.low:.2f} to {self.high:.2f}"
-
-
-@dataclass(frozen=True)
-class Optimum:
-    """The best log2(LR): a point if a parabola could be fitted."""
-
-    at: Bounds
-    loss: float | None  # of the parabola at its vertex; None without one
-    why: str  # why no parabola could be fitted, as "at the lower edge of the grid"; empty for a point
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,7 @@ class WidthFit:
 
     cells: dict[float, Cell]  # by rate, ascending
     best: float | None  # the rate with the lowest mean loss; None: every rate diverged
-    optimum: Optimum  # of the mean losses, with a standard error unless there is one seed or one without an optimum
+    optimum: Bounds  # of the mean losses, with a standard error unless there is one seed or one without an optimum
     seed_optima: dict[int, float | None]  # of each seed's own losses; None where no parabola could be fitted
 
     @property
@@ -125,15 +118,16 @@ class Variant:
     def drift(self) -> Bounds:
         """The largest optimum of all widths minus the smallest: a point, or a lower bound if some optimum is not found."""
         fits = self.fits.values()
-        highest, lowest = max(fits, key=lambda fit: fit.optimum.at.low), min(fits, key=lambda fit: fit.optimum.at.high)
-        octaves, found = max(0.0, highest.optimum.at.low - lowest.optimum.at.high), all(fit.optimum.at.is_point for fit in fits)
+        highest, lowest = max(fits, key=lambda fit: fit.optimum.low), min(fits, key=lambda fit: fit.optimum.high)
+        octaves = max(0.0, highest.optimum.low - lowest.optimum.high)
+        found = all(fit.optimum.is_point for fit in fits)
         return Bounds(octaves, octaves, _paired_stderr(highest, lowest)) if found else Bounds(octaves, math.inf)
 
     @property
     def signed_drift(self) -> Bounds:
         """The widest width's optimum minus the narrowest's."""
         narrow, wide = self.fits[self.widths[0]], self.fits[self.widths[-1]]
-        a, b = narrow.optimum.at, wide.optimum.at
+        a, b = narrow.optimum, wide.optimum
         return Bounds(b.low - a.high, b.high - a.low, _paired_stderr(wide, narrow) if a.is_point and b.is_point else None)
 
     @property
@@ -198,12 +192,11 @@ def _fit(runs: Sequence[Run], grid: Sequence[float]) -> WidthFit:
         cells.setdefault(math.log2(run.lr), Cell({})).losses[run.seed] = run.loss
     seed_optima: dict[int, float | None] = {}
     for seed in sorted({run.seed for run in runs}):
-        at = locate({rate: cell.losses[seed] for rate, cell in cells.items() if seed in cell.losses}, grid).at
+        at = locate({rate: cell.losses[seed] for rate, cell in cells.items() if seed in cell.losses}, grid)
         seed_optima[seed] = at.low if at.is_point else None
     means = {rate: cell.mean for rate, cell in cells.items()}
-    optimum = locate(means, grid)
-    with_error = replace(optimum, at=replace(optimum.at, stderr=_stderr(list(seed_optima.values()))))
-    return WidthFit(cells, argmin(means), with_error, seed_optima)
+    optimum = replace(locate(means, grid), stderr=_stderr(list(seed_optima.values())))
+    return WidthFit(cells, argmin(means), optimum, seed_optima)
 
 
 def _stderr(by_seed: Sequence[float | None]) -> float | None:
@@ -223,8 +216,8 @@ def argmin(losses: Mapping[float, float]) -> float | None:
     return min((rate for rate in sorted(losses) if math.isfinite(losses[rate])), key=lambda rate: losses[rate], default=None)
 
 
-def locate(losses: Mapping[float, float], grid: Sequence[float]) -> Optimum:
-    """The optimum of one width.
+def locate(losses: Mapping[float, float], grid: Sequence[float]) -> Bounds:
+    """The optimum of one width: a point if a parabola could be fitted.
 
     Where a neighbor of the lowest loss is missing or diverged there are only bounds. A neighbor with a higher loss bounds the
     optimum by the midpoint of the two, as for any curve symmetric about its minimum; one that diverged bounds it by itself.
@@ -232,7 +225,7 @@ def locate(losses: Mapping[float, float], grid: Sequence[float]) -> Optimum:
     """
     best = argmin(losses)
     if best is None:
-        return Optimum(Bounds(-math.inf, math.inf), None, "every run diverged")
+        return Bounds(-math.inf, math.inf, why="every run diverged")
     below, above = [x for x in grid if x < best], [x for x in grid if x > best]
     why: list[str] = []
     for edge, neighbor in (("lower", below[-1:]), ("upper", above[:1])):
@@ -246,9 +239,9 @@ def locate(losses: Mapping[float, float], grid: Sequence[float]) -> Optimum:
     right = min((x for x in above if x in losses), default=math.inf)
     if why:
         low, high = ((best + x) / 2 if math.isfinite(losses.get(x, math.inf)) else x for x in (left, right))
-        return Optimum(Bounds(low, high), None, "; ".join(why))
+        return Bounds(low, high, why="; ".join(why))
     at, loss = vertex((left, best, right), (losses[left], losses[best], losses[right]))
-    return Optimum(Bounds(at, at), loss, "")
+    return Bounds(at, at, loss=loss)
 
 
 def vertex(x: tuple[float, float, float], y: tuple[float, float, float]) -> tuple[float, float]:

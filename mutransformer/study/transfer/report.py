@@ -103,8 +103,8 @@ def drift_in_words(variant: Variant) -> str:
     drift, ends = variant.drift, f"over widths {variant.widths[0]} to {variant.widths[-1]}"
     if drift.is_point:
         return f"the optimum drifts {drift} octaves {ends}"
-    optima = {width: fit.optimum for width, fit in variant.fits.items() if not fit.optimum.at.is_point}
-    lost = "; ".join(f"width {width}: {optimum.why}, so {optimum.at}" for width, optimum in optima.items())
+    optima = {width: fit.optimum for width, fit in variant.fits.items() if not fit.optimum.is_point}
+    lost = "; ".join(f"width {width}: {optimum.why}, so {optimum}" for width, optimum in optima.items())
     least = f"drifts at least {drift.low:.2f} octaves" if drift.low else "may drift"
     return f"the optimum {least} {ends}; not found at {lost}"
 
@@ -154,9 +154,9 @@ def _section(variant: Variant) -> list[str]:
     for width, fit in variant.fits.items():
         cells = {rate: f"**{cell}**" if rate == fit.best else cell for rate, cell in fit.cells.items()}
         losses.append([width, *(cells.get(rate, "") for rate in variant.rates)])
-        at, best = fit.optimum.at, "none" if fit.best is None else f"{fit.best:.4g}"
+        at, best = fit.optimum, "none" if fit.best is None else f"{fit.best:.4g}"
         no_error = at.is_point and at.stderr is None and len(variant.seeds) > 1
-        why = "no ±: a single seed has no optimum" if no_error else fit.optimum.why
+        why = "no ±: a single seed has no optimum" if no_error else at.why
         optima.append([width, at, best, _loss(fit.best_loss), _loss(fit.penalty(variant.tuned), 4), why])
     for pair in (pair for pair in variant.ordering.pairs if pair.steps):
         largest = f"{nats(pair.difference[pair.worst])} at step {pair.steps[pair.worst]}"
@@ -182,7 +182,7 @@ def _overview(variants: Sequence[Variant], max_drift: float) -> str:
     rows = []
     for variant in variants:
         fits, held = list(variant.fits.values()), f"{variant.ordering.held} of {variant.ordering.compared}"
-        optima = " / ".join(str(replace(fit.optimum.at, stderr=None)) for fit in fits)
+        optima = " / ".join(str(replace(fit.optimum, stderr=None)) for fit in fits)
         losses, penalty = " / ".join(_loss(fit.best_loss) for fit in fits), _loss(fits[-1].penalty(variant.tuned), 4)
         answer = answers[transfers(variant, max_drift)]
         rows.append([_escape(variant.title), answer, variant.drift, optima, losses, penalty, held])
