@@ -38,7 +38,11 @@ class Hyper(NamedTuple):
 
 
 class ParallelRuns:
-    """R runs divided among the devices, a multiple of their number. The train state is stacked over runs."""
+    """R runs divided among the devices, a multiple of their number. The train state is stacked over runs.
+
+    `config` is that of the runs, whose learning rates and seeds may differ; `seeds` are distinct and ascending; `data_share` says
+    which rows of a batch this process reads, as mesh.data_share does; `shapes` is the abstract train state, with shardings.
+    """
 
     layout = "in parallel"  # for log messages
 
@@ -60,7 +64,7 @@ class ParallelRuns:
         one_device = replace(config, mesh=replace(config.mesh, x=1, y=1, replicas=1))
         self.program = build(one_device, devices[:1], vocabulary)
         self.config, self.data_share = self.program.config, (1, (0,))  # every process reads whole batches
-        self.seeds = sorted({seed for _, seed in points})  # a batch is needed for each
+        self.seeds = sorted({seed for _, seed in points})
         self.mesh = lay_mesh(devices, run=len(devices), x=1, y=1)
         self._sequential = devices[0].platform == "cpu" if sequential is None else sequential
         per_run, self._batches = NamedSharding(self.mesh, RUNS), NamedSharding(self.mesh, BATCHES)

@@ -88,9 +88,7 @@ def _missing(variant: VariantConfig, points: Sequence[Point], done: Sequence[rec
     return [point for point in points if point not in {(run.lr, run.seed) for run in runs}]
 
 
-def _groups(
-    config: Config, corpus: Corpus, points: Sequence[Point], memory: int | None
-) -> Iterator[tuple[RunGroup, list[Point]]]:
+def _groups(config: Config, corpus: Corpus, points: list[Point], memory: int | None) -> Iterator[tuple[RunGroup, list[Point]]]:
     """The points in groups that the devices can train at once: all if they fit, else half as many, and at last one by one.
 
     A group is filled up to a multiple of the number of devices by repeating the last point.
@@ -105,7 +103,7 @@ def _groups(
         need = groups[0].compile()
         if need <= limit:
             for at, group in enumerate(groups):
-                yield group, list(points[at * size : (at + 1) * size])
+                yield group, points[at * size : (at + 1) * size]
             return
         _log.info("%s per device would take %.1f GB of %.1f GB", count(per_device, "run"), need / 1e9, limit / 1e9)
         per_device //= 2
@@ -132,12 +130,13 @@ def _train(
         writers = []
         for lr, seed in points if config.log.tensorboard and jax.process_index() == 0 else ():
             name = f"{variant.name} width={variant.width} lr={lr:.6g} seed={seed}".replace("/", "_")
-            options = {"purge_step": step + 1, "filename_suffix": f".{step}"}  # drops what was written beyond this step
-            writers.append(stack.enter_context(SummaryWriter(str(folder / "tensorboard" / name), flush_secs=30, **options)))
+            path, suffix = str(folder / "tensorboard" / name), f".{step}"
+            # What an interrupted process wrote beyond this step is dropped.
+            writer = SummaryWriter(path, purge_step=step + 1, filename_suffix=suffix, flush_secs=30)
+            writers.append(stack.enter_context(writer))
         sources = [pipeline.train_batches(train_split, config.data, seed, *share, n_vocab) for seed in group.seeds]
         for source in sources:
-            stack.enter_context(closing(source))
-            source.set_state({"next_index": step})
+            stack.enter_context(closing(source)).set_state({"next_index": step})
         where = f"{count(len(points), 'run')} {group.layout} on {count(len(jax.devices()), 'device')}"
         _log.info("%s width %d: %s%s", variant.name, variant.width, where, f", resuming after step {step}" if step else "")
         unread, saved = list[Array](), time.perf_counter()
