@@ -7,8 +7,7 @@ import pytest
 
 from mutransformer.config.load import load
 from mutransformer.errors import ConfigError
-from mutransformer.planning.chips import Topology, parse_topology
-from mutransformer.planning.collective_cost import torus_rings
+from mutransformer.planning.chips import Topology, parse_topology, torus_rings
 from mutransformer.planning.estimate.bounds import Estimate, estimate
 from mutransformer.planning.kernel_flops import KernelFlops
 from mutransformer.planning.scenario import make_scenario, with_mesh

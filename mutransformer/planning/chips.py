@@ -1,8 +1,9 @@
-"""TPU chips as data, and names of slices of them: `v5p:4x4x4` by chips, `v5p-128` as Google Cloud names them."""
+"""TPU chips as data, slices of them (`v5p:4x4x4` by chips, `v5p-128` as Google Cloud names them), and what their links carry."""
 
 import itertools
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mutransformer.errors import ConfigError, check
@@ -11,29 +12,17 @@ from mutransformer.sharding.devices import peak_flops
 
 @dataclass(frozen=True)
 class Chip:
-    """Published figures of one chip, which JAX shows as one device (the two TensorCores of a v4 or v5p chip act as one).
-
-    Attributes:
-        device_kind: JAX's name for it.
-        clock: Hz at which the matrix units reach the published peak. XLA's cycle estimates refer to it.
-        hbm_bytes, hbm_bandwidth: main memory, bytes and bytes/s.
-        ici_bandwidth: bytes/s of one torus axis, both directions together.
-        pod: chips along each torus axis of the largest slice.
-        ring_multiple: an axis closes into a ring if its length is a multiple of this; on 3D tori all axes must meet it.
-        cores: TensorCores per chip.
-        names_count_cores: whether the number in Google's slice names counts TensorCores instead of chips.
-    """
+    """Published figures of one chip, which JAX shows as one device (the two TensorCores of a v4 or v5p chip act as one)."""
 
     name: str
-    device_kind: str
-    clock: float
+    device_kind: str  # JAX's name for it
+    clock: float  # Hz at which the matrix units reach the published peak; XLA's cycle estimates refer to it
     hbm_bytes: float
-    hbm_bandwidth: float
-    ici_bandwidth: float
-    pod: tuple[int, ...]
-    ring_multiple: int
-    cores: int
-    names_count_cores: bool
+    hbm_bandwidth: float  # bytes/s
+    ici_bandwidth: float  # bytes/s of one torus axis, both directions together
+    pod: tuple[int, ...]  # chips along each torus axis of the largest slice
+    ring_multiple: int  # an axis closes into a ring if its length is a multiple of this; on 3D tori all axes must meet it
+    cores: int  # TensorCores per chip, which the number in Google's slice names counts
 
     @property
     def peak_flops(self) -> float:
@@ -45,8 +34,8 @@ class Chip:
 
 # From Google Cloud's page on each TPU version; clocks follow from peak / (2 x multipliers). ici_bandwidth is the payload share of
 # the link rate (Austin et al., How to Scale Your Model, 2025, part 2), both directions.
-_3D = {"ring_multiple": 4, "cores": 2, "names_count_cores": True}
-_2D = {"pod": (16, 16), "ring_multiple": 16, "cores": 1, "names_count_cores": False}
+_3D = {"ring_multiple": 4, "cores": 2}
+_2D = {"pod": (16, 16), "ring_multiple": 16, "cores": 1}
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -83,24 +72,22 @@ class Topology:
 def parse_topology(name: str) -> Topology:
     """The slice with a name: chips along each axis, `v5p:4x4x4`, or Google's, `v5p-128`, for the most compact box of that size.
 
-    Raises:
-        ConfigError: no such chip, or no such slice of it.
+    Raises ConfigError if there is no such chip, or no such slice of it.
     """
     kind = re.split("[:-]", name)[0]
     measure = "(to measure a GPU or CPU that you have, use scripts/benchmark.py)"
     check(kind in CHIPS, f"--topology {name}: no such chip; known chips are {', '.join(CHIPS)} {measure}")
     chip, slices = CHIPS[kind], _slices(CHIPS[kind])
-    per_chip = chip.cores if chip.names_count_cores else 1
-    by_count = {f"{kind}-{each.size * per_chip}": each for each in reversed(slices)}
+    by_count = {f"{kind}-{each.size * chip.cores}": each for each in reversed(slices)}
     found = {**by_count, **{str(each): each for each in slices}}.get(name)
     if found is None:
-        n_chips = math.prod(map(int, re.findall(r"\d+", name[len(kind) :]))) / (per_chip if "-" in name else 1)
+        n_chips = math.prod(map(int, re.findall(r"\d+", name[len(kind) :]))) / (chip.cores if "-" in name else 1)
         nearest = sorted({each.size for each in slices}, key=lambda size: abs(size - n_chips))[:3]
-        compact = (str(by_count[f"{kind}-{size * per_chip}"]) for size in sorted(nearest))
-        counts = "TensorCores, two per chip" if chip.names_count_cores else "chips"
+        compact = (str(by_count[f"{kind}-{size * chip.cores}"]) for size in sorted(nearest))
+        counts = "TensorCores, two per chip" if chip.cores == 2 else "chips"
         raise ConfigError(
             f"--topology {name}: {kind} has no such slice; the nearest are {', '.join(compact)}. Write chips along each of the "
-            f"{len(chip.pod)} axes, as in {slices[-1]}, or Google's name, as in {kind}-{8 * per_chip}, which counts {counts}"
+            f"{len(chip.pod)} axes, as in {slices[-1]}, or Google's name, as in {kind}-{8 * chip.cores}, which counts {counts}"
         )
     return found
 
@@ -118,3 +105,37 @@ def _slices(chip: Chip) -> list[Topology]:
         boxes = [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), *fitting]
     boxes.sort(key=lambda box: (math.prod(box), max(box), -min(box), list(box) != sorted(box)))
     return [Topology(chip, box) for box in boxes]
+
+
+def sent_fraction(kind: str, n: int) -> float:
+    """Bytes that each of n devices sends, per byte of the full array (gathered, or not yet reduced).
+
+    all-gather, reduce-scatter, all-to-all: (n - 1) / n. all-reduce: twice that. collective-permute: 1.
+    """
+    if kind == "collective-permute":
+        return 1.0
+    return (n - 1) / n * (2 if kind == "all-reduce" else 1)
+
+
+def torus_rings(topology: Topology, mesh: Mapping[str, int], axes: tuple[str, ...]) -> float:
+    """How many rings of the torus can serve a collective over mesh axes at once; a line, or part of a ring, counts half.
+
+    Mesh axes are laid on entire torus axes as far as their sizes allow, the last mesh axis first.
+    """
+    free = dict(enumerate(topology.shape))
+    total = 0.0
+    for axis in reversed(list(mesh)):
+        chosen = _entire_axes(free, mesh[axis])
+        covered = math.prod(free.pop(place) for place in chosen)
+        if axis in axes:
+            total += sum(1.0 if topology.rings[place] else 0.5 for place in chosen)
+            total += 0.5 if covered < mesh[axis] else 0.0
+    return total
+
+
+def _entire_axes(free: dict[int, int], size: int) -> tuple[int, ...]:
+    """The fewest torus axes longer than 1 whose product divides a size and is as large as possible."""
+    places = [place for place, n in free.items() if n > 1]
+    subsets = [chosen for count in range(len(places) + 1) for chosen in itertools.combinations(places, count)]
+    dividing = [chosen for chosen in subsets if size % math.prod(free[place] for place in chosen) == 0]
+    return max(dividing, key=lambda chosen: math.prod(free[place] for place in chosen))

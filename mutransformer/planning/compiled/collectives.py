@@ -1,6 +1,6 @@
 """Collectives in HLO: the mesh axes that they run over, their bytes, and how long they keep the links busy.
 
-Bytes sent are those of `collective_cost.sent_fraction`. The links need (bytes sent) / (k x bandwidth of a torus axis, both
+Bytes sent are those of `chips.sent_fraction`. The links need (bytes sent) / (k x bandwidth of a torus axis, both
 directions) plus a fixed latency, where k is the number of torus axes that the compiler's algorithm drives at once, read from its
 backend_config. A collective-permute makes one hop in one direction of one axis: k = 1/2.
 """
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mutransformer.planning.chips import Chip
-from mutransformer.planning.collective_cost import sent_fraction
+from mutransformer.planning.chips import Chip, sent_fraction
 from mutransformer.planning.compiled.hlo import Module, Op, ints
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from mutransformer.planning.collective_cost import sent_fraction, torus_rings
+from mutransformer.planning.chips import sent_fraction, torus_rings
 from mutransformer.planning.compiled.op_cost import HBM_EFFICIENCY
 from mutransformer.planning.estimate.work import Work, abstract_batch, count_step
 from mutransformer.planning.kernel_flops import KernelFlops
