@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mutransformer.planning.chips import CHIPS
+from mutransformer.planning.chips import CHIPS, HBM_EFFICIENCY
 from mutransformer.planning.compiled import hlo
-from mutransformer.planning.compiled.collectives import axes_of, first_group
-from mutransformer.planning.compiled.op_cost import HBM_EFFICIENCY, Costing, CostModel
-from mutransformer.planning.compiled.replay import Replay
-from mutransformer.planning.compiled.schedule import CollectiveKey, Totals, totals
-from mutransformer.planning.compiled.trip_count import trip_count
+from mutransformer.planning.compiled.cost_model import Costing, CostModel, axes_of, first_group
+from mutransformer.planning.compiled.hlo import trip_count
+from mutransformer.planning.compiled.replay import replay as schedule_of
+from mutransformer.planning.compiled.simulate import COSTINGS, CollectiveKey, Totals, totals
 from mutransformer.planning.kernel_flops import KernelFlops, causal_fraction
 
 DATA = Path(__file__).parent / "data" / "hlo"
@@ -35,8 +34,7 @@ HEAD = """HloModule step, is_scheduled=true, num_partitions=8
 
 def replay(body: str, kernels: KernelFlops | None = None, costing: Costing = "hybrid", mesh=None, more: str = "") -> Totals:
     module = hlo.parse(f"{HEAD}{more}\nENTRY %main () -> () {{\n{body}\n}}\n")
-    costs = CostModel(module, V5P, costing, kernels or KernelFlops())
-    return totals(Replay(module, costs, mesh or {"x": 2, "y": 4}).step())
+    return totals(schedule_of(CostModel(module, V5P, mesh or {"x": 2, "y": 4}, costing, kernels or KernelFlops())))
 
 
 def matmul(name: str, microseconds: int) -> str:
@@ -236,8 +234,8 @@ def test_attributes_may_span_several_lines():
 def step(request):
     module = hlo.parse((DATA / f"step_{request.param}_4x2.hlo").read_text())
     chip = CHIPS[request.param]
-    costs: dict[Costing, CostModel] = {c: CostModel(module, chip, c, KernelFlops()) for c in ("hybrid", "cycles")}
-    return request.param, module, {c: Replay(module, costs[c], {"x": 4, "y": 2}).step() for c in costs}
+    costs = {c: CostModel(module, chip, {"x": 4, "y": 2}, c, KernelFlops()) for c in COSTINGS}
+    return request.param, module, {c: schedule_of(costs[c]) for c in costs}
 
 
 def test_loops_of_a_step(step):

@@ -14,7 +14,7 @@ from mutransformer.errors import ConfigError
 from mutransformer.planning import timeline
 from mutransformer.planning.chips import parse_topology
 from mutransformer.planning.compiled.compiler import CompiledStep, compile_step, require_compiler, topology_devices
-from mutransformer.planning.compiled.schedule import Schedule, Span
+from mutransformer.planning.compiled.replay import Schedule, Span
 from mutransformer.planning.compiled.simulate import simulate
 from mutransformer.planning.estimate.bounds import estimate
 from mutransformer.planning.kernel_flops import KernelFlops

@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mutransformer.planning.compiled.collectives import LATENCY
-from mutransformer.planning.compiled.op_cost import HBM_EFFICIENCY
-from mutransformer.planning.compiled.schedule import Totals
-from mutransformer.planning.compiled.simulate import ACCURACY, COSTINGS, Simulated, model_flops
+from mutransformer.planning.chips import HBM_EFFICIENCY
+from mutransformer.planning.compiled.cost_model import LATENCY
+from mutransformer.planning.compiled.simulate import ACCURACY, COSTINGS, Simulated, Totals, model_flops
 from mutransformer.planning.estimate.bounds import Estimate
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from mutransformer.errors import ConfigError, check
 from mutransformer.sharding.devices import peak_flops
 
+HBM_EFFICIENCY = 0.85  # the fraction of the published bandwidth that a plain loop over memory reaches
+
 
 @dataclass(frozen=True)
 class Chip:

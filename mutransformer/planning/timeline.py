@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mutransformer.errors import ConfigError, check
-from mutransformer.planning.compiled.schedule import Loop, Schedule
+from mutransformer.planning.compiled.replay import Loop, Schedule
 from mutransformer.planning.compiled.simulate import COSTINGS, Simulated
 from mutransformer.planning.tables import format_seconds
 

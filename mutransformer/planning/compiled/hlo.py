@@ -1,14 +1,17 @@
 """Parser for XLA's text of a compiled program. With is_scheduled=true the order of operations is the order of execution.
 
-Knows nothing of time or chips. The grammar is not published: this reads what the compiler was seen to write.
+Knows nothing of time or chips. The grammar is not published: this reads what the compiler was seen to write. It does not write
+the number of rounds of a while loop: that follows from evaluating the loop's scalar integers.
 """
 
+import itertools
 import math
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -114,45 +117,83 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Parses `compiled.as_text()`.
-
-    Raises:
-        ValueError: the text is not a scheduled module.
-    """
+    """Parses `compiled.as_text()`. Raises ValueError if it is not the text of a scheduled module."""
     if "is_scheduled=true" not in text[:200_000]:
         raise ValueError("not the text of a scheduled HLO module")
     computations: dict[str, list[Op]] = {}
     entry, body = "", None
-    for line in _logical_lines(text):
+    held = ""  # the lines of an operation so far: metadata of Pallas kernels spans several
+    for line, after in itertools.pairwise([*text.splitlines(), ""]):
+        ends = line.rstrip() == "}" and not after.strip()  # a computation; in metadata no empty line follows
         if body is None:
             if header := _HEADER.match(line):
                 body = computations.setdefault(header[2], [])
                 entry = header[2] if header[1] else entry
-        elif line == "}":
-            body = None
-        elif op := _OP.match(line):
-            root, name, type_, opcode, args, attrs = op.groups()
-            body.append(Op(name, type_, opcode, args, attrs, root is not None))
-        elif line:
-            raise ValueError(f"not an HLO operation: {line[:80]}")
+        elif ends or _START.match(line):
+            if held:
+                body.append(_parse_op(held))
+            body, held = (None, "") if ends else (body, line)
+        else:
+            held += " " + line.strip()
     devices = re.search(r"num_partitions=(\d+)", text)
     return Module(computations, entry, int(devices[1]) if devices else 1)
 
 
-def _logical_lines(text: str) -> Iterator[str]:
-    """Lines, with an operation's continuation lines (metadata of Pallas kernels) joined to it."""
-    held, inside = "", False
-    lines = text.splitlines()
-    for line, after in zip(lines, [*lines[1:], ""], strict=True):
-        if not inside:
-            inside = bool(_HEADER.match(line))
-            yield line
-        elif line.rstrip() == "}" and not after.strip():  # the end of a computation; in metadata no empty line follows
-            yield held
-            yield "}"
-            held, inside = "", False
-        elif _START.match(line):
-            yield held
-            held = line
-        else:
-            held += " " + line.strip()
+def _parse_op(line: str) -> Op:
+    found = _OP.match(line)
+    if not found:
+        raise ValueError(f"not an HLO operation: {line[:80]}")
+    root, *parts = found.groups()
+    return Op(*parts, is_root=root is not None)
+
+
+_SAME_VALUE = {"copy", "bitcast", "convert", "reshape", "broadcast", "copy-done", "copy-start", "reduce-precision"}
+_BINARY = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
+_COMPARE = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne}
+_MAX_ROUNDS = 1_000_000
+
+Value = int | tuple[Any, ...] | None  # a scalar integer, a tuple of values, or anything else: unknown
+
+
+def trip_count(module: Module, loop: Op) -> int | None:
+    """How often a loop's body runs; None if that does not follow from constants in the program."""
+    if known := loop.find(r"known_trip_count\D*(\d+)"):
+        return int(known)
+    condition, body = (module.root(loop.attr(key)) for key in ("condition", "body"))
+    state = _evaluate(module, module.ops.get(loop.operands[0]), ())
+    for rounds in range(_MAX_ROUNDS):
+        goes_on = _evaluate(module, condition, (state,))
+        if goes_on is None:
+            return None
+        if not goes_on:
+            return rounds
+        state = _evaluate(module, body, (state,))
+    return None
+
+
+def _evaluate(module: Module, op: Op | None, parameters: Sequence[Value]) -> Value:
+    """The value of an operation, given the parameters of the computation that it stands in."""
+    if op is None:
+        return None
+    if op.opcode == "parameter":
+        index = int(op.args)
+        return parameters[index] if index < len(parameters) else None
+    operands = [module.ops.get(name) for name in op.operands]
+    if op.opcode == "tuple":
+        return tuple(_evaluate(module, each, parameters) for each in operands)
+    if op.opcode == "get-tuple-element":
+        whole = _evaluate(module, operands[0], parameters) if operands[0] and operands[0].opcode == "parameter" else None
+        return whole[int(op.attr("index"))] if isinstance(whole, tuple) else None
+    if any(a.shape not in ((), (1,)) for a in op.arrays):
+        return None
+    if op.opcode == "constant":
+        return int(op.args) if op.args.removeprefix("-").isdecimal() else None
+    values = [_evaluate(module, each, parameters) for each in operands]
+    if op.opcode == "fusion":
+        return _evaluate(module, module.root(op.attr("calls")), values)
+    if op.opcode in _SAME_VALUE:
+        return values[0]
+    combine = _COMPARE.get(op.attr("direction")) if op.opcode == "compare" else _BINARY.get(op.opcode)
+    if combine is None or not all(isinstance(value, int) for value in values):
+        return None
+    return int(combine(*values))

@@ -8,17 +8,16 @@ Not modelled: contention for HBM between core, links and transfers; two mesh axe
 stragglers; the host.
 """
 
+import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mutransformer.planning.compiled import collectives
-from mutransformer.planning.compiled.collectives import Collective, is_collective
-from mutransformer.planning.compiled.hlo import Module, Op
-from mutransformer.planning.compiled.op_cost import CostModel
-from mutransformer.planning.compiled.schedule import Loop, Schedule, Span, Transfer
-from mutransformer.planning.compiled.trip_count import trip_count
+from mutransformer.planning.compiled.cost_model import COLLECTIVES, Collective, CostModel, is_collective
+from mutransformer.planning.compiled.hlo import Op, trip_count
 
+COMPUTE = ("matmul", "kernel", "other", "unestimated")  # kinds of what the core computes
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("add-dependency", "opt-barrier", "domain"),
@@ -26,31 +25,61 @@ _FREE = {
 _MIN_SLICE = 64  # bytes: the results of a slice-start hold flags besides the slice
 
 
-class Replay:
-    """Schedules of a module's computations; each is replayed once."""
+class Span(NamedTuple):
+    """Something on a lane, core or hbm. kind: on the core of COMPUTE, or "wait" for a memory transfer; on the HBM "transfer"."""
 
-    def __init__(self, module: Module, costs: CostModel, mesh: Mapping[str, int]) -> None:
-        """mesh: sizes by axis, in the order in which devices are numbered."""
-        self.module, self.costs, self.mesh = module, costs, mesh
-        self._schedules: dict[str, Schedule] = {}
+    lane: str
+    kind: str
+    start: float
+    seconds: float
+    label: str
 
-    def step(self) -> Schedule:
-        """The schedule of the program."""
-        return self.schedule(self.module.entry)
 
-    def schedule(self, computation: str) -> Schedule:
+class Transfer(NamedTuple):
+    """A collective. From `waits_at` on, the core waits for it for `exposed` seconds."""
+
+    collective: Collective
+    start: float
+    is_async: bool
+    exposed: float
+    waits_at: float
+
+
+class Loop(NamedTuple):
+    """Another computation, run n times in a row: a loop's body, or a call (n = 1)."""
+
+    start: float
+    n: int
+    body: "Schedule"
+    label: str
+
+
+@dataclass
+class Schedule:
+    """What one computation does, in seconds from its start. Labels are op_names."""
+
+    seconds: float = 0.0
+    spans: list[Span] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
+    loops: list[Loop] = field(default_factory=list)
+    warnings: set[str] = field(default_factory=set)
+
+    def flat(self, times: int = 1) -> Iterator[tuple["Schedule", int]]:
+        """This schedule and all nested ones, each with how often it runs."""
+        yield self, times
+        for loop in self.loops:
+            yield from loop.body.flat(times * loop.n)
+
+
+def replay(costs: CostModel) -> Schedule:
+    """The schedule of a module's program."""
+
+    @functools.cache
+    def schedule(computation: str) -> Schedule:
         """The schedule of a computation that starts with idle links and memory."""
-        if computation not in self._schedules:
-            core = _Core(self)
-            for op in self.module.computations[computation]:
-                if op.opcode not in _FREE:
-                    core.execute(op)
-            self._schedules[computation] = core.finish()
-        return self._schedules[computation]
+        return _Core(costs, schedule).run(costs.module.computations[computation])
 
-    def collective(self, op: Op, outer: Op | None = None) -> Collective:
-        """A collective, and the fusion or wrapper around it."""
-        return collectives.read_collective(self.module, op, outer or op, self.mesh, self.costs.chip)
+    return schedule(costs.module.entry)
 
 
 class _Pending(NamedTuple):
@@ -64,25 +93,35 @@ class _Pending(NamedTuple):
 class _Core:
     """The state while one computation is replayed."""
 
-    def __init__(self, replay: Replay) -> None:
-        self.replay, self.module, self.out = replay, replay.module, Schedule()
+    def __init__(self, costs: CostModel, schedule: Callable[[str], Schedule]) -> None:
+        """schedule: gives those of other computations."""
+        self.costs, self.module, self.schedule = costs, costs.module, schedule
+        self.out = Schedule()
         self.now = 0.0
         self.idle_from: defaultdict[str, float] = defaultdict(float)  # by link, and "hbm"
         self.pending: dict[str, _Pending] = {}  # by the name of the operation that started it
 
-    def execute(self, op: Op) -> None:
-        """Executes the next operation."""
+    def run(self, ops: Sequence[Op]) -> Schedule:
+        for op in ops:
+            if op.opcode not in _FREE:
+                self._execute(op)
+        unfinished = (name for name, pending in self.pending.items() if pending.collective)
+        self.out.warnings |= {f"{name}: started but never waited for" for name in unfinished}
+        self.out.seconds = self.now
+        return self.out
+
+    def _execute(self, op: Op) -> None:
         if op.opcode == "while":
             rounds = trip_count(self.module, op)
             if rounds is None:
                 self.out.warnings.add(f"loop {op.name}: unknown number of rounds, counted as 1")
-            self._run(op.attr("body"), 1 if rounds is None else rounds, op)
+            self._nest(op.attr("body"), 1 if rounds is None else rounds, op)
         elif op.opcode in ("call", "conditional"):
-            self._run_longest(op)
-        elif op.opcode in collectives.KINDS:
-            self._block(self.replay.collective(op))
+            self._nest_longest(op)
+        elif op.opcode in COLLECTIVES:
+            self._block(self.costs.collective(op, op))
         elif is_collective(op):
-            self._start(op.name, self.replay.collective(op))
+            self._start(op.name, self.costs.collective(op, op))
         elif op.opcode == "async-start":
             self._start_wrapped(op)
         elif op.opcode == "async-update":
@@ -92,7 +131,7 @@ class _Core:
             inputs = [a.bytes for a in self.module.inputs(op)]
             slices = [a.bytes for a in op.arrays if a.bytes > _MIN_SLICE]
             size = max(inputs, default=0.0) if op.opcode == "copy-start" else min(slices, default=0.0)
-            self._start_transfer(op.name, size / self.replay.costs.bandwidth)
+            self._start_transfer(op.name, size / self.costs.bandwidth)
         elif op.opcode.endswith("-done"):
             self._wait(op.operands[0])
         elif op.opcode == "fusion":
@@ -100,28 +139,20 @@ class _Core:
         else:
             self._compute(op)
 
-    def finish(self) -> Schedule:
-        """The schedule of the operations executed so far."""
-        for name, pending in self.pending.items():
-            if pending.collective:
-                self.out.warnings.add(f"{name}: started but never waited for")
-        self.out.seconds = self.now
-        return self.out
-
-    def _run(self, computation: str, rounds: int, op: Op) -> None:
-        body = self.replay.schedule(computation)
+    def _nest(self, computation: str, rounds: int, op: Op) -> None:
+        body = self.schedule(computation)
         self.out.loops.append(Loop(self.now, rounds, body, op.source or op.name))
         self.now += rounds * body.seconds
 
-    def _run_longest(self, op: Op) -> None:
+    def _nest_longest(self, op: Op) -> None:
         names = [name.strip(" %") for name in op.find(r"branch_computations=\{([^}]*)").split(",")]
         names += [op.attr(key) for key in ("to_apply", "true_computation", "false_computation")]
         known = [name for name in names if name in self.module.computations]
         if known:
-            self._run(max(known, key=lambda name: self.replay.schedule(name).seconds), 1, op)
+            self._nest(max(known, key=lambda name: self.schedule(name).seconds), 1, op)
 
     def _compute(self, op: Op) -> None:
-        cost = self.replay.costs.cost(op)
+        cost = self.costs.compute(op)
         if cost.warning:
             self.out.warnings.add(cost.warning)
         if cost.seconds:
@@ -164,9 +195,9 @@ class _Core:
         """async-start: a collective, alone or in a fusion, or a memory transfer."""
         inner = next((each for each in self.module.called(op) if each.opcode not in _FREE), None)
         if c := self._collective_in(op) or (inner and self._collective_in(inner)):
-            self._start(op.name, self.replay.collective(c, inner))
+            self._start(op.name, self.costs.collective(c, inner or c))
         else:
-            self._start_transfer(op.name, self.replay.costs.cost(inner).seconds if inner else 0.0)
+            self._start_transfer(op.name, self.costs.compute(inner).seconds if inner else 0.0)
 
     def _fusion(self, op: Op) -> None:
         """A fusion may contain no collective, be one, start or end one, or compute while one goes on."""
@@ -175,13 +206,13 @@ class _Core:
         if c is None:
             self._compute(op)
         elif "AsyncCollectiveStart" in targets:
-            self._start(f"channel {c.attr('channel_id')}", self.replay.collective(c, op))
+            self._start(f"channel {c.attr('channel_id')}", self.costs.collective(c, op))
         elif "AsyncCollectiveDone" in targets:
             self._wait(f"channel {c.attr('channel_id')}")
         elif op.attr("calls").startswith("async_collective_fusion") or "async_collective_fusion_config" in c.attrs:
             self._compute(op)  # the collective was started by an earlier operation
         else:
-            self._block(self.replay.collective(c, op))
+            self._block(self.costs.collective(c, op))
             if op.cycles:
                 self._compute(op)
 

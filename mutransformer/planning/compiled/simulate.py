@@ -1,13 +1,14 @@
 """The simulated step: schedules and totals of a compiled step under both costings."""
 
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mutransformer.model.weights import attention_flops_per_token
 from mutransformer.planning.compiled import hlo
 from mutransformer.planning.compiled.compiler import CompiledStep
-from mutransformer.planning.compiled.op_cost import Costing, CostModel
-from mutransformer.planning.compiled.replay import Replay
-from mutransformer.planning.compiled.schedule import Schedule, Totals, totals
+from mutransformer.planning.compiled.cost_model import Costing, CostModel
+from mutransformer.planning.compiled.replay import COMPUTE, Schedule, replay
 from mutransformer.planning.estimate.bounds import input_bytes
 from mutransformer.planning.kernel_flops import KernelFlops
 from mutransformer.planning.scenario import Scenario
@@ -20,22 +21,80 @@ ACCURACY = (
 )
 
 
+class CollectiveKey(NamedTuple):
+    """What collectives are grouped by in the totals; n: devices in a group."""
+
+    kind: str
+    axes: tuple[str, ...]
+    n: int
+    is_async: bool
+
+
+@dataclass
+class CollectiveTotals:
+    """Sums over the collectives of one key in a step."""
+
+    count: float = 0.0
+    bytes: float = 0.0
+    wire_bytes: float = 0.0
+    seconds: float = 0.0
+    exposed_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a step on one device."""
+
+    seconds: float
+    by_kind: dict[str, float]  # seconds of spans
+    collectives: dict[CollectiveKey, CollectiveTotals]  # the slowest first
+    costliest: dict[tuple[str, str], float]  # seconds by kind, or "exposed" for collectives, and op_name; most first
+    warnings: list[str]
+    compute_seconds: float
+    communication_seconds: float  # collectives, exposed or hidden
+    exposed_seconds: float  # for which the core waits for collectives
+
+
+def totals(schedule: Schedule) -> Totals:
+    """The totals of a step's schedule."""
+    by_kind: dict[str, float] = {kind: 0.0 for kind in (*COMPUTE, "wait", "transfer")}
+    by_source: defaultdict[tuple[str, str], float] = defaultdict(float)
+    collectives: defaultdict[CollectiveKey, CollectiveTotals] = defaultdict(CollectiveTotals)
+    warnings: set[str] = set()
+    for each, times in schedule.flat():
+        warnings |= each.warnings
+        for span in each.spans:
+            by_kind[span.kind] += times * span.seconds
+            by_source[span.kind, span.label] += times * span.seconds
+        for c, _, is_async, exposed, _ in each.transfers:
+            sums = collectives[CollectiveKey(c.kind, c.axes, c.n, is_async)]
+            sums.count += times
+            sums.bytes += times * c.bytes
+            sums.wire_bytes += times * c.wire_bytes
+            sums.seconds += times * c.seconds
+            sums.exposed_seconds += times * exposed
+            by_source["exposed", c.source] += times * exposed
+    return Totals(
+        schedule.seconds,
+        by_kind,
+        dict(sorted(collectives.items(), key=lambda item: -item[1].seconds)),
+        {key: seconds for key, seconds in sorted(by_source.items(), key=lambda item: -item[1]) if seconds},
+        sorted(warnings),
+        compute_seconds=sum(by_kind[kind] for kind in COMPUTE),
+        communication_seconds=sum((sums.seconds for sums in collectives.values()), 0.0),
+        exposed_seconds=sum((sums.exposed_seconds for sums in collectives.values()), 0.0),
+    )
+
+
 @dataclass(frozen=True)
 class Simulated:
-    """A compiled step in time.
-
-    Attributes:
-        schedules, totals: by costing.
-        memory: bytes on a device by category. padding: what the step's arguments take beyond their elements.
-        peak_bytes: peak memory of a device, without code, which the compiler counts separately.
-        compile_seconds: time that the compiler took.
-    """
+    """A compiled step in time."""
 
     scenario: Scenario
     schedules: dict[Costing, Schedule]
     totals: dict[Costing, Totals]
-    memory: dict[str, float]
-    peak_bytes: float
+    memory: dict[str, float]  # bytes on a device by category; padding: what the step's arguments take beyond their elements
+    peak_bytes: float  # of a device, without code, which the compiler counts separately
     compile_seconds: float
 
     @property
@@ -55,10 +114,8 @@ class Simulated:
 def simulate(scenario: Scenario, compiled: CompiledStep, kernels: KernelFlops) -> Simulated:
     """Replays a compiled step under both costings."""
     module = hlo.parse(compiled.text)
-    schedules: dict[Costing, Schedule] = {}
-    for costing in COSTINGS:
-        costs = CostModel(module, scenario.topology.chip, costing, kernels)
-        schedules[costing] = Replay(module, costs, scenario.mesh_sizes).step()
+    chip, mesh = scenario.topology.chip, scenario.mesh_sizes
+    schedules: dict[Costing, Schedule] = {c: replay(CostModel(module, chip, mesh, c, kernels)) for c in COSTINGS}
     sums: dict[Costing, Totals] = {costing: totals(schedule) for costing, schedule in schedules.items()}
     inputs, sizes = input_bytes(scenario), dict(compiled.memory)
     peak = sum(size for category, size in sizes.items() if category != "code")

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from mutransformer.planning.chips import sent_fraction, torus_rings
-from mutransformer.planning.compiled.op_cost import HBM_EFFICIENCY
+from mutransformer.planning.chips import HBM_EFFICIENCY, sent_fraction, torus_rings
 from mutransformer.planning.estimate.work import Work, abstract_batch, count_step
 from mutransformer.planning.kernel_flops import KernelFlops
 from mutransformer.planning.scenario import Scenario
