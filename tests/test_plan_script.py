@@ -30,7 +30,7 @@ HLO_MODEL = ["model.d_model=256", "model.d_head=128", "model.n_layer=6", "model.
 
 @pytest.fixture
 def run_script(capsys, monkeypatch):
-    monkeypatch.setattr("mutransformer.planning.search.remat_policies", lambda: ("none", "full"))
+    monkeypatch.setattr("mutransformer.planning.plan.remat_policies", lambda: ("none", "full"))
 
     def run(*args: str) -> tuple[int, str, str]:
         code = main(["plan", *SMALL, *args])

@@ -1,20 +1,23 @@
-"""The planner: what a step of a config costs on a TPU slice, and which settings fit there."""
+"""The planner: what a step of a config costs on a TPU slice, and which settings fit there, ranked by estimated time."""
 
+import itertools
+import math
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, Group
 
-from mutransformer.config.schema import Config
-from mutransformer.planning import tables
-from mutransformer.planning.as_json import plan_json
-from mutransformer.planning.chips import parse_topology
+from mutransformer.config.schema import Config, ModelConfig
+from mutransformer.errors import ConfigError, check
+from mutransformer.planning import report
+from mutransformer.planning.chips import Topology, parse_topology
 from mutransformer.planning.compiled.compiler import compile_step, require_compiler
 from mutransformer.planning.compiled.simulate import Simulated, simulate
 from mutransformer.planning.estimate.bounds import Estimate, estimate
 from mutransformer.planning.kernel_flops import SPLASH_ONLY, KernelFlops
-from mutransformer.planning.scenario import make_scenario, with_mesh
-from mutransformer.planning.search import by_remat_policy, search
+from mutransformer.planning.scenario import make_scenario, mesh_axes, replaced, with_mesh
 
 
 class _Shown:
@@ -29,25 +32,18 @@ class _Shown:
 
 @dataclass(frozen=True)
 class Plan(_Shown):
-    """What a step costs.
+    """What a step costs."""
 
-    Attributes:
-        estimate: lower bounds, by arithmetic.
-        by_remat: the same under each value of model.remat; not for an entry of a ranking.
-        simulated: the simulated schedule of the TPU compiler; None if it was not compiled.
-    """
-
-    estimate: Estimate
-    by_remat: dict[str, Estimate]
-    simulated: Simulated | None
+    estimate: Estimate  # lower bounds, by arithmetic
+    by_remat: dict[str, Estimate]  # the same under each value of model.remat; not for an entry of a ranking
+    simulated: Simulated | None  # the simulated schedule of the TPU compiler; None if it was not compiled
 
     def __rich__(self) -> Group:
-        shown = tables.estimate_tables(self.estimate, self.by_remat)
-        return Group(shown, "", tables.simulated_tables(self.simulated, self.estimate)) if self.simulated else shown
+        return report.plan_tables(self.estimate, self.by_remat, self.simulated)
 
     def as_json(self) -> dict[str, Any]:
         """JSON-compatible data."""
-        return plan_json(self.estimate, self.by_remat, self.simulated)
+        return report.plan_json(self.estimate, self.by_remat, self.simulated)
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Ranking(_Shown):
     plans: list[Plan]
 
     def __rich__(self) -> Group:
-        return tables.ranking_table([(each.estimate, each.simulated) for each in self.plans])
+        return report.ranking_table([(each.estimate, each.simulated) for each in self.plans])
 
     def as_json(self) -> list[dict[str, Any]]:
         """JSON-compatible data."""
@@ -70,7 +66,6 @@ def plan(
     """Plans a step of a config on a TPU slice that need not be at hand.
 
     Args:
-        config: the run's config.
         topology: chips along each axis, `v5p:4x4x4`, or Google Cloud's name, `v5p-128`.
         mesh: `x=16,y=4`, instead of the config's mesh.
         compile: also compile the step with the TPU compiler (needs libtpu, but no TPU) and simulate its schedule.
@@ -82,15 +77,13 @@ def plan(
     if compile:
         require_compiler()
     found = estimate(make_scenario(with_mesh(config, mesh), parse_topology(topology)), kernels)
-    simulated = _simulate(found, kernels) if compile else None
-    return Plan(found, by_remat_policy(found, kernels), simulated)
+    return Plan(found, by_remat_policy(found, kernels), _simulate(found, kernels) if compile else None)
 
 
 def rank(config: Config, topology: str, *, top: int = 10, compile_top: int = 0, kernels: KernelFlops = SPLASH_ONLY) -> Ranking:
     """The `top` best meshes, remat policies and accumulation steps on a slice, the first `compile_top` of them compiled.
 
-    Raises:
-        ConfigError: no such slice, nothing fits, or no compiler.
+    Raises ConfigError if there is no such slice, nothing fits, or there is no compiler.
     """
     if compile_top:
         require_compiler()
@@ -100,3 +93,60 @@ def rank(config: Config, topology: str, *, top: int = 10, compile_top: int = 0, 
 
 def _simulate(found: Estimate, kernels: KernelFlops) -> Simulated:
     return simulate(found.scenario, compile_step(found.scenario), kernels)
+
+
+def search(config: Config, topology: Topology, kernels: KernelFlops) -> list[Estimate]:
+    """The settings that fit, fastest first: each mesh and remat policy with the fewest accumulation steps that fit.
+
+    More accumulation steps only gather the weights more often. They are a power of two.
+
+    Raises:
+        ConfigError: nothing fits; or no mesh divides model and batch, with the reason for the first mesh tried.
+    """
+    smallest: list[Estimate] = []  # of each mesh and policy
+    refusals: list[ConfigError] = []
+    for candidate, policy in itertools.product(meshes(config, topology), remat_policies()):
+        tried: list[Estimate] = []
+        n = 1
+        try:
+            while config.data.batch_size % n == 0 and not (tried and tried[-1].fits):
+                settings = replaced(replaced(candidate, "model", remat=policy), "optim", grad_accumulation_steps=n)
+                tried.append(estimate(make_scenario(settings, topology), kernels))
+                n *= 2
+        except ConfigError as error:  # an impossible mesh; with n > 1: fewer rows at a time than devices along x
+            refusals.append(error)
+        if tried:
+            smallest.append(min(tried, key=lambda each: each.peak_bytes))
+    if not smallest:
+        raise refusals[0]
+    found = sorted((each for each in smallest if each.fits), key=lambda each: each.guess)
+    least = min(smallest, key=lambda each: each.peak_bytes)
+    check(
+        bool(found),
+        f"--search: nothing fits on {topology}: the smallest needs {least.peak_bytes / 1e9:.1f} GB on a chip of "
+        f"{topology.chip.hbm_bytes / 1e9:.0f} GB, with {least.scenario.settings}",
+    )
+    return found
+
+
+def meshes(config: Config, topology: Topology) -> Iterator[Config]:
+    """The config with every x and y that cover the slice; other axes keep their size."""
+    others = math.prod(size for axis, size in mesh_axes(config.mesh).items() if axis not in ("x", "y"))
+    check(topology.size % others == 0, f"--search: {topology} has {topology.size} chips, not a multiple of {others}")
+    n = topology.size // others
+    yield from (replaced(config, "mesh", x=n // y, y=y) for y in range(1, n + 1) if n % y == 0)
+
+
+def remat_policies() -> tuple[str, ...]:
+    """The values that model.remat can have."""
+    return typing.get_args(typing.get_type_hints(ModelConfig)["remat"])
+
+
+def by_remat_policy(base: Estimate, kernels: KernelFlops) -> dict[str, Estimate]:
+    """The same scenario under every remat policy."""
+    c, topology = base.scenario.config, base.scenario.topology
+
+    def under(policy: str) -> Estimate:
+        return estimate(make_scenario(replaced(c, "model", remat=policy), topology), kernels)
+
+    return {policy: base if policy == c.model.remat else under(policy) for policy in remat_policies()}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from mutransformer.errors import ConfigError, check
 from mutransformer.planning.compiled.replay import Loop, Schedule
 from mutransformer.planning.compiled.simulate import COSTINGS, Simulated
-from mutransformer.planning.tables import format_seconds
+from mutransformer.planning.report import format_seconds
 
 COLORS = {
     "matmul": "#3b6fb6",

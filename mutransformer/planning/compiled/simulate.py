@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mutransformer.model.weights import attention_flops_per_token
-from mutransformer.planning.compiled import hlo
 from mutransformer.planning.compiled.compiler import CompiledStep
 from mutransformer.planning.compiled.cost_model import Costing, CostModel
+from mutransformer.planning.compiled.hlo import parse
 from mutransformer.planning.compiled.replay import COMPUTE, Schedule, replay
 from mutransformer.planning.estimate.bounds import input_bytes
 from mutransformer.planning.kernel_flops import KernelFlops
@@ -106,14 +106,15 @@ class Simulated:
     def fits(self) -> bool:
         return self.peak_bytes <= self.scenario.topology.chip.hbm_bytes
 
-    def mfu(self, costing: Costing, flops: float) -> float:
-        """Model FLOP/s as a fraction of peak, for model FLOPs of a step on a device."""
-        return flops / (self.totals[costing].seconds * self.scenario.topology.chip.peak_flops)
+    def mfu(self, costing: Costing) -> dict[str, float]:
+        """Model FLOP/s as a fraction of peak, by the conventions of `model_flops`."""
+        attainable = self.totals[costing].seconds * self.scenario.topology.chip.peak_flops
+        return {name: flops / attainable for name, flops in model_flops(self.scenario).items()}
 
 
 def simulate(scenario: Scenario, compiled: CompiledStep, kernels: KernelFlops) -> Simulated:
     """Replays a compiled step under both costings."""
-    module = hlo.parse(compiled.text)
+    module = parse(compiled.text)
     chip, mesh = scenario.topology.chip, scenario.mesh_sizes
     schedules: dict[Costing, Schedule] = {c: replay(CostModel(module, chip, mesh, c, kernels)) for c in COSTINGS}
     sums: dict[Costing, Totals] = {costing: totals(schedule) for costing, schedule in schedules.items()}

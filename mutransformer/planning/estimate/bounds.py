@@ -31,49 +31,34 @@ _PURPOSE = {
 
 @dataclass(frozen=True)
 class Traffic:
-    """The collectives of one kind in a step, on one device.
+    """The collectives of one kind in a step, on one device."""
 
-    Attributes:
-        purpose: what they carry.
-        bytes: of the full arrays.
-        wire_bytes: bytes that leave a device.
-        seconds: lower bound.
-    """
-
-    purpose: str
+    purpose: str  # what they carry
     kind: str
     axes: tuple[str, ...]
     count: int
-    bytes: float
-    wire_bytes: float
-    seconds: float
+    bytes: float  # of the full arrays
+    wire_bytes: float  # that leave a device
+    seconds: float  # lower bound
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What a step needs on one device.
 
-    Attributes:
-        parameters: of the model, on all devices.
-        memory: bytes by category: parameters, optimizer, batch; kept (activations for the backward pass, and gradients); working
-            (the working set of a layer).
-        flops: model (by convention), matmul (executed), kernel (Pallas kernels).
-        hbm_bytes: bytes moved, if whatever is not a matrix product is fused into one.
-        traffic: collectives, the slowest first.
-        bounds: lower bounds of the step in seconds, by hardware unit; ICI by mesh axis.
-        guess: seconds of the step with typical losses. Only for ranking settings.
-        unknown_kernels: Pallas kernels that are counted as free.
+    Memory is in bytes by category: parameters, optimizer, batch; kept (activations for the backward pass, and gradients); working
+    (the working set of a layer). FLOPs are model (by convention), matmul (executed), kernel (Pallas kernels).
     """
 
     scenario: Scenario
-    parameters: int
+    parameters: int  # of the model, on all devices
     memory: dict[str, float]
     flops: dict[str, float]
-    hbm_bytes: float
-    traffic: list[Traffic]
-    bounds: dict[str, float]
-    guess: float
-    unknown_kernels: list[str]
+    hbm_bytes: float  # moved, if whatever is not a matrix product is fused into one
+    traffic: list[Traffic]  # the slowest first
+    bounds: dict[str, float]  # lower bounds of the step in seconds, by hardware unit; ICI by mesh axis
+    guess: float  # seconds of the step with typical losses; only for ranking settings
+    unknown_kernels: list[str]  # Pallas kernels that are counted as free
 
     @property
     def peak_bytes(self) -> float:
@@ -126,14 +111,13 @@ def estimate(scenario: Scenario, kernels: KernelFlops) -> Estimate:
             bounds[f"ICI {axis}"] = seconds
     mxu = (work.matmul_flops / MXU_EFFICIENCY + kernel_flops) / chip.peak_flops
     guess = max(mxu, bounds["HBM"] / HBM_EFFICIENCY) + EXPOSED * sum(each.seconds for each in traffic)
-    unknown = sorted(work.unknown_kernels)
-    return Estimate(scenario, scenario.program.n_params, memory, flops, hbm_bytes, traffic, bounds, guess, unknown)
+    n_params, unknown = scenario.program.n_params, sorted(work.unknown_kernels)
+    return Estimate(scenario, n_params, memory, flops, hbm_bytes, traffic, bounds, guess, unknown)
 
 
 def input_bytes(scenario: Scenario) -> dict[str, float]:
     """Bytes on a device of the step's arguments: parameters, optimizer state, batch."""
-    state = scenario.program.state
-    batch = jax.tree.leaves(abstract_batch(scenario.config))
+    state, batch = scenario.program.state, jax.tree.leaves(abstract_batch(scenario.config))
     return {
         "parameters": _shard_bytes(state.params),
         "optimizer": _shard_bytes((state.opt, state.step)),

@@ -36,31 +36,21 @@ WRITERS |= set(COLLECTIVES)
 # In the innermost loop the compiler was seen to hold 1.6 to 2.2 times the bytes counted here: float32 copies, prefetches.
 COPIES = 2.0
 
-
 CollectiveKind = tuple[str, tuple[str, ...]]  # XLA's name, and the mesh axes that it runs over
 
 
 @dataclass
 class Work:
-    """What one device does in a step.
+    """What one device does in a step. Memory is that held at the moment of peak memory."""
 
-    Attributes:
-        matmul_flops: matrix products, recomputation included, Pallas kernels excluded.
-        hbm_bytes: bytes read and written.
-        kept_bytes: activations kept for the backward pass and gradients, at the moment of peak memory.
-        working_bytes: the working set of a layer, or of another innermost loop, at the same moment.
-        count, bytes: collectives, and their bytes on a device: of the full array, gathered or not yet reduced.
-        unknown_kernels: Pallas kernels whose FLOPs are unknown.
-    """
-
-    matmul_flops: float = 0.0
+    matmul_flops: float = 0.0  # recomputation included, Pallas kernels excluded
     kernel_flops: float = 0.0
-    hbm_bytes: float = 0.0
-    kept_bytes: float = 0.0
-    working_bytes: float = 0.0
+    hbm_bytes: float = 0.0  # read and written
+    kept_bytes: float = 0.0  # activations kept for the backward pass and gradients
+    working_bytes: float = 0.0  # the working set of a layer, or of another innermost loop
     count: Counter[CollectiveKind] = field(default_factory=Counter)
-    bytes: Counter[CollectiveKind] = field(default_factory=Counter)
-    unknown_kernels: set[str] = field(default_factory=set)
+    bytes: Counter[CollectiveKind] = field(default_factory=Counter)  # of the full arrays, gathered or not yet reduced
+    unknown_kernels: set[str] = field(default_factory=set)  # whose FLOPs are unknown
 
     def add(self, other: "Work", times: int) -> None:
         """Adds another computation, run several times. Memory held is not a sum and stays."""
@@ -89,7 +79,7 @@ def count_step(program: Program, kernels: KernelFlops) -> Work:
 def count(jaxpr: core.Jaxpr, kernels: KernelFlops) -> Work:
     """The work of a jaxpr whose shapes are per device. The few operations outside of shard_map are negligible."""
     counter = _Counter(kernels)
-    inputs = [_Value.stored(v, None) for v in (*jaxpr.invars, *jaxpr.constvars)]
+    inputs = [_Value.stored(v) for v in (*jaxpr.invars, *jaxpr.constvars)]
     return counter.finish(counter.run(jaxpr, inputs), inputs)
 
 
@@ -97,20 +87,18 @@ def count(jaxpr: core.Jaxpr, kernels: KernelFlops) -> Work:
 class _Value:
     """A value of a jaxpr: an array in memory, or something fused into its readers.
 
-    Attributes:
-        sources: the arrays in memory that are read to have it, with the bytes read of each; of such an array itself.
-        written, last_read: the equations between which an array is live; written is None for inputs and fused values.
+    An array is live between the equations `written` (-1 for inputs and fused values) and `last_read`.
     """
 
     bytes: float
-    sources: dict["_Value", float] = field(default_factory=dict)
-    written: int | None = None
-    last_read: int | None = None
+    sources: dict["_Value", float] = field(default_factory=dict)  # arrays read to have it, and bytes read; an array: itself
+    written: int = -1
+    last_read: int = -1
 
     @classmethod
-    def stored(cls, v: Any, at: int | None) -> "_Value":
+    def stored(cls, v: Any, at: int = -1) -> "_Value":
         """An array in memory, written by the equation at an index."""
-        value = cls(_bytes(v), written=at)
+        value = cls(_bytes(v), written=at, last_read=at)
         value.sources[value] = value.bytes
         return value
 
@@ -156,16 +144,15 @@ class _Counter:
     def finish(self, outputs: list[_Value], inputs: list[_Value]) -> Work:
         """Stores outputs that were fused so far, and finds the peak of memory."""
         for value in dict.fromkeys(outputs):
-            if value.written is None and value not in inputs:
+            if value.written == -1 and value not in inputs:
                 self.work.hbm_bytes += self._read([value]) + value.bytes
                 value.written = self.at
                 self.arrays.append(value)
             value.last_read = self.at
         change = [0.0] * (self.at + 2)
         for value in self.arrays:
-            assert value.written is not None
             change[value.written] += value.bytes
-            change[(value.written if value.last_read is None else value.last_read) + 1] -= value.bytes
+            change[value.last_read + 1] -= value.bytes
         innermost = all(name == "cond" for name, _ in self.loops.values())
         held: list[tuple[float, float]] = []
         for at, live in enumerate(itertools.accumulate(change[:-1])):
@@ -178,9 +165,7 @@ class _Counter:
     def _equation(self, eqn: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
         name = eqn.primitive.name
         if name in LOOPS:
-            bodies = [
-                count(each, self.kernels) for each in _inner_jaxprs(eqn)
-            ]  # several: branches, of which the costliest counts
+            bodies = [count(each, self.kernels) for each in _inner_jaxprs(eqn)]  # several: branches; the costliest counts
             body = max(bodies, key=lambda each: (each.matmul_flops + each.kernel_flops, each.hbm_bytes))
             self.work.add(body, eqn.params["length"] if name == "scan" else 1)  # a while has no known count
             self.loops[self.at] = name, body

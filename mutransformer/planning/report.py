@@ -1,7 +1,9 @@
-"""Plans as rich tables for a terminal of 100 columns."""
+"""Plans as rich tables for a terminal of 100 columns, and as plain data for --json."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Group
@@ -9,7 +11,10 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from mutransformer.planning.compiled.simulate import ACCURACY, COSTINGS, Simulated, model_flops
+from mutransformer.planning.chips import HBM_EFFICIENCY
+from mutransformer.planning.compiled.cost_model import LATENCY
+from mutransformer.planning.compiled.replay import COMPUTE
+from mutransformer.planning.compiled.simulate import ACCURACY, COSTINGS, Simulated, Totals, model_flops
 from mutransformer.planning.estimate.bounds import Estimate
 
 BOUND_NOTE = (
@@ -25,11 +30,18 @@ _MEMORY = {
     "working": "working set of a layer",
     "padding": "padding of these",
     "outputs": "outputs not aliased to inputs",
+    "code": "code (not in the peak)",
 }
 TOP = 10
 
 
-def estimate_tables(estimate: Estimate, by_remat: Mapping[str, Estimate]) -> Group:
+def plan_tables(estimate: Estimate, by_remat: Mapping[str, Estimate], simulated: Simulated | None) -> Group:
+    """The estimate, with those under each remat policy, and the compiled step if there is one."""
+    shown = _estimate_tables(estimate, by_remat)
+    return Group(shown, "", _simulated_tables(simulated, estimate)) if simulated else shown
+
+
+def _estimate_tables(estimate: Estimate, by_remat: Mapping[str, Estimate]) -> Group:
     """Memory, bounds, collectives and cost; by_remat: the same scenario under each remat policy."""
     scenario, c = estimate.scenario, estimate.scenario.config
     title = f"{c.name} on {scenario.topology}: {scenario.topology.size} chips, {scenario.settings}"
@@ -67,15 +79,14 @@ def estimate_tables(estimate: Estimate, by_remat: Mapping[str, Estimate]) -> Gro
     )
 
 
-def simulated_tables(simulated: Simulated, estimate: Estimate) -> Group:
+def _simulated_tables(simulated: Simulated, estimate: Estimate) -> Group:
     """Memory, time and collectives of the compiled step."""
     step = _table("simulated step", "<costing", "time", "MFU", "matmul", "kernels", "other", "exposed comm.", "memory waits")
     for costing in COSTINGS:
         t = simulated.totals[costing]
         other = t.by_kind["other"] + t.by_kind["unestimated"]
         times = (t.by_kind["matmul"], t.by_kind["kernel"], other, t.exposed_seconds, t.by_kind["wait"])
-        mfu = simulated.mfu(costing, model_flops(simulated.scenario)["mfu"])
-        step.add_row(costing, format_seconds(t.seconds), f"{mfu:.1%}", *map(format_seconds, times))
+        step.add_row(costing, format_seconds(t.seconds), f"{simulated.mfu(costing)['mfu']:.1%}", *map(format_seconds, times))
     quoted = simulated.totals[COSTINGS[0]]
     moves = _table("collectives per step", "<kind", "<axis", "<", "count", "full arrays", "time", "exposed", "hidden")
     for key, sums in quoted.collectives.items():
@@ -87,7 +98,7 @@ def simulated_tables(simulated: Simulated, estimate: Estimate) -> Group:
         costliest.add_row(kind, "/".join(part for part in source.split("/")[-4:] if part)[-70:], format_seconds(seconds))
     return Group(
         Text(f"compiled for {simulated.scenario.topology} in {simulated.compile_seconds:.0f} s", style="bold"),
-        _memory(simulated, separate="code"),
+        _memory(simulated),
         step,
         *([moves] if quoted.collectives else []),
         costliest,
@@ -114,12 +125,10 @@ def _executed(estimate: Estimate) -> float:
     return estimate.flops["matmul"] + estimate.flops["kernel"]
 
 
-def _memory(result: Estimate | Simulated, separate: str = "") -> Table:
-    """Memory by category; separate: the one category that is not part of the peak."""
+def _memory(result: Estimate | Simulated) -> Table:
     table, limit = _table("memory per chip", "<category", "size", "share"), result.scenario.topology.chip.hbm_bytes
     for name, size in result.memory.items():
-        label = _MEMORY.get(name, name) + (" (not in the peak)" if name == separate else "")
-        table.add_row(label, _bytes(size), "" if name == separate else f"{size / limit:.1%}")
+        table.add_row(_MEMORY.get(name, name), _bytes(size), "" if name == "code" else f"{size / limit:.1%}")
     verdict, style = ("fits", "") if result.fits else ("DOES NOT FIT", "bold red")
     table.add_section()
     peak = result.peak_bytes
@@ -156,3 +165,74 @@ def _duration(days: float) -> str:
 
 def _bytes(n: float) -> str:
     return decimal(int(n), precision=2)
+
+
+def plan_json(estimate: Estimate, by_remat: Mapping[str, Estimate], simulated: Simulated | None) -> dict[str, Any]:
+    """The scenario with the constants used, the estimate, and the compiled step if there is one.
+
+    In bytes, seconds and FLOPs, of one chip and one step unless the key says otherwise.
+    """
+    scenario, chip, c = estimate.scenario, estimate.scenario.topology.chip, estimate.scenario.config
+    memory_by_remat = {"by_remat": {policy: each.memory for policy, each in by_remat.items()}} if by_remat else {}
+    return {
+        "name": c.name,
+        "topology": str(scenario.topology),
+        "chips": scenario.topology.size,
+        "mesh": scenario.mesh_sizes,
+        "remat": c.model.remat,
+        "grad_accumulation_steps": c.optim.grad_accumulation_steps,
+        "parameters": estimate.parameters,
+        **_pick(c, "tokens_per_step", "steps"),
+        "chip": {
+            **_pick(chip, "peak_flops", "clock", "hbm_bytes", "hbm_bandwidth"),
+            "hbm_efficiency": HBM_EFFICIENCY,
+            "ici_bandwidth_of_an_axis": chip.ici_bandwidth,
+            "collective_latency": LATENCY,
+        },
+        "estimate": _estimate_json(estimate) | memory_by_remat,
+        **({"compiled": _simulated_json(simulated, estimate)} if simulated else {}),
+    }
+
+
+def _estimate_json(estimate: Estimate) -> dict[str, Any]:
+    keys = ("kind", "axes", "count", "bytes", "wire_bytes", "seconds")
+    return {
+        **_pick(estimate, "memory", "peak_bytes", "fits", "flops", "hbm_bytes", "bounds", "bound", "unknown_kernels"),
+        "collectives": [{"of": each.purpose, **_pick(each, *keys)} for each in estimate.traffic],
+        "step_seconds_at_least": estimate.seconds,
+        "step_seconds_guess": estimate.guess,
+        "mfu_at_most": estimate.mfu(estimate.seconds),
+        "run_at_least": estimate.run(estimate.seconds),
+    }
+
+
+def _simulated_json(simulated: Simulated, estimate: Estimate) -> dict[str, Any]:
+    n_chips = simulated.scenario.topology.size
+    return {
+        "compile_seconds": simulated.compile_seconds,
+        **_pick(simulated, "memory", "peak_bytes", "fits"),
+        "step_seconds": simulated.seconds,
+        "model_flops": {name: each * n_chips for name, each in model_flops(simulated.scenario).items()},
+        "costings": {each: simulated.mfu(each) | _totals_json(simulated.totals[each]) for each in COSTINGS},
+        "run": estimate.run(simulated.seconds),
+        "warnings": simulated.totals[COSTINGS[0]].warnings,
+        "trust": ACCURACY,
+    }
+
+
+def _totals_json(t: Totals) -> dict[str, Any]:
+    return {
+        "step_seconds": t.seconds,
+        **_pick(t, "compute_seconds", "communication_seconds", "exposed_seconds"),
+        **{f"{kind}_seconds": t.by_kind[kind] for kind in COMPUTE},
+        "memory_wait_seconds": t.by_kind["wait"],
+        "collectives": [
+            {"kind": key.kind, "axes": key.axes, "group": key.n, "async": key.is_async, **dataclasses.asdict(sums)}
+            for key, sums in t.collectives.items()
+        ],
+        "top": [{"kind": kind, "source": source, "seconds": s} for (kind, source), s in list(t.costliest.items())[:20]],
+    }
+
+
+def _pick(value: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in names}
