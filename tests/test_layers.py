@@ -17,7 +17,7 @@ FLOORS += ["commands", "cli"]
 EFFECTS = {"data", "study", "commands", "cli", "sharding.devices", "sharding.processes"}
 EFFECTS |= {"training.checkpoint", "training.metrics", "training.loop"}
 ALLOWED = {name: {"pathlib", "pathlib.Path"} for name in ("", "config.schema", "errors", "config.load", "planning.timeline")}
-ALLOWED["planning.compiled.compiler"] = {"os", "time"}
+ALLOWED["planning.compiled.simulate"] = {"os", "time"}
 
 IMPURE_MODULES = {
     *("datetime", "fsspec", "glob", "io", "logging", "os", "pathlib", "random", "requests", "secrets", "shutil", "signal"),

@@ -8,10 +8,9 @@ import pytest
 from mutransformer.config.load import load
 from mutransformer.errors import ConfigError
 from mutransformer.planning.chips import Topology, parse_topology, torus_rings
-from mutransformer.planning.estimate.bounds import Estimate, estimate
+from mutransformer.planning.estimate.bounds import Estimate, estimate, make_scenario, with_mesh
 from mutransformer.planning.kernel_flops import KernelFlops
 from mutransformer.planning.plan import by_remat_policy, remat_policies, search
-from mutransformer.planning.scenario import make_scenario, with_mesh
 
 L, M, T, B, V = 3, 256, 64, 32, 1024
 MODEL = ["model.d_model=256", "model.d_head=64", f"model.n_layer={L}", f"model.n_vocab={V}", f"data.seq_len={T}"]

@@ -13,13 +13,11 @@ from mutransformer.config.run import MeshConfig
 from mutransformer.errors import ConfigError
 from mutransformer.planning import timeline
 from mutransformer.planning.chips import parse_topology
-from mutransformer.planning.compiled.compiler import CompiledStep, compile_step, require_compiler, topology_devices
 from mutransformer.planning.compiled.replay import Schedule, Span
-from mutransformer.planning.compiled.simulate import simulate
-from mutransformer.planning.estimate.bounds import estimate
+from mutransformer.planning.compiled.simulate import CompiledStep, compile_step, require_compiler, simulate, topology_devices
+from mutransformer.planning.estimate.bounds import estimate, make_scenario, with_mesh
 from mutransformer.planning.kernel_flops import KernelFlops
 from mutransformer.planning.plan import Plan, plan
-from mutransformer.planning.scenario import make_scenario, with_mesh
 from mutransformer.sharding.mesh import make_mesh
 
 ROOT = Path(__file__).parent.parent

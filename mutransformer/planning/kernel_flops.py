@@ -17,21 +17,13 @@ _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 @dataclass(frozen=True)
 class KernelFlops:
-    """How Pallas kernels are costed: their FLOPs at a fraction of the matrix units' peak.
+    """How Pallas kernels are costed: the FLOPs of one call on one device, at a fraction of the matrix units' peak."""
 
-    Attributes:
-        flops: FLOPs of one call on one device, by a regular expression that is searched for in the kernel's op_name.
-        efficiency: the fraction. It is an assumption: no kernel was timed.
-    """
-
-    flops: Mapping[str, float] = field(default_factory=dict)
-    efficiency: float = 0.5
+    flops: Mapping[str, float] = field(default_factory=dict)  # by a regular expression, searched for in the kernel's op_name
+    efficiency: float = 0.5  # the fraction; an assumption: no kernel was timed
 
     def of_call(self, name: str, operands: Sequence[Shape], results: Sequence[Shape], details: str = "") -> float | None:
-        """FLOPs of one call, given the op_name and shapes; None if the kernel is unknown.
-
-        details: text that may state block sizes, such as splash attention's metadata.
-        """
+        """FLOPs of a call with an op_name; None if the kernel is unknown. details: may state block sizes, as metadata."""
         for pattern, flops in self.flops.items():
             if re.search(pattern, name):
                 return flops
@@ -65,11 +57,7 @@ SPLASH_ONLY = KernelFlops()
 
 
 def parse_kernel_flops(arguments: Sequence[str], efficiency: float) -> KernelFlops:
-    """Reads `REGEX=FLOPS` arguments.
-
-    Raises:
-        ConfigError: one is not of that form, or the efficiency is not in (0, 1].
-    """
+    """Reads `REGEX=FLOPS` arguments. Raises ConfigError if one is not of that form, or the efficiency is not in (0, 1]."""
     flops = {}
     for text in arguments:
         pattern, _, number = text.rpartition("=")

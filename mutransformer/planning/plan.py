@@ -4,60 +4,14 @@ import itertools
 import math
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
-
-from rich.console import Console, Group
 
 from mutransformer.config.schema import Config, ModelConfig
 from mutransformer.errors import ConfigError, check
-from mutransformer.planning import report
 from mutransformer.planning.chips import Topology, parse_topology
-from mutransformer.planning.compiled.compiler import compile_step, require_compiler
-from mutransformer.planning.compiled.simulate import Simulated, simulate
-from mutransformer.planning.estimate.bounds import Estimate, estimate
+from mutransformer.planning.compiled.simulate import Simulated, compile_step, require_compiler, simulate
+from mutransformer.planning.estimate.bounds import Estimate, estimate, make_scenario, mesh_axes, replaced, with_mesh
 from mutransformer.planning.kernel_flops import SPLASH_ONLY, KernelFlops
-from mutransformer.planning.scenario import make_scenario, mesh_axes, replaced, with_mesh
-
-
-class _Shown:
-    """str() gives the tables that a rich console shows, in 100 columns."""
-
-    def __str__(self) -> str:
-        console = Console(width=100, highlight=False, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
-
-
-@dataclass(frozen=True)
-class Plan(_Shown):
-    """What a step costs."""
-
-    estimate: Estimate  # lower bounds, by arithmetic
-    by_remat: dict[str, Estimate]  # the same under each value of model.remat; not for an entry of a ranking
-    simulated: Simulated | None  # the simulated schedule of the TPU compiler; None if it was not compiled
-
-    def __rich__(self) -> Group:
-        return report.plan_tables(self.estimate, self.by_remat, self.simulated)
-
-    def as_json(self) -> dict[str, Any]:
-        """JSON-compatible data."""
-        return report.plan_json(self.estimate, self.by_remat, self.simulated)
-
-
-@dataclass(frozen=True)
-class Ranking(_Shown):
-    """Settings that fit, fastest first."""
-
-    plans: list[Plan]
-
-    def __rich__(self) -> Group:
-        return report.ranking_table([(each.estimate, each.simulated) for each in self.plans])
-
-    def as_json(self) -> list[dict[str, Any]]:
-        """JSON-compatible data."""
-        return [each.as_json() for each in self.plans]
+from mutransformer.planning.report import Plan, Ranking
 
 
 def plan(
@@ -100,8 +54,7 @@ def search(config: Config, topology: Topology, kernels: KernelFlops) -> list[Est
 
     More accumulation steps only gather the weights more often. They are a power of two.
 
-    Raises:
-        ConfigError: nothing fits; or no mesh divides model and batch, with the reason for the first mesh tried.
+    Raises ConfigError if nothing fits, or if no mesh divides model and batch, with the reason for the first mesh tried.
     """
     smallest: list[Estimate] = []  # of each mesh and policy
     refusals: list[ConfigError] = []

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
@@ -17,10 +18,6 @@ from mutransformer.planning.compiled.replay import COMPUTE
 from mutransformer.planning.compiled.simulate import ACCURACY, COSTINGS, Simulated, Totals, model_flops
 from mutransformer.planning.estimate.bounds import Estimate
 
-BOUND_NOTE = (
-    "Lower bounds: every unit at its published peak, everything that can overlap overlapping. --compile simulates the schedule "
-    "of the TPU compiler."
-)
 GUESS_NOTE = (
     "guess: lower bounds with typical losses, only for comparing settings. MFU: of the compiled step, otherwise of the guess."
 )
@@ -35,10 +32,73 @@ _MEMORY = {
 TOP = 10
 
 
-def plan_tables(estimate: Estimate, by_remat: Mapping[str, Estimate], simulated: Simulated | None) -> Group:
-    """The estimate, with those under each remat policy, and the compiled step if there is one."""
-    shown = _estimate_tables(estimate, by_remat)
-    return Group(shown, "", _simulated_tables(simulated, estimate)) if simulated else shown
+class _Shown:
+    """str() gives the tables that a rich console shows, in 100 columns."""
+
+    def __str__(self) -> str:
+        console = Console(width=100, highlight=False, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+@dataclass(frozen=True)
+class Plan(_Shown):
+    """What a step costs."""
+
+    estimate: Estimate  # lower bounds, by arithmetic
+    by_remat: dict[str, Estimate]  # the same under each value of model.remat; not for an entry of a ranking
+    simulated: Simulated | None  # the simulated schedule of the TPU compiler; None if it was not compiled
+
+    def __rich__(self) -> Group:
+        shown = _estimate_tables(self.estimate, self.by_remat)
+        return Group(shown, "", _simulated_tables(self.simulated, self.estimate)) if self.simulated else shown
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data: bytes, seconds and FLOPs of one chip and one step unless the key says otherwise, and the constants used."""
+        scenario, chip, c = self.estimate.scenario, self.estimate.scenario.topology.chip, self.estimate.scenario.config
+        memory_by_remat = {"by_remat": {policy: each.memory for policy, each in self.by_remat.items()}} if self.by_remat else {}
+        return {
+            "name": c.name,
+            "topology": str(scenario.topology),
+            "chips": scenario.topology.size,
+            "mesh": scenario.mesh_sizes,
+            "remat": c.model.remat,
+            "grad_accumulation_steps": c.optim.grad_accumulation_steps,
+            "parameters": self.estimate.parameters,
+            **_pick(c, "tokens_per_step", "steps"),
+            "chip": {
+                **_pick(chip, "peak_flops", "clock", "hbm_bytes", "hbm_bandwidth"),
+                "hbm_efficiency": HBM_EFFICIENCY,
+                "ici_bandwidth_of_an_axis": chip.ici_bandwidth,
+                "collective_latency": LATENCY,
+            },
+            "estimate": _estimate_json(self.estimate) | memory_by_remat,
+            **({"compiled": _simulated_json(self.simulated, self.estimate)} if self.simulated else {}),
+        }
+
+
+@dataclass(frozen=True)
+class Ranking(_Shown):
+    """Settings that fit, fastest first."""
+
+    plans: list[Plan]
+
+    def __rich__(self) -> Group:
+        """A table: those that were compiled first, by their simulated time."""
+        columns = ("<settings", "memory", "<bound", "at least", "guess", "MFU", "compiled", "memory")
+        table = _table("settings that fit, fastest first", *columns)
+        for each in sorted(self.plans, key=lambda each: each.simulated.seconds if each.simulated else math.inf):
+            estimate, simulated = each.estimate, each.simulated
+            mfu = estimate.mfu(simulated.seconds if simulated else estimate.guess)
+            compiled = (format_seconds(simulated.seconds), _bytes(simulated.peak_bytes)) if simulated else ("", "")
+            settings = " ".join(setting.partition(".")[2] for setting in estimate.scenario.settings.split())
+            times = (format_seconds(estimate.seconds), format_seconds(estimate.guess))
+            table.add_row(settings, _bytes(estimate.peak_bytes), estimate.bound, *times, f"{mfu:.1%}", *compiled)
+        return Group(table, GUESS_NOTE, *([ACCURACY] if any(each.simulated for each in self.plans) else []))
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [each.as_json() for each in self.plans]
 
 
 def _estimate_tables(estimate: Estimate, by_remat: Mapping[str, Estimate]) -> Group:
@@ -74,7 +134,8 @@ def _estimate_tables(estimate: Estimate, by_remat: Mapping[str, Estimate]) -> Gr
         *([traffic] if estimate.traffic else []),
         remat,
         _run_cost(estimate, estimate.seconds, f", MFU {estimate.mfu(estimate.seconds):.1%}"),
-        BOUND_NOTE,
+        "Lower bounds: every unit at its published peak, everything that can overlap overlapping. --compile simulates the "
+        "schedule of the TPU compiler.",
         *(f"warning: kernel {name} is counted as free; give its FLOPs with --kernel-flops" for name in estimate.unknown_kernels),
     )
 
@@ -106,19 +167,6 @@ def _simulated_tables(simulated: Simulated, estimate: Estimate) -> Group:
         *(f"warning: {each}" for each in quoted.warnings),
         ACCURACY,
     )
-
-
-def ranking_table(ranked: Sequence[tuple[Estimate, Simulated | None]]) -> Group:
-    """Settings in the order of a search; those that were compiled first, by their simulated time."""
-    columns = ("<settings", "memory", "<bound", "at least", "guess", "MFU", "compiled", "memory")
-    table = _table("settings that fit, fastest first", *columns)
-    for estimate, simulated in sorted(ranked, key=lambda each: each[1].seconds if each[1] else math.inf):
-        mfu = estimate.mfu(simulated.seconds if simulated else estimate.guess)
-        compiled = (format_seconds(simulated.seconds), _bytes(simulated.peak_bytes)) if simulated else ("", "")
-        settings = " ".join(setting.partition(".")[2] for setting in estimate.scenario.settings.split())
-        times = (format_seconds(estimate.seconds), format_seconds(estimate.guess))
-        table.add_row(settings, _bytes(estimate.peak_bytes), estimate.bound, *times, f"{mfu:.1%}", *compiled)
-    return Group(table, GUESS_NOTE, *([ACCURACY] if any(simulated for _, simulated in ranked) else []))
 
 
 def _executed(estimate: Estimate) -> float:
@@ -165,33 +213,6 @@ def _duration(days: float) -> str:
 
 def _bytes(n: float) -> str:
     return decimal(int(n), precision=2)
-
-
-def plan_json(estimate: Estimate, by_remat: Mapping[str, Estimate], simulated: Simulated | None) -> dict[str, Any]:
-    """The scenario with the constants used, the estimate, and the compiled step if there is one.
-
-    In bytes, seconds and FLOPs, of one chip and one step unless the key says otherwise.
-    """
-    scenario, chip, c = estimate.scenario, estimate.scenario.topology.chip, estimate.scenario.config
-    memory_by_remat = {"by_remat": {policy: each.memory for policy, each in by_remat.items()}} if by_remat else {}
-    return {
-        "name": c.name,
-        "topology": str(scenario.topology),
-        "chips": scenario.topology.size,
-        "mesh": scenario.mesh_sizes,
-        "remat": c.model.remat,
-        "grad_accumulation_steps": c.optim.grad_accumulation_steps,
-        "parameters": estimate.parameters,
-        **_pick(c, "tokens_per_step", "steps"),
-        "chip": {
-            **_pick(chip, "peak_flops", "clock", "hbm_bytes", "hbm_bandwidth"),
-            "hbm_efficiency": HBM_EFFICIENCY,
-            "ici_bandwidth_of_an_axis": chip.ici_bandwidth,
-            "collective_latency": LATENCY,
-        },
-        "estimate": _estimate_json(estimate) | memory_by_remat,
-        **({"compiled": _simulated_json(simulated, estimate)} if simulated else {}),
-    }
 
 
 def _estimate_json(estimate: Estimate) -> dict[str, Any]:

@@ -79,11 +79,7 @@ def merge(row: list[Bar], width: float) -> list[Bar]:
 
 
 def draw(simulated: Simulated, title: str, path: Path) -> None:
-    """Draws a step into a file, in the format of its suffix.
-
-    Raises:
-        ConfigError: matplotlib is missing, or does not know the format.
-    """
+    """Draws a step into a file. Raises ConfigError if matplotlib is missing, or does not know the format of the suffix."""
     try:
         import matplotlib
     except ImportError:
@@ -125,8 +121,7 @@ def _panel(plot: Any, text: str, schedule: Schedule, rows: list[str]) -> set[str
                 plot.text(middle, place, label, ha="center", va="center", fontsize=7, color="white")
     names = {"core": "compute", "hbm": "HBM to VMEM"}
     plot.set_yticks(range(len(rows)), [names.get(row, f"links {row}") for row in reversed(rows)])
-    plot.set_xlim(0, schedule.seconds * scale)
-    plot.set_ylim(-0.5, len(rows) - 0.5)
+    plot.set(xlim=(0, schedule.seconds * scale), ylim=(-0.5, len(rows) - 0.5))
     plot.set_title(text, loc="left", fontsize=10)
     plot.set_xlabel(unit, loc="right", labelpad=-8, fontsize=8)
     plot.tick_params(labelsize=8)

@@ -111,10 +111,9 @@ class CostModel:
         if kind == "all-reduce" and outer.attr("calls").startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # such a fusion keeps a slice of the sum, and is executed as a reduce-scatter
         group = first_group(op.attrs, self.module.n_devices)
-        if kind != "all-gather":
-            full = sum(a.bytes for a in self.module.inputs(op))
-        else:
-            full = max(a.bytes for a in op.arrays) if op.opcode.endswith("-start") else op.bytes
+        sizes = [a.bytes for a in (op.arrays if kind == "all-gather" else self.module.inputs(op))]
+        # The start of a gather has two results: its input and its output.
+        full = max(sizes) if op.opcode == "all-gather-start" else sum(sizes)
         sent = full * sent_fraction(kind, len(group))
         permute = kind == "collective-permute"
         driven = 0.5 if permute else max(_axes_driven(op), _axes_driven(outer))

@@ -58,10 +58,6 @@ class Op:
             out.append(Array(ints(dims), math.prod(ints(dims)) * bits / 8, "S(" not in layout))
         return out
 
-    @property
-    def bytes(self) -> float:
-        return sum(a.bytes for a in self.arrays)
-
     def find(self, pattern: str) -> str:
         """The first group of a pattern in the attributes; empty if it does not occur."""
         found = re.search(pattern, self.attrs)
@@ -131,20 +127,16 @@ def parse(text: str) -> Module:
                 entry = header[2] if header[1] else entry
         elif ends or _START.match(line):
             if held:
-                body.append(_parse_op(held))
+                found = _OP.match(held)
+                if not found:
+                    raise ValueError(f"not an HLO operation: {held[:80]}")
+                is_root, *parts = found.groups()
+                body.append(Op(*parts, is_root=is_root is not None))
             body, held = (None, "") if ends else (body, line)
         else:
             held += " " + line.strip()
     devices = re.search(r"num_partitions=(\d+)", text)
     return Module(computations, entry, int(devices[1]) if devices else 1)
-
-
-def _parse_op(line: str) -> Op:
-    found = _OP.match(line)
-    if not found:
-        raise ValueError(f"not an HLO operation: {line[:80]}")
-    root, *parts = found.groups()
-    return Op(*parts, is_root=root is not None)
 
 
 _SAME_VALUE = {"copy", "bitcast", "convert", "reshape", "broadcast", "copy-done", "copy-start", "reduce-precision"}

@@ -82,31 +82,23 @@ def replay(costs: CostModel) -> Schedule:
     return schedule(costs.module.entry)
 
 
-class _Pending(NamedTuple):
-    """Something asynchronous that was started: a collective, or (None) a memory transfer."""
-
-    collective: Collective | None
-    start: float
-    end: float
-
-
 class _Core:
     """The state while one computation is replayed."""
 
     def __init__(self, costs: CostModel, schedule: Callable[[str], Schedule]) -> None:
         """schedule: gives those of other computations."""
         self.costs, self.module, self.schedule = costs, costs.module, schedule
-        self.out = Schedule()
-        self.now = 0.0
+        self.out, self.now = Schedule(), 0.0
         self.idle_from: defaultdict[str, float] = defaultdict(float)  # by link, and "hbm"
-        self.pending: dict[str, _Pending] = {}  # by the name of the operation that started it
+        # What was started and not yet waited for, by the operation that started it: a collective, or None for a memory transfer;
+        # start; end.
+        self.pending: dict[str, tuple[Collective | None, float, float]] = {}
 
     def run(self, ops: Sequence[Op]) -> Schedule:
         for op in ops:
             if op.opcode not in _FREE:
                 self._execute(op)
-        unfinished = (name for name, pending in self.pending.items() if pending.collective)
-        self.out.warnings |= {f"{name}: started but never waited for" for name in unfinished}
+        self.out.warnings |= {f"{name}: started but never waited for" for name, (c, _, _) in self.pending.items() if c}
         self.out.seconds = self.now
         return self.out
 
@@ -172,12 +164,13 @@ class _Core:
         self.now = end
 
     def _start(self, name: str, c: Collective) -> None:
-        self.pending[name] = _Pending(c, *self._occupy(c.links, c.seconds))
+        self.pending[name] = c, *self._occupy(c.links, c.seconds)
 
     def _start_transfer(self, name: str, seconds: float) -> None:
         """A transfer between HBM and VMEM."""
-        self.pending[name] = _Pending(None, *self._occupy(["hbm"], seconds))
-        self.out.spans.append(Span("hbm", "transfer", self.pending[name].start, seconds, name))
+        start, end = self._occupy(["hbm"], seconds)
+        self.pending[name] = None, start, end
+        self.out.spans.append(Span("hbm", "transfer", start, seconds, name))
 
     def _wait(self, name: str) -> None:
         if name not in self.pending:

@@ -1,16 +1,23 @@
-"""Memory, lower bounds of a step's time, and the cost of a run, from the counted work. Immediate, and optimistic."""
+"""What is planned, a config on a slice of chips with a mesh that needs no devices, and what its step needs by the counted work.
 
+That is memory, lower bounds of a step's time, and the cost of a run. Immediate, and optimistic.
+"""
+
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from mutransformer.planning.chips import HBM_EFFICIENCY, sent_fraction, torus_rings
+from mutransformer.config.run import MeshConfig
+from mutransformer.config.schema import Config
+from mutransformer.errors import ConfigError, check
+from mutransformer.planning.chips import HBM_EFFICIENCY, Topology, sent_fraction, torus_rings
 from mutransformer.planning.estimate.work import Work, abstract_batch, count_step
 from mutransformer.planning.kernel_flops import KernelFlops
-from mutransformer.planning.scenario import Scenario
+from mutransformer.training.program import Program, Vocabulary, build
 
 # Only for `guess`, which ranks meshes and remat policies. Set between simulated steps of a 1.3 B model on 64 v5p chips, with and
 # without XLA's tuning flags: matrix products reach this fraction of peak, and this fraction of communication is exposed.
@@ -30,6 +37,71 @@ _PURPOSE = {
 
 
 @dataclass(frozen=True)
+class Scenario:
+    """A program on an abstract mesh over a slice."""
+
+    program: Program
+    topology: Topology
+
+    @property
+    def config(self) -> Config:
+        """With mesh sizes and vocabulary filled in."""
+        return self.program.config
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        """Devices along each mesh axis, in the order in which devices are numbered."""
+        return dict(self.program.mesh.shape)
+
+    @property
+    def settings(self) -> str:
+        """Mesh, rematerialization and accumulation as command-line arguments."""
+        c, mesh = self.config, " ".join(f"mesh.{axis}={size}" for axis, size in self.mesh_sizes.items())
+        return f"{mesh} model.remat={c.model.remat} optim.grad_accumulation_steps={c.optim.grad_accumulation_steps}"
+
+
+def make_scenario(config: Config, topology: Topology) -> Scenario:
+    """The scenario of a config on a slice; a mesh axis of -1 takes the chips that the others leave.
+
+    Raises ConfigError if the mesh does not cover the slice, or cannot divide the model or the batch.
+    """
+    sizes = mesh_axes(config.mesh)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    covered = topology.size % fixed == 0 if -1 in sizes.values() else topology.size == fixed
+    named = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
+    check(covered, f"{named}: cannot cover {topology}, which has {topology.size} chips")
+    sizes = {axis: topology.size // fixed if size == -1 else size for axis, size in sizes.items()}
+    device = AbstractDevice(device_kind=topology.chip.device_kind, num_cores=topology.chip.cores, platform="tpu")
+    names = tuple({"replicas": "z"}.get(key, key) for key in sizes)
+    mesh = AbstractMesh(tuple(sizes.values()), names, (AxisType.Auto,) * len(sizes), abstract_device=device)
+    vocabulary = Vocabulary(config.model.n_vocab or config.data.vocab_size)
+    return Scenario(build(replaced(config, "mesh", **sizes), mesh, vocabulary), topology)
+
+
+def mesh_axes(config: MeshConfig) -> dict[str, int]:
+    """Mesh sizes by config key, outermost axis first; replicas only if there are several."""
+    return {**({"replicas": config.replicas} if config.replicas > 1 else {}), "x": config.x, "y": config.y}
+
+
+def with_mesh(config: Config, text: str | None) -> Config:
+    """The config with the mesh of a text such as "x=16,y=4" (or ConfigError); without x, x takes the chips that y leaves."""
+    if text is None:
+        return config
+    sizes = {"x": -1, "y": 1}
+    for part in text.split(","):
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis not in sizes or not size.isdecimal() or int(size) < 1:
+            raise ConfigError(f"--mesh {text}: write a size for each axis of {', '.join(sizes)}, as in x=16,y=4")
+        sizes[axis] = int(size)
+    return replaced(config, "mesh", **sizes)
+
+
+def replaced(config: Config, section: str, **values: Any) -> Config:
+    """The config with other values in one section."""
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+@dataclass(frozen=True)
 class Traffic:
     """The collectives of one kind in a step, on one device."""
 
@@ -44,16 +116,13 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step needs on one device.
-
-    Memory is in bytes by category: parameters, optimizer, batch; kept (activations for the backward pass, and gradients); working
-    (the working set of a layer). FLOPs are model (by convention), matmul (executed), kernel (Pallas kernels).
-    """
+    """What a step needs on one device."""
 
     scenario: Scenario
     parameters: int  # of the model, on all devices
+    # Bytes. kept: activations for the backward pass, and gradients; working: the working set of a layer.
     memory: dict[str, float]
-    flops: dict[str, float]
+    flops: dict[str, float]  # model (by convention), matmul (executed), kernel (Pallas kernels)
     hbm_bytes: float  # moved, if whatever is not a matrix product is fused into one
     traffic: list[Traffic]  # the slowest first
     bounds: dict[str, float]  # lower bounds of the step in seconds, by hardware unit; ICI by mesh axis
@@ -126,11 +195,7 @@ def input_bytes(scenario: Scenario) -> dict[str, float]:
 
 
 def _shard_bytes(tree: Any) -> float:
-    total = 0.0
-    for a in jax.tree.leaves(tree):
-        assert isinstance(a.sharding, NamedSharding)
-        total += math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-    return total
+    return float(sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)))
 
 
 def _traffic(scenario: Scenario, work: Work) -> list[Traffic]:

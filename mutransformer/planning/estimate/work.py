@@ -103,6 +103,10 @@ class _Value:
         return value
 
 
+def _shape(v: Any) -> tuple[int, ...]:
+    return getattr(v.aval, "shape", ())
+
+
 def _bytes(v: Any) -> float:
     return float(math.prod(v.aval.shape) * v.aval.dtype.itemsize) if hasattr(v.aval, "shape") else 0.0
 
@@ -224,7 +228,3 @@ def _inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
         for each in value if isinstance(value, tuple | list) else (value,):
             if isinstance(each, core.Jaxpr | core.ClosedJaxpr):
                 yield each.jaxpr if isinstance(each, core.ClosedJaxpr) else each
-
-
-def _shape(variable: Any) -> tuple[int, ...]:
-    return getattr(variable.aval, "shape", ())
