@@ -97,9 +97,7 @@ def remat_policies() -> tuple[str, ...]:
 
 def by_remat_policy(base: Estimate, kernels: KernelFlops) -> dict[str, Estimate]:
     """The same scenario under every remat policy."""
-    c, topology = base.scenario.config, base.scenario.topology
-
-    def under(policy: str) -> Estimate:
-        return estimate(make_scenario(replaced(c, "model", remat=policy), topology), kernels)
-
-    return {policy: base if policy == c.model.remat else under(policy) for policy in remat_policies()}
+    config, found = base.scenario.config, dict.fromkeys(remat_policies(), base)
+    for policy in set(found) - {config.model.remat}:
+        found[policy] = estimate(make_scenario(replaced(config, "model", remat=policy), base.scenario.topology), kernels)
+    return found

@@ -1,7 +1,4 @@
-"""The simulated step: the TPU compiler's, on a machine without a TPU, with schedules and totals under both costings.
-
-Only to compile needs libtpu.
-"""
+"""The simulated step: compiled by the TPU compiler (which needs libtpu, but no TPU), and replayed in time under both costings."""
 
 import importlib.util
 import os
@@ -14,7 +11,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from mutransformer.errors import ConfigError, check
+from mutransformer.errors import ConfigError, check, translate_errors
 from mutransformer.model.weights import attention_flops_per_token
 from mutransformer.planning.chips import Topology
 from mutransformer.planning.compiled.cost_model import Costing, CostModel
@@ -59,10 +56,8 @@ def topology_devices(topology: Topology) -> list[Any]:
         options["chip_config_name"] = "megacore"  # one device per chip, as on v4 machines; the default for the other chips
     if topology.size == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
-    try:
+    with translate_errors(f"--topology {topology}: the TPU compiler does not accept it"):  # of any type: jaxlib's are not public
         return list(topologies.get_topology_desc(str(topology), platform="tpu", **options).devices)
-    except Exception as error:  # jaxlib's exception types are not public
-        raise ConfigError(f"--topology {topology}: the TPU compiler does not accept it: {str(error).splitlines()[0]}") from None
 
 
 def compile_step(scenario: Scenario) -> CompiledStep:
