@@ -41,11 +41,9 @@ class Bar(NamedTuple):
 def bars(schedule: Schedule, origin: float = 0.0) -> Iterator[Bar]:
     """The bars of a schedule, each round of its loops included."""
     for span in schedule.spans:
-        kind = "waits for memory" if span.kind == "wait" else span.kind
+        kind = {"wait": "waits for memory", "exposed": "waits for links"}.get(span.kind, span.kind)
         yield Bar(span.lane, kind, origin + span.start, span.seconds, 0)
-    for c, start, _, exposed, waits_at in schedule.transfers:
-        if exposed > 0:
-            yield Bar("core", "waits for links", origin + waits_at, exposed, 0)
+    for c, start, _, _ in schedule.transfers:
         half = {"+": 1, "-": -1}.get(c.direction, 0)
         yield from (Bar(axis, c.kind, origin + start, c.seconds, half) for axis in c.axes)
     for loop in schedule.loops:

@@ -18,6 +18,7 @@ from mutransformer.planning.compiled.cost_model import COLLECTIVES, Collective, 
 from mutransformer.planning.compiled.hlo import Op, trip_count
 
 COMPUTE = ("matmul", "kernel", "other", "unestimated")  # kinds of what the core computes
+WAITS = ("wait", "exposed")  # for a memory transfer, for a collective
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("add-dependency", "opt-barrier", "domain"),
@@ -26,7 +27,7 @@ _MIN_SLICE = 64  # bytes: the results of a slice-start hold flags besides the sl
 
 
 class Span(NamedTuple):
-    """Something on a lane, core or hbm. kind: on the core of COMPUTE, or "wait" for a memory transfer; on the HBM "transfer"."""
+    """Something on a lane, core or hbm. kind: on the core of COMPUTE, or what it waits for, of WAITS; on the HBM "transfer"."""
 
     lane: str
     kind: str
@@ -36,13 +37,12 @@ class Span(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """A collective. From `waits_at` on, the core waits for it for `exposed` seconds."""
+    """A collective, for which the core waits for `exposed` seconds."""
 
     collective: Collective
     start: float
     is_async: bool
     exposed: float
-    waits_at: float
 
 
 class Loop(NamedTuple):
@@ -160,7 +160,8 @@ class _Core:
     def _block(self, c: Collective) -> None:
         """A synchronous collective."""
         start, end = self._occupy(c.links, c.seconds)
-        self.out.transfers.append(Transfer(c, start, False, end - self.now, self.now))
+        self.out.transfers.append(Transfer(c, start, False, end - self.now))
+        self.out.spans.append(Span("core", "exposed", self.now, end - self.now, c.source))
         self.now = end
 
     def _start(self, name: str, c: Collective) -> None:
@@ -179,9 +180,9 @@ class _Core:
         c, start, end = self.pending.pop(name)
         exposed = max(0.0, end - self.now)
         if c:
-            self.out.transfers.append(Transfer(c, start, True, exposed, self.now))
-        elif exposed:
-            self.out.spans.append(Span("core", "wait", self.now, exposed, name))
+            self.out.transfers.append(Transfer(c, start, True, exposed))
+        if exposed:
+            self.out.spans.append(Span("core", "exposed" if c else "wait", self.now, exposed, c.source if c else name))
         self.now += exposed
 
     def _start_wrapped(self, op: Op) -> None:

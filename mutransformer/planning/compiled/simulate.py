@@ -16,7 +16,7 @@ from mutransformer.model.weights import attention_flops_per_token
 from mutransformer.planning.chips import Topology
 from mutransformer.planning.compiled.cost_model import Costing, CostModel
 from mutransformer.planning.compiled.hlo import parse
-from mutransformer.planning.compiled.replay import COMPUTE, Schedule, replay
+from mutransformer.planning.compiled.replay import COMPUTE, WAITS, Schedule, replay
 from mutransformer.planning.estimate.bounds import Scenario, input_bytes
 from mutransformer.planning.estimate.work import abstract_batch
 from mutransformer.planning.kernel_flops import KernelFlops
@@ -117,7 +117,7 @@ class Totals:
     seconds: float
     by_kind: dict[str, float]  # seconds of spans
     collectives: dict[CollectiveKey, CollectiveTotals]  # the slowest first
-    costliest: dict[tuple[str, str], float]  # seconds by kind, or "exposed" for collectives, and op_name; most first
+    costliest: dict[tuple[str, str], float]  # seconds by kind and op_name, most first
     warnings: list[str]
     compute_seconds: float
     communication_seconds: float  # collectives, exposed or hidden
@@ -126,7 +126,7 @@ class Totals:
 
 def totals(schedule: Schedule) -> Totals:
     """The totals of a step's schedule."""
-    by_kind: dict[str, float] = {kind: 0.0 for kind in (*COMPUTE, "wait", "transfer")}
+    by_kind: dict[str, float] = {kind: 0.0 for kind in (*COMPUTE, *WAITS, "transfer")}
     by_source: defaultdict[tuple[str, str], float] = defaultdict(float)
     collectives: defaultdict[CollectiveKey, CollectiveTotals] = defaultdict(CollectiveTotals)
     warnings: set[str] = set()
@@ -135,14 +135,13 @@ def totals(schedule: Schedule) -> Totals:
         for span in each.spans:
             by_kind[span.kind] += times * span.seconds
             by_source[span.kind, span.label] += times * span.seconds
-        for c, _, is_async, exposed, _ in each.transfers:
+        for c, _, is_async, exposed in each.transfers:
             sums = collectives[CollectiveKey(c.kind, c.axes, c.n, is_async)]
             sums.count += times
             sums.bytes += times * c.bytes
             sums.wire_bytes += times * c.wire_bytes
             sums.seconds += times * c.seconds
             sums.exposed_seconds += times * exposed
-            by_source["exposed", c.source] += times * exposed
     return Totals(
         schedule.seconds,
         by_kind,
