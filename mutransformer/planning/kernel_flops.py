@@ -23,7 +23,7 @@ class KernelFlops:
     efficiency: float = 0.5  # the fraction; an assumption: no kernel was timed
 
     def of_call(self, name: str, operands: Sequence[Shape], results: Sequence[Shape], details: str = "") -> float | None:
-        """FLOPs of a call with an op_name; None if the kernel is unknown. details: may state block sizes, as metadata."""
+        """FLOPs of a call with an op_name; None if the kernel is unknown. details: text that may state block sizes."""
         for pattern, flops in self.flops.items():
             if re.search(pattern, name):
                 return flops

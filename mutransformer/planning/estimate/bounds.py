@@ -84,7 +84,7 @@ def mesh_axes(config: MeshConfig) -> dict[str, int]:
 
 
 def with_mesh(config: Config, text: str | None) -> Config:
-    """The config with the mesh of a text such as "x=16,y=4" (or ConfigError); without x, x takes the chips that y leaves."""
+    """The config with the mesh of a text such as "x=16,y=4"; without x, x takes what y leaves. ConfigError if malformed."""
     if text is None:
         return config
     sizes = {"x": -1, "y": 1}
