@@ -56,7 +56,7 @@ def run(args: Namespace) -> int:
 def write_text(folder: Path, megabytes: float, n_files: int) -> list[str]:
     """Writes documents of about two thousand characters, like a web page, to files of equal size."""
     from mutransformer.data.sources.registry import SOURCES
-    from mutransformer.data.sources.splits import Fractions
+    from mutransformer.data.sources.source import Fractions
 
     shards = SOURCES["stdlib"](SourceConfig(), "data", Fractions(0.05, 0.05))
     texts = [record.text.decode() for shard in shards for record in shard.records() if record.text]

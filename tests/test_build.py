@@ -23,7 +23,7 @@ from mutransformer.config.data import DataConfig
 from mutransformer.data.cache import build
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.data.cache.store import Corrupt, Store
-from mutransformer.data.sources.reader import ATTEMPTS
+from mutransformer.data.sources.registry import ATTEMPTS
 from mutransformer.errors import ConfigError
 from mutransformer.sharding.processes import Processes
 
@@ -359,7 +359,7 @@ def test_corruption_that_one_process_sees_is_no_deadlock(tmp_path: Path, monkeyp
         return fetch(self, name, size, sha256)
 
     monkeypatch.setattr(Store, "fetch", fetch_badly)
-    monkeypatch.setattr("mutransformer.data.cache.prepare.ThreadPoolExecutor", _InThisThread)
+    monkeypatch.setattr("mutransformer.data.sources.files.ThreadPoolExecutor", _InThisThread)
     assert run.prepare(given, given, given) == [good] * 3 and not run.made and next(once, None) is None
 
 

@@ -14,18 +14,16 @@ import numpy as np
 import pytest
 
 from mutransformer.config.data import DataConfig
+from mutransformer.data.cache import build
 from mutransformer.data.cache import prepare as preparation
 from mutransformer.data.cache import store as cache
-from mutransformer.data.cache import tokenize_shard
 from mutransformer.data.cache.prepare import dry_run, prepare
 from mutransformer.data.cache.store import Store
 from mutransformer.data.sources import hub
-from mutransformer.data.sources.cut import cut
 from mutransformer.data.sources.registry import open_source
-from mutransformer.data.sources.source import SPLITS
-from mutransformer.data.sources.splits import assign_splits, held_out_fractions
-from mutransformer.data.sources.text import Document
-from mutransformer.data.tokenizers.byte import ByteTokenizer
+from mutransformer.data.sources.source import SPLITS, assign_splits, held_out_fractions
+from mutransformer.data.sources.text import Document, cut
+from mutransformer.data.tokenizers.tokenizer import ByteTokenizer
 from mutransformer.errors import ConfigError
 
 PARAGRAPH = "Whan that Aprille with his shoures soote\r\n\tthe droghte of March hath perced — 😀\n\n"
@@ -202,8 +200,8 @@ def test_bad_files_are_one_line(tmp_path: Path, make: bytes, pattern: str, messa
 
 
 def test_tokens_are_the_documents_each_with_its_eos(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize_shard, "_SEGMENT", 64)  # so that documents and calls are divided
-    monkeypatch.setattr(tokenize_shard, "_CHUNK", 200)
+    monkeypatch.setattr(build, "_SEGMENT", 64)  # so that documents and calls are divided
+    monkeypatch.setattr(build, "_CHUNK", 200)
     prepared = prepare(config)
     for split, text in prepared.splits.items():
         (file,) = text.sources
@@ -218,7 +216,7 @@ def test_tokens_are_the_documents_each_with_its_eos(config: DataConfig, monkeypa
 
 
 def test_a_bos_begins_each_document_once(config: DataConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tokenize_shard, "_SEGMENT", 64)
+    monkeypatch.setattr(build, "_SEGMENT", 64)
     plain, framed = tokens_of(config), tokens_of(text_config(tmp_path, config.files, add_bos=True))
     for split, ids in framed.items():
         assert [i for i in ids if i != ByteTokenizer.bos_id] == plain[split]
@@ -425,10 +423,10 @@ def test_a_branch_is_pinned_to_its_commit_at_first_use(tmp_path: Path, monkeypat
     store, given = Store(str(tmp_path), str(tmp_path)), DataConfig(source="hub", path="org/name", tokenizer="bytes")
 
     def version(revision: str | None) -> Any:
-        config = replace(given, revision=revision)
-        (source,) = preparation._open_sources(config, preparation._pin_revisions(config, store)).values()
-        assert source is not None and source.config.revision in source.identity
-        return source.config.revision
+        config = preparation._pin_revisions(replace(given, revision=revision), store)
+        (source,) = preparation._open_sources(config).values()
+        assert config.revision in source.identity
+        return config.revision
 
     assert [version("main"), version(None)] == ["a" * 40] * 2
     now[0] = "b" * 40

@@ -10,7 +10,7 @@ from programs import program
 
 from mutransformer.config.kernels import device_kernel
 from mutransformer.config.load import load
-from mutransformer.data.batches.batch import Batch
+from mutransformer.data.batches.rows import Batch
 from mutransformer.errors import ConfigError
 from mutransformer.model.execution import Execution, resolve, tuning
 from mutransformer.training.step import make_train_step

@@ -20,9 +20,9 @@ from test_sharding import params
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
-from mutransformer.data.tokenizers.byte import ByteTokenizer
 from mutransformer.data.tokenizers.hf import convert
 from mutransformer.data.tokenizers.registry import saved_tokenizer
+from mutransformer.data.tokenizers.tokenizer import ByteTokenizer
 from mutransformer.errors import FINISHED, USAGE_ERROR, ConfigError
 from mutransformer.generation import (
     Sampling,

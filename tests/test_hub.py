@@ -19,8 +19,7 @@ from test_sources import TEXTS, texts_of, write
 
 from mutransformer.config.data import DataConfig
 from mutransformer.data.cache.prepare import prepare
-from mutransformer.data.sources.source import SPLITS
-from mutransformer.data.sources.splits import Fractions, split_of
+from mutransformer.data.sources.source import SPLITS, Fractions, split_of
 from mutransformer.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

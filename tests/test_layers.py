@@ -87,7 +87,7 @@ def test_imports_point_down(name):
         ("model.ops", "from mutransformer.training.step import update"),
         ("mup.rules", "import mutransformer.model.ops"),
         ("sharding.mesh", "def f():\n    from mutransformer.training.program import plan"),
-        ("data.cache.shards", "from mutransformer.training import loop"),
+        ("data.cache.dataset", "from mutransformer.training import loop"),
         ("training.program", "from mutransformer.study.sweep import grid"),
     ],
 )

@@ -11,8 +11,7 @@ from transformers import AutoTokenizer
 
 from mutransformer.config.data import DataConfig
 from mutransformer.data.batches.rows import ConcatRows, PadRows, RowReader
-from mutransformer.data.cache.dataset import TokenDataset
-from mutransformer.data.cache.shards import ShardWriter, open_shard
+from mutransformer.data.cache.dataset import ShardWriter, TokenDataset, open_shard
 from mutransformer.data.tokenizers.hf import HFTokenizer, convert
 from mutransformer.errors import ConfigError
 

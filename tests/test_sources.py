@@ -28,19 +28,16 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from hf import gpt2
 
 from mutransformer.config.data import DataConfig, MixedSourceConfig, SourceConfig
-from mutransformer.data.cache import shards, tokenize_shard
+from mutransformer.data.cache import build, dataset
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.data.cache.store import to_json
-from mutransformer.data.sources import cut as cutting
-from mutransformer.data.sources import files, jsonl, tables
+from mutransformer.data.sources import files, records
 from mutransformer.data.sources import text as text_module
 from mutransformer.data.sources.files import find
-from mutransformer.data.sources.jsonl import read_lines
+from mutransformer.data.sources.records import read_lines, read_rows
 from mutransformer.data.sources.registry import SOURCES
-from mutransformer.data.sources.source import SPLITS
-from mutransformer.data.sources.splits import Fractions, assign_splits, split_of
-from mutransformer.data.sources.tables import read_rows
-from mutransformer.data.tokenizers.byte import ByteTokenizer
+from mutransformer.data.sources.source import SPLITS, Fractions, assign_splits, split_of
+from mutransformer.data.tokenizers.tokenizer import ByteTokenizer
 from mutransformer.errors import ConfigError
 
 TEXTS = [f"document {i}: " + "the quick brown fox — 😀\n" * (i % 5 + 1) for i in range(120)]
@@ -92,8 +89,7 @@ def test_every_kind_of_file_gives_the_same_documents(kind: str, tmp_path: Path, 
     write(tmp_path / f"a.{kind}", TEXTS[:50])
     write(tmp_path / f"b.{kind}", TEXTS[50:])
     assert texts_of(config(tmp_path, kind, f"*.{kind}")) == expected
-    for module in (jsonl, tables):
-        monkeypatch.setattr(module, "SHARD_BYTES", 700)  # so that files are cut in shards, within lines too
+    monkeypatch.setattr(records, "SHARD_BYTES", 700)  # so that files are cut in shards, within lines too
     again = config(tmp_path, kind, f"*.{kind}", cache_dir=str(tmp_path / "other"))
     assert texts_of(again) == expected
     n = len(list((tmp_path / "other").glob("tokens-*/*.bin")))
@@ -104,10 +100,10 @@ def test_lines_are_read_once_wherever_a_file_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     write(path, ["x" * (i % 7) for i in range(30)])
     file = find([str(path)], "key")[0]
-    whole = [r.text for r in read_lines(file, "text", None, 0, file.size)]
+    whole = [r.text for r in read_lines(file, "text", 0, file.size)]
     assert len(whole) == 30
     for cut in range(1, file.size):
-        pieces = [read_lines(file, "text", None, 0, cut), read_lines(file, "text", None, cut, file.size)]
+        pieces = [read_lines(file, "text", 0, cut), read_lines(file, "text", cut, file.size)]
         assert [r.text for piece in pieces for r in piece] == whole
 
 
@@ -166,7 +162,7 @@ def test_a_column_of_any_type_of_text(tmp_path: Path) -> None:
         table = pa.table({"text": pa.array([["a"]] if pa.types.is_list(kind) else ["a"], kind)})
         with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as opened, pa.ipc.new_file(opened, table.schema) as writer:
             writer.write_table(table)
-        rows = read_rows(find([str(tmp_path / "a.arrow")], "key")[0], "text", None, "data.column")
+        rows = read_rows(find([str(tmp_path / "a.arrow")], "key")[0], "text", "data.column")
         if kind in strings:
             assert [record.text for record in rows] == [b"a"]
         else:
@@ -214,7 +210,7 @@ def test_the_line_is_right_in_every_part_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     file = find([str(tmp_path / "a.jsonl")], "key")[0]
     for size in (50, 333, 1000, file.size):
-        found = [read_lines(file, "text", None, at, min(at + size, file.size)) for at in range(0, file.size, size)]
+        found = [read_lines(file, "text", at, min(at + size, file.size)) for at in range(0, file.size, size)]
         bad = [record.place for lines in found for record in lines if record.text is None]
         assert bad == [f"{tmp_path}/a.jsonl:78"]
 
@@ -229,7 +225,7 @@ def test_bad_rows_of_tables_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data: .*b\.parquet, row 1: not UTF-8 \(invalid start byte at byte 0\)"):
         prepare(config(tmp_path, "parquet", "b.parquet"))
     file = find([str(tmp_path / "a.parquet")], "key")[0]
-    late = read_rows(file, "text", None, "data.column", (3,), 18)
+    late = read_rows(file, "text", "data.column", (3,), 18)
     assert [r.place for r in late if r.text is None] == [f"{tmp_path}/a.parquet, row 20"]
 
 
@@ -258,7 +254,7 @@ def test_truncated_zstandard_files_are_errors(n: int, tmp_path: Path) -> None:
 
     def texts(data: bytes) -> list[bytes | None]:
         path.write_bytes(data)
-        return [record.text for record in read_lines(find([str(path)], "key")[0], "text", None)]
+        return [record.text for record in read_lines(find([str(path)], "key")[0], "text")]
 
     whole = [line[10:-3] for line in lines]
     assert texts(frame) == whole
@@ -339,11 +335,11 @@ def test_no_document_is_longer_than_a_shard(own: bool, tmp_path: Path, monkeypat
 
 def test_a_shard_is_written_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever split its tokens are of, and what is to be tokenized is not all cut before the first is."""
-    monkeypatch.setattr(shards, "_BLOCK", 1 << 14)
-    monkeypatch.setattr(shards, "_BUFFER", 1 << 16)
+    monkeypatch.setattr(dataset, "_BLOCK", 1 << 14)
+    monkeypatch.setattr(dataset, "_BUFFER", 1 << 16)
     tokens, before = np.arange(1 << 14, dtype=np.uint16), set(tmp_path.iterdir())
     tracemalloc.start()
-    with closing(shards.ShardWriter(tmp_path / "shard", "<u2")) as writer:
+    with closing(dataset.ShardWriter(tmp_path / "shard", "<u2")) as writer:
         for _ in range(200):
             for split in SPLITS:
                 writer.add(split, [tokens], len(tokens), ends=True)
@@ -351,7 +347,7 @@ def test_a_shard_is_written_in_little_memory(tmp_path: Path, monkeypatch: pytest
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 3 << 20 < tokens.nbytes * 200 and set(tmp_path.iterdir()) - before == {tmp_path / "shard"}
-    found = shards.open_shard(tmp_path / "shard", "<u2", facts)
+    found = dataset.open_shard(tmp_path / "shard", "<u2", facts)
     assert all((found[split].tokens(0, 200 << 14).reshape(200, -1) == tokens).all() for split in SPLITS)
 
 
@@ -362,7 +358,7 @@ def test_a_long_document_is_cut_as_it_is_tokenized(tmp_path: Path, monkeypatch: 
 
     def cut(data: bytes, size: int) -> Iterator[bytes]:
         nonlocal ahead, most
-        for piece in cutting.cut(data, size):
+        for piece in text_module.cut(data, size):
             ahead += 1
             most = max(most, ahead)
             yield piece
@@ -375,7 +371,7 @@ def test_a_long_document_is_cut_as_it_is_tokenized(tmp_path: Path, monkeypatch: 
     encoded = ByteTokenizer.encode
     monkeypatch.setattr(ByteTokenizer, "encode", encode)
     for name, value in {"_SEGMENT": 100, "_CHUNK": 400, "cut": cut}.items():
-        monkeypatch.setattr(tokenize_shard, name, value)
+        monkeypatch.setattr(build, name, value)
     assert texts_of(config(tmp_path, "jsonl", "a.jsonl", cache_dir=str(tmp_path / "other"), tokenize_workers=1)) == whole
     assert 0 < most < 20
 
@@ -412,7 +408,7 @@ def test_lines_at_a_url_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> Non
     (file,) = find(["blocks://a.jsonl"], "key")
     for start in (0, file.size // 2):
         InBlocks.fetched.clear()
-        texts = [record.text for record in read_lines(file, "text", None, start, file.size)]
+        texts = [record.text for record in read_lines(file, "text", start, file.size)]
         assert texts == [f"text {i}".encode() for i in range(10_000 - len(texts), 10_000)] and len(texts) > 4000
         assert sum(InBlocks.fetched) < 1.1 * (file.size - start)
 
@@ -469,7 +465,7 @@ def test_the_suffix_of_a_file_decides_how_it_is_read(tmp_path: Path, monkeypatch
     names = ["a.jsonl.gz", "b.jsonl.zst", "c.jsonl"]
     assert sorted(file.name for file in found) == sorted([*names, *names, *(f"{name}?sig=a/b.gz" for name in names)])
     for file in found:
-        assert [record.text for record in read_lines(file, "text", None)] == [b"a text"]
+        assert [record.text for record in read_lines(file, "text")] == [b"a text"]
 
 
 @pytest.mark.parametrize("kind", ["text", "parquet"])

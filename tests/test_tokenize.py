@@ -12,11 +12,10 @@ from mutransformer.config.data import DataConfig
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.data.cache.store import Store
 from mutransformer.data.sources.registry import open_source
-from mutransformer.data.sources.splits import held_out_fractions
-from mutransformer.data.tokenizers.byte import ByteTokenizer
+from mutransformer.data.sources.source import held_out_fractions
 from mutransformer.data.tokenizers.registry import open_tokenizer, training_texts
 from mutransformer.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
-from mutransformer.data.tokenizers.tokenizer import Tokenizer
+from mutransformer.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 from mutransformer.errors import ConfigError
 
 SOURCE = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text(encoding="utf-8")

@@ -8,10 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from mutransformer.config.data import DataConfig
-from mutransformer.data.batches.batch import Batch
-from mutransformer.data.batches.rows import RowReader, Rows
-from mutransformer.data.cache.dataset import TokenDataset, TokenSplit, combine_checksums
-from mutransformer.data.cache.shards import ShardWriter, open_shard
+from mutransformer.data.batches.rows import Batch, RowReader, Rows
+from mutransformer.data.cache.dataset import ShardWriter, TokenDataset, TokenSplit, combine_checksums, open_shard
 
 EOS = 999
 _FOLDER = tempfile.TemporaryDirectory()

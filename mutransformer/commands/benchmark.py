@@ -34,7 +34,7 @@ def run(args: Namespace) -> int:
     import jax
     import numpy as np
 
-    from mutransformer.data.batches.batch import Batch
+    from mutransformer.data.batches.rows import Batch
     from mutransformer.sharding.devices import memory_in_use, peak_flops
     from mutransformer.sharding.mesh import data_share, put_batch
     from mutransformer.training.program import Vocabulary, build

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Integer
 
 from mutransformer.data.batches import pipeline
-from mutransformer.data.batches.batch import Batch
+from mutransformer.data.batches.rows import Batch
 from mutransformer.data.cache.dataset import Corpus, TokenSplit
 from mutransformer.model.weights import Transformer
 from mutransformer.sharding.mesh import data_share, put_batch

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
-from mutransformer.data.batches.batch import Batch
+from mutransformer.data.batches.rows import Batch
 from mutransformer.errors import translate_errors
 from mutransformer.model.ops import shift_right
 from mutransformer.model.weights import Transformer

@@ -13,8 +13,7 @@ import grain
 from absl import flags
 
 from mutransformer.config.data import DataConfig
-from mutransformer.data.batches.batch import Batch
-from mutransformer.data.batches.rows import RowReader, rows_of
+from mutransformer.data.batches.rows import Batch, RowReader, rows_of
 from mutransformer.data.cache.dataset import TokenSplit
 from mutransformer.errors import ConfigError, check
 

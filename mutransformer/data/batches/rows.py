@@ -3,14 +3,24 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
 from mutransformer.config.data import DataConfig
-from mutransformer.data.batches.batch import Batch
 from mutransformer.data.cache.dataset import TokenDataset
 from mutransformer.errors import ConfigError
+
+
+class Batch(NamedTuple):
+    """Rows to predict, each from itself shifted right behind bos: those of one process on the host, or all of them on devices."""
+
+    tokens: Any  # int32 [rows, T]
+    mask: Any  # bool [rows, T], the targets that count
+    # int32 [rows, T] with data.intra_document_mask=true: which of its row's documents a target belongs to, from 0. Then none is
+    # predicted from another document, its first token from bos alone. None: a row is read as one text.
+    segments: Any = None
 
 
 class ConcatRows:

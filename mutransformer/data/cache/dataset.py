@@ -1,19 +1,168 @@
-"""Tokens that a run trains and is evaluated on: of a source, of a split over several sources, and of all splits."""
+"""Tokens on the disk: the shards that hold them, and what a run trains and is evaluated on.
+
+A shard is a file of the tokens of train, validation and test, zeros up to a multiple of 8 bytes, and then for each split in the
+same order, as 64-bit numbers, the end of each document: the count of the split's tokens up to and including it. All numbers are
+little-endian.
+"""
 
 import hashlib
-from bisect import bisect_right
-from collections.abc import Sequence
+import os
+import shutil
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import Any
+from weakref import finalize
 
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from mutransformer.data.cache.shards import Section
 from mutransformer.data.cache.store import digest
-from mutransformer.data.sources.source import Split
+from mutransformer.data.sources.source import SPLITS, Split
 from mutransformer.data.tokenizers.tokenizer import Tokenizer
+
+_BLOCK = 1 << 20  # tokens or documents processed together
+_STRIDE = 128  # documents
+_BUFFER = 8 << 20  # bytes of a held-out split that are kept in memory
+
+
+def dtype_for(n_vocab: int) -> str:
+    """The narrowest integer type that holds every id."""
+    return "<u2" if n_vocab <= 1 << 16 else "<u4"
+
+
+class ShardWriter:
+    """Writes a shard, document by document. Tokens of train go to its file; what follows them is buffered beside it."""
+
+    def __init__(self, path: Path, dtype: str):
+        self._dtype = np.dtype(dtype)
+        held_out = {split: SpooledTemporaryFile(_BUFFER, dir=str(path.parent)) for split in SPLITS[1:]}
+        self._files: dict[str, Any] = {"train": open(path, "wb")} | held_out
+        self._hash = {split: hashlib.sha256() for split in SPLITS}
+        self._ends = {split: array("Q") for split in SPLITS}
+        self._counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
+        self._pending: dict[Split, list[Integer[np.ndarray, " _"]]] = {split: [] for split in SPLITS}
+        self._n_pending = 0
+
+    def add(self, split: Split, tokens: Sequence[Integer[np.ndarray, " _"]], n_bytes: int, ends: bool) -> None:
+        """Adds tokens, and n_bytes of text that they stand for, to the last document of a split; `ends` completes it."""
+        counts, n = self._counts[split], sum(map(len, tokens))
+        counts["tokens"] += n
+        counts["bytes"] += n_bytes
+        if ends:
+            counts["documents"] += 1
+            self._ends[split].append(counts["tokens"])
+        self._pending[split] += tokens
+        self._n_pending += n
+        if self._n_pending >= _BLOCK:
+            self._write()
+
+    def _write(self) -> None:
+        for split, pending in self._pending.items():
+            data = np.concatenate(pending).astype(self._dtype).tobytes() if pending else b""
+            self._hash[split].update(data)
+            self._files[split].write(data)
+            pending.clear()
+        self._n_pending = 0
+
+    def finish(self) -> dict[str, Any]:
+        """Completes the file. Returns the counts and the SHA-256 of the tokens of each split."""
+        self._write()
+        shard = self._files["train"]
+        for split in SPLITS[1:]:
+            self._files[split].seek(0)
+            shutil.copyfileobj(self._files[split], shard, 1 << 20)
+        shard.write(bytes(-shard.tell() % 8))
+        for ends in self._ends.values():
+            shard.write(np.array(ends, "<u8").tobytes())
+        self.close()
+        return {split: self._counts[split] | {"sha256": self._hash[split].hexdigest()} for split in SPLITS}
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+class _Reader:
+    """A file, read at any place by any thread. Can be pickled.
+
+    Not memory-mapped: a page fault stops all Python threads, and the pages count as memory of this process.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        finalize(self, os.close, self._descriptor).atexit = False
+
+    def __reduce__(self) -> Any:
+        return _Reader, (self.path,)
+
+    def read(self, n: int, offset: int) -> bytes:
+        data = os.pread(self._descriptor, n, offset)
+        if len(data) != n:
+            raise OSError(None, "became shorter", str(self.path))
+        return data
+
+
+@dataclass(frozen=True)
+class Section:
+    """The tokens of one split in a shard."""
+
+    reader: _Reader
+    dtype: str
+    at: int  # byte of its first token
+    ends_at: int  # byte of its first document's end
+    n_tokens: int
+    n_documents: int
+
+    def tokens(self, start: int, stop: int) -> Integer[np.ndarray, " n"]:
+        size = np.dtype(self.dtype).itemsize
+        return np.frombuffer(self.reader.read((stop - start) * size, self.at + start * size), self.dtype)
+
+    def ends(self, start: int, stop: int) -> Int64[np.ndarray, " n"]:
+        return np.frombuffer(self.reader.read((stop - start) * 8, self.ends_at + start * 8), "<i8")
+
+    @cached_property
+    def _some_ends(self) -> "array[int]":
+        """The end of every _STRIDE-th document: small, and it finds the others with one short read."""
+        blocks = range(0, self.n_documents, _BLOCK)
+        found = (self.ends(k, min(k + _BLOCK, self.n_documents))[_STRIDE - 1 :: _STRIDE] for k in blocks)
+        return array("q", b"".join(ends.astype(np.int64).tobytes() for ends in found))
+
+    def ends_within(self, start: int, stop: int) -> Int64[np.ndarray, " n"]:
+        """Ends of documents, as token positions, after `start` and before `stop`."""
+        first, last = (_STRIDE * bisect_left(self._some_ends, at) for at in (start, stop))
+        ends = self.ends(first, min(last + _STRIDE, self.n_documents))
+        return ends[ends.searchsorted(start, "right") : ends.searchsorted(stop)]
+
+
+def open_shard(path: Path, dtype: str, facts: dict[str, Any]) -> dict[Split, Section]:
+    """The splits of a shard, from the facts that ShardWriter.finish() returned."""
+    reader, size = _Reader(path), np.dtype(dtype).itemsize
+    at = 0
+    ends_at = -(-sum(facts[split]["tokens"] for split in SPLITS) * size // 8) * 8
+    found: dict[Split, Section] = {}
+    for split in SPLITS:
+        n_tokens, n_documents = facts[split]["tokens"], facts[split]["documents"]
+        found[split] = Section(reader, dtype, at, ends_at, n_tokens, n_documents)
+        at += n_tokens * size
+        ends_at += n_documents * 8
+    return found
+
+
+def first_invalid_id(section: Section, n_vocab: int) -> tuple[int, int] | None:
+    """The index and id of the first token outside the vocabulary; None if there is none."""
+    for start in range(0, section.n_tokens, _BLOCK):
+        tokens = section.tokens(start, min(start + _BLOCK, section.n_tokens))
+        if int(tokens.max()) >= n_vocab:
+            at = int(np.argmax(tokens >= n_vocab))
+            return start + at, int(tokens[at])
+    return None
 
 
 @dataclass(frozen=True)
@@ -47,26 +196,21 @@ class TokenDataset:
 
     def read(self, start: int, stop: int) -> Integer[np.ndarray, " n"]:
         """Tokens start ... stop - 1, fewer at the end of the split."""
-        stop = min(stop, self.n_tokens)
-        k = bisect_right(self._tokens_before, start) - 1
-        pieces = []
-        while start < stop:
-            first, end = self._tokens_before[k : k + 2]
-            until = min(stop, end)
-            if until > start:
-                pieces.append(self.sections[k].tokens(start - first, until - first))
-                start = until
-            k += 1
+        within = self._within(start, stop)
+        pieces = [s.tokens(max(0, start - first), min(stop - first, s.n_tokens)) for first, s in within if s.n_tokens]
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.uint16), *pieces])
 
     def ends_within(self, start: int, stop: int) -> Int64[np.ndarray, " n"]:
         """Ends of documents, as token positions, after `start` and before `stop`."""
-        k = bisect_right(self._tokens_before, start) - 1
-        found = []
-        while k < len(self.sections) and (first := self._tokens_before[k]) < stop:
-            found.append(first + self.sections[k].ends_within(max(0, start - first), stop - first))
-            k += 1
+        found = [first + s.ends_within(max(0, start - first), stop - first) for first, s in self._within(start, stop)]
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _within(self, start: int, stop: int) -> Iterator[tuple[int, Section]]:
+        """The sections that hold tokens start ... stop - 1, and the position of the first token of each."""
+        k = bisect_right(self._tokens_before, start) - 1
+        while k < len(self.sections) and self._tokens_before[k] < stop:
+            yield self._tokens_before[k], self.sections[k]
+            k += 1
 
     def document(self, index: int) -> tuple[int, int]:
         """The positions where a document starts and stops, its eos included."""

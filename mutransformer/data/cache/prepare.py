@@ -4,21 +4,26 @@ import logging
 import os
 import re
 import resource
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mutransformer.config.data import DataConfig, MixedSourceConfig
-from mutransformer.data.cache.build import NOT_SHARED, build, collect
-from mutransformer.data.cache.dataset import Corpus, TokenDataset, TokenSplit, combine_checksums
-from mutransformer.data.cache.shards import dtype_for, first_invalid_id, open_shard
-from mutransformer.data.cache.store import MANIFEST, Corrupt, Store, cache_key, digest, from_json, to_json
-from mutransformer.data.cache.tokenize_shard import TokenShards
+from mutransformer.data.cache.build import NOT_SHARED, TokenShards, build, collect
+from mutransformer.data.cache.dataset import (
+    Corpus,
+    TokenDataset,
+    TokenSplit,
+    combine_checksums,
+    dtype_for,
+    first_invalid_id,
+    open_shard,
+)
+from mutransformer.data.cache.store import MANIFEST, Corrupt, Store, cache_key, digest, from_json
 from mutransformer.data.sources import hub
+from mutransformer.data.sources.files import map_parallel
 from mutransformer.data.sources.registry import open_source
-from mutransformer.data.sources.source import SPLITS, Source, Split
-from mutransformer.data.sources.splits import held_out_fractions
+from mutransformer.data.sources.source import SPLITS, Source, Split, held_out_fractions
 from mutransformer.data.tokenizers.registry import open_tokenizer, training_texts
 from mutransformer.data.tokenizers.sentencepiece import train_sentencepiece
 from mutransformer.data.tokenizers.tokenizer import Tokenizer
@@ -32,38 +37,34 @@ def prepare(config: DataConfig, processes: Processes = SINGLE_PROCESS) -> Corpus
     """The tokenizer and the tokens for config, from data.cache_dir or put there.
 
     Reads all local text each time, to notice a change, and all tokens, to notice corruption. Several runs may call it at once.
+    All processes of a run call it; they share the work unless data.cache_is_shared is false.
 
-    Args:
-        config: of the data.
-        processes: of the run; all of them call it. They share the work unless data.cache_is_shared is false.
-
-    Raises:
-        ConfigError: the sources, the tokenizer, its size, or the cache cannot be used.
+    Raises ConfigError if the sources, the tokenizer, its size, or the cache cannot be used.
     """
     if not config.cache_is_shared:
         processes = SINGLE_PROCESS
     store = Store(config.cache_dir, config.local_dir)
     with processes.first_in_process_0("the commits of data sets"):
-        settings = _pin_revisions(config, store)
-    sources = _open_sources(config, settings)
+        config = _pin_revisions(config, store)
+    sources = _open_sources(config)
     with processes.first_in_process_0("the tokenizer"):
-        tokenizer = open_tokenizer(config, store, [source for source in sources.values() if source])
-    opened = {
-        name: _tokens(config, name, source, tokenizer, store, processes)
-        if source
+        tokenizer = open_tokenizer(config, store, list(sources.values()))
+    opened = [
+        _tokens(config, name, sources[name], tokenizer, store, processes)
+        if name in sources
         else _tokens_made_elsewhere(config, name, tokenizer)
-        for name, source in sources.items()
-    }
+        for name in config.mixture
+    ]
     weights = tuple(source.weight for source in config.mixture.values())
-    return Corpus(tokenizer, {split: TokenSplit(split, tuple(t[split] for t in opened.values()), weights) for split in SPLITS})
+    return Corpus(tokenizer, {split: TokenSplit(split, tuple(tokens[split] for tokens in opened), weights) for split in SPLITS})
 
 
 def prepare_tokenizer(config: DataConfig, processes: Processes = SINGLE_PROCESS) -> Tokenizer:
     """The tokenizer for config, from data.cache_dir or put there. Tokenizes nothing. Raises ConfigError as prepare() does."""
     store = Store(config.cache_dir, config.local_dir)
     with processes.first_in_process_0("the tokenizer"):
-        sources = _open_sources(config, _pin_revisions(config, store))
-        return open_tokenizer(config, store, [source for source in sources.values() if source])
+        config = _pin_revisions(config, store)
+        return open_tokenizer(config, store, list(_open_sources(config).values()))
 
 
 def train_tokenizer(config: DataConfig, path: Path) -> None:
@@ -73,35 +74,31 @@ def train_tokenizer(config: DataConfig, path: Path) -> None:
         ConfigError: the sources cannot be used, or the size of the vocabulary does not fit them.
         OSError: path cannot be written.
     """
-    sources = _open_sources(config, _pin_revisions(config, Store(config.cache_dir, config.local_dir)))
-    train_sentencepiece(training_texts(config, [s for s in sources.values() if s]), config.vocab_size, path)
+    config = _pin_revisions(config, Store(config.cache_dir, config.local_dir))
+    train_sentencepiece(training_texts(config, list(_open_sources(config).values())), config.vocab_size, path)
 
 
 def dry_run(config: DataConfig) -> list[str]:
     """Lines that describe what prepare() would do. Reads what prepare() would read first, and writes nothing.
 
-    Raises:
-        ConfigError: as prepare().
+    Raises ConfigError as prepare() does.
     """
     store = Store(config.cache_dir, config.local_dir, read_only=True)
-    settings = _pin_revisions(config, store)
-    sources = _open_sources(config, settings)
+    config = _pin_revisions(config, store)
+    sources = _open_sources(config)
     trained = config.tokenizer == "sentencepiece" and config.tokenizer_file is None
     what = f"trained here, {config.vocab_size} pieces" if trained else config.tokenizer_file or ""
     lines = [f"tokenizer: {config.tokenizer} {what}".rstrip()]
     try:
-        tokenizer = open_tokenizer(config, store, [source for source in sources.values() if source])
+        tokenizer = open_tokenizer(config, store, list(sources.values()))
     except Corrupt:
         tokenizer = None  # not made yet, and so are all tokens
-    for name, source in sources.items():
-        c = settings[name]
+    for name, c in config.mixture.items():
         shown = {key: getattr(c, key) for key in ("path", "subset", "revision", "files", "max_parts", "column")}
         lines.append(f"{config.key(name)}: {c.source} " + ", ".join(f"{key} {value}" for key, value in shown.items() if value))
-        if source is not None:
+        if source := sources.get(name):
             shards = source.shards()
-            done = set[int]()
-            if tokenizer:
-                done = replace(_token_shards(config, name, source, tokenizer, store), n_shards=len(shards)).present()
+            done = _token_shards(config, source, tokenizer, store, len(shards)).present() if tokenizer else set[int]()
             size = sum(shard.size for i, shard in enumerate(shards) if i not in done)
             lines.append(f"  {len(shards) - len(done)} shards to tokenize" + (f", {size:,} bytes of text" if size else ""))
             if done:
@@ -110,51 +107,51 @@ def dry_run(config: DataConfig) -> list[str]:
             hashed = f"by hash, validation {config.validation_fraction:.4%}, test {config.test_fraction:.4%}"
             lines.append("  splits: " + ("the source's own" if own else hashed))
     lines.append(f"cache: {config.cache_dir}" + (f", copies in {config.local_dir}" if store.remote else ""))
-    lines.append(f"rows: {config.packing} of {config.seq_len} tokens; {config.tokenize_workers or _cores()} processes")
+    lines.append(f"rows: {config.packing} of {config.seq_len} tokens; {_n_workers(config)} processes")
     return lines
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _n_workers(config: DataConfig) -> int:
+    return config.tokenize_workers or len(os.sched_getaffinity(0))
 
 
-def _pin_revisions(config: DataConfig, store: Store) -> dict[str, MixedSourceConfig]:
-    """The settings of the sources; for a branch or tag of a Hub data set the commit that this cache is pinned to.
+def _pin_revisions(config: DataConfig, store: Store) -> DataConfig:
+    """The config with, for a branch or tag of a Hub data set, the commit that this cache is pinned to.
 
     The cache keeps the commit of the first use, so that a run never changes its data and needs no network later.
     """
 
-    def pinned(settings: MixedSourceConfig, key: str) -> MixedSourceConfig:
+    def pinned(settings: MixedSourceConfig, key: str) -> str | None:
         path, commit = settings.path or "", re.fullmatch("[0-9a-f]{40}", settings.revision or "")
         if settings.source != "hub" or commit or hub.is_folder(path):
-            return settings
+            return settings.revision
         name = f"pins/{cache_key([path] if settings.revision is None else [path, settings.revision])}.json"
         try:
-            pin = from_json(name, store.read(name))
+            pin = store.read_json(name)
         except Corrupt:
             commit = hub.latest_commit(path, key, settings.revision)
             pin = {"path": path, "revision": settings.revision, "commit": commit}
             if not store.read_only:
-                store.write(name, to_json(pin))
-        return replace(settings, revision=pin["commit"])
+                store.write_json(name, pin)
+        return pin["commit"]
 
-    return {name: pinned(settings, config.key(name)) for name, settings in config.mixture.items()}
+    revisions = {name: pinned(settings, config.key(name)) for name, settings in config.mixture.items()}
+    if not config.sources:
+        return replace(config, revision=revisions["data"])
+    return replace(config, sources={name: replace(config.sources[name], revision=revisions[name]) for name in revisions})
 
 
-def _open_sources(config: DataConfig, settings: dict[str, MixedSourceConfig]) -> dict[str, Source | None]:
-    """The sources by name; None for tokens made elsewhere."""
+def _open_sources(config: DataConfig) -> dict[str, Source]:
+    """The sources by name, except tokens made elsewhere."""
     fractions = held_out_fractions(config)
-    return {
-        name: None if source.source == "tokens" else open_source(source, config.key(name), fractions)
-        for name, source in settings.items()
-    }
+    mixture = config.mixture.items()
+    return {name: open_source(one, config.key(name), fractions) for name, one in mixture if one.source != "tokens"}
 
 
-def _token_shards(config: DataConfig, name: str, source: Source, tokenizer: Tokenizer, store: Store) -> TokenShards:
-    """Those of a source whose shards are not counted yet."""
+def _token_shards(config: DataConfig, source: Source, tokenizer: Tokenizer, store: Store, n_shards: int) -> TokenShards:
     fractions = held_out_fractions(config)
     key = cache_key([source.identity, tokenizer.fingerprint, config.add_bos, *fractions, config.on_bad_record])
-    return TokenShards(store, f"tokens-{key}", config.key(name), 0, tokenizer, config.add_bos, fractions, config.on_bad_record)
+    return TokenShards(store, f"tokens-{key}", source.key, n_shards, tokenizer, config)
 
 
 def _tokens(
@@ -164,7 +161,7 @@ def _tokens(
 
     Whatever a process finds, it passes the same three barriers, so that none waits for one that is already done.
     """
-    target = _token_shards(config, name, source, tokenizer, store)
+    target = _token_shards(config, source, tokenizer, store, n_shards=0)
     folder, place = target.folder, f"{target.folder}/{MANIFEST}"
     where = f"the cache {store.root}/{folder}"
     tokens = None
@@ -178,7 +175,7 @@ def _tokens(
     if incomplete := store.read(place) is None:
         shards = source.shards()
         target = replace(target, n_shards=len(shards))
-        build(target, shards, config.tokenize_workers or _cores(), processes)
+        build(target, shards, _n_workers(config), processes)
     processes.barrier(f"{where}: tokenized")
     if incomplete and processes.index == 0:
         manifest = {
@@ -190,20 +187,16 @@ def _tokens(
             "n_vocab": tokenizer.n_vocab,
             "dtype": dtype_for(tokenizer.n_vocab),
         }
-        store.write(place, to_json(manifest))
+        store.write_json(place, manifest)
     processes.barrier(f"{where}: complete")
     hint = NOT_SHARED if processes.index else ""
     wrong = f"data.cache_dir = {store.root}: {folder} is corrupt after it was built"
     with translate_errors(wrong, Corrupt, lambda error: f"{error}{hint}"):
-        return tokens or _open(store, folder, name, from_json(MANIFEST, store.read(place)), tokenizer.eos_id)
+        return tokens or _open(store, folder, name, store.read_json(place), tokenizer.eos_id)
 
 
 def _open(store: Store, folder: str, name: str, manifest: dict[str, Any], eos_id: int) -> dict[Split, TokenDataset]:
-    """The tokens in a folder.
-
-    Raises:
-        Corrupt: a shard is missing or corrupt; says how many are.
-    """
+    """The tokens in a folder. Raises Corrupt if a shard is missing or corrupt; says how many are."""
     shards: list[dict[str, Any]] = manifest["shards"]
 
     def fetch(shard: dict[str, Any]) -> Path | Corrupt:
@@ -212,8 +205,7 @@ def _open(store: Store, folder: str, name: str, manifest: dict[str, Any], eos_id
         except Corrupt as error:
             return error
 
-    with ThreadPoolExecutor(4) as pool:  # checksums and copies are made outside of Python
-        fetched = list(pool.map(fetch, shards))
+    fetched = map_parallel(fetch, shards)
     if corrupt := [error for error in fetched if isinstance(error, Corrupt)]:
         raise Corrupt(f"{len(corrupt)} of its {len(shards)} shards are corrupt or missing, the first: {corrupt[0]}")
     paths = [path for path in fetched if isinstance(path, Path)]
@@ -248,7 +240,7 @@ def _tokens_made_elsewhere(config: DataConfig, name: str, tokenizer: Tokenizer) 
     root, _, folder = path.rstrip("/").rpartition("/")
     store = Store(root or ("/" if path.startswith("/") else "."), config.local_dir)
     with translate_errors(f"{where}: not a folder of tokens", Corrupt):
-        manifest = from_json(MANIFEST, store.read(f"{folder}/{MANIFEST}"))
+        manifest = store.read_json(f"{folder}/{MANIFEST}")
     check({"tokenizer", "shards"} <= set(manifest), f"{where}: not a folder of tokens: its {MANIFEST} lists none")
     check(
         manifest["tokenizer"] == tokenizer.fingerprint,

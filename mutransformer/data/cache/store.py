@@ -76,7 +76,7 @@ class Store:
         """Removes scratch files of processes of this machine that have ended."""
         for path in self._scratch.glob(f".*~{socket.gethostname()}~*"):
             if not _alive(path.name.split("~")[-2]):
-                _remove(path)
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     @property
     def _scratch(self) -> Path:
@@ -86,8 +86,7 @@ class Store:
         """Publishes a file, which is moved or removed."""
         with self._errors("write"):
             try:
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+                _sync(file)
                 if self.remote:
                     self._fs().put_file(str(file), self._url(name))
                 else:
@@ -97,18 +96,21 @@ class Store:
             finally:
                 file.unlink(missing_ok=True)
 
-    def write(self, name: str, data: bytes) -> None:
-        """Publishes a small object."""
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What write_json() was given. Raises Corrupt if it is missing, unreadable or changed."""
+        return from_json(name, self.read(name))
+
+    def write_json(self, name: str, facts: dict[str, Any]) -> None:
+        """Publishes JSON values with their checksum."""
         file = self.scratch(name)
         with self._errors("write"):
-            file.write_bytes(data)
+            file.write_bytes(to_json(facts))
         self.put(name, file)
 
     def fetch(self, name: str, size: int, sha256: str) -> Path:
         """A local file with the object's contents, of which every byte was checked: the object itself, or a copy.
 
-        Raises:
-            Corrupt: it is missing or differs.
+        Raises Corrupt if it is missing or differs.
         """
         if not self.remote:
             return check_file(self._path(name), size, sha256)
@@ -144,12 +146,11 @@ def check_file(path: Path, size: int, sha256: str, name: str = "") -> Path:
     """The path, if the file has this size and checksum. Raises Corrupt if not."""
     name = name.rsplit("/", 1)[-1] or path.name
     try:
-        with open(path, "rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise Corrupt(f"{name}: {found} bytes instead of {size}")
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise Corrupt(f"{name}: wrong checksum")
+        found = path.stat().st_size
+        if found != size:
+            raise Corrupt(f"{name}: {found} bytes instead of {size}")
+        if checksum(path)["sha256"] != sha256:
+            raise Corrupt(f"{name}: wrong checksum")
     except OSError as error:
         raise Corrupt(f"{name}: {error.strerror}") from None
     return path
@@ -168,7 +169,7 @@ def digest(value: Any) -> str:
 
 def cache_key(settings: list[Any]) -> str:
     """A name for what these settings determine."""
-    return hashlib.sha256(json.dumps([FORMAT, *settings]).encode()).hexdigest()[:32]
+    return digest([FORMAT, *settings])[:32]
 
 
 def to_json(facts: dict[str, Any]) -> bytes:
@@ -177,11 +178,7 @@ def to_json(facts: dict[str, Any]) -> bytes:
 
 
 def from_json(name: str, data: bytes | None) -> dict[str, Any]:
-    """What to_json() was given.
-
-    Raises:
-        Corrupt: data is None, unreadable or changed.
-    """
+    """What to_json() was given. Raises Corrupt if data is None, unreadable or changed."""
     name = name.rsplit("/", 1)[-1]
     if data is None:
         raise Corrupt(f"{name}: No such file or directory")
@@ -210,7 +207,7 @@ def cached_files(
     folder = f"{kind}-{cache_key(settings)}"
 
     def fetch() -> list[Path]:
-        stored = from_json(MANIFEST, store.read(f"{folder}/{MANIFEST}"))["files"]
+        stored = store.read_json(f"{folder}/{MANIFEST}")["files"]
         return [store.fetch(f"{folder}/{name}", stored[name]["bytes"], stored[name]["sha256"]) for name in files]
 
     try:
@@ -228,8 +225,8 @@ def cached_files(
         for name in files:
             store.put(f"{folder}/{name}", temporary / name)
     finally:
-        _remove(temporary)
-    store.write(f"{folder}/{MANIFEST}", to_json(facts))
+        shutil.rmtree(temporary, ignore_errors=True)
+    store.write_json(f"{folder}/{MANIFEST}", facts)
     with translate_errors(f"data.cache_dir = {store.root}: corrupt directly after it was written there", Corrupt):
         return fetch()
 
@@ -237,19 +234,13 @@ def cached_files(
 def _alive(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, ValueError):
-        return True
+    except (OSError, ValueError) as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
-def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,7 +1,6 @@
 """Files by path, glob or URL: which there are, the version of each, and their bytes."""
 
 import gzip
-import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,8 @@ from typing import Any, TypeVar
 from fsspec.core import url_to_fs
 
 from mutransformer.config.data import SourceConfig
-from mutransformer.data.sources.source import Split
+from mutransformer.data.cache.store import checksum
+from mutransformer.data.sources.source import SPLITS, Split
 from mutransformer.errors import ConfigError, check, first_line, is_url, translate_errors
 
 T = TypeVar("T")
@@ -47,10 +47,7 @@ class File:
         """A binary file of the contents, stored as they are, as .gz or as .zst; compressed ones are read forward only.
 
         Buffered, since the files of most stores fetch and copy a block or two for each line. A truncated file is an OSError or
-        EOFError; several compressed frames, one after another, are read as one.
-
-        Raises:
-            ConfigError: .zst needs a package that is missing.
+        EOFError; several compressed frames, one after another, are read as one. Raises ConfigError if .zst lacks its package.
         """
         with self.open() as stored:
             if self._has_suffix(".gz"):
@@ -72,12 +69,20 @@ class File:
         # Of the matched name: a symbolic link may lead to a file that is named by its hash.
         return (self.name.partition("?")[0] if self.path.startswith(_HTTP) else self.name).endswith(suffixes)
 
+    def count_newlines(self, stop: int) -> int:
+        """The number of line ends in the first bytes of the file."""
+        count = 0
+        with self.open() as opened:
+            while stop > 0 and (block := opened.read(min(stop, _BLOCK))):
+                count += block.count(b"\n")
+                stop -= len(block)
+        return count
+
 
 def find(patterns: Iterable[str], key: str) -> list[File]:
     """Every file that a path, glob or URL matches, once, in order of names. Local files are read, to notice a change.
 
-    Raises:
-        ConfigError: a pattern matches nothing, names a folder, or a file cannot be read.
+    Raises ConfigError if a pattern matches nothing or names a folder, or a file cannot be read.
     """
     matches: dict[str, tuple[str, Any]] = {}
     for pattern in patterns:
@@ -88,9 +93,8 @@ def find(patterns: Iterable[str], key: str) -> list[File]:
         name, store = matches[path]
         with translate_errors(f"{key}: cannot read {path}"):
             if store is None:
-                with open(path, "rb") as file:
-                    version = hashlib.file_digest(file, "sha256").hexdigest()
-                    return File(name, path, file.tell(), version)
+                facts = checksum(Path(path))
+                return File(name, path, facts["bytes"], facts["sha256"])
             fs, path_there = store
             size = fs.info(path_there)["size"]
             check(size is not None, f"{key}: cannot read {path}: the server does not report its size")
@@ -102,19 +106,21 @@ def find(patterns: Iterable[str], key: str) -> list[File]:
 def find_by_split(config: SourceConfig, key: str) -> list[tuple[Split | None, File]]:
     """The files of a source, at most max_parts of each split; with the split None if documents are divided by a hash.
 
-    Raises:
-        ConfigError: as find(), or a file is named for two splits.
+    Raises ConfigError as find() does, or if a file is named for two splits.
     """
     if not config.validation_files:
         return [(None, file) for file in find(config.files, f"{key}.files")[: config.max_parts]]
-    named: dict[Split, str] = {"train": "files", "validation": "validation_files", "test": "test_files"}
-    found: dict[Split, list[File]] = {split: find(getattr(config, name), f"{key}.{name}") for split, name in named.items()}
-    seen: dict[str, str] = {}
-    for split, files in found.items():
+    found: list[tuple[Split | None, File]] = []
+    named: dict[str, str] = {}  # the setting that names a file, by its path
+    split: Split
+    for split in SPLITS:
+        setting = "files" if split == "train" else f"{split}_files"
+        files = find(getattr(config, setting), f"{key}.{setting}")
         for file in files:
-            check(file.path not in seen, f"{key}.{named[split]}: {file.path} is also one of {key}.{seen.get(file.path)}")
-            seen[file.path] = named[split]
-    return [(split, file) for split, files in found.items() for file in files[: config.max_parts]]
+            other = named.setdefault(file.path, setting)
+            check(other == setting, f"{key}.{setting}: {file.path} is also one of {key}.{other}")
+        found += [(split, file) for file in files[: config.max_parts]]
+    return found
 
 
 def map_parallel(action: Callable[[Any], T], items: Iterable[Any]) -> list[T]:

@@ -19,8 +19,7 @@ from mutransformer.errors import ConfigError, check, first_line, translate_error
 def latest_commit(path: str, key: str, revision: str | None = None) -> str:
     """The present commit of a branch or tag of a data set; of its main branch if revision is None.
 
-    Raises:
-        ConfigError: the Hub cannot be reached, or has no such data set or revision.
+    Raises ConfigError if the Hub cannot be reached, or has no such data set or revision.
     """
     import huggingface_hub
 
@@ -48,8 +47,7 @@ def identity(config: SourceConfig) -> list[Any]:
 def hub_shards(config: SourceConfig, key: str) -> list[SourceShard]:
     """The shards of a data set: of all three splits if it has them, else of config.split, to be divided by a hash.
 
-    Raises:
-        ConfigError: there is no such data set, subset, split or revision, or the Hub cannot be reached.
+    Raises ConfigError if there is no such data set, subset, split or revision, or the Hub cannot be reached.
     """
     path, folder = config.path or "", is_folder(config.path or "")
     try:
@@ -68,12 +66,12 @@ def hub_shards(config: SourceConfig, key: str) -> list[SourceShard]:
         n = loaded[name].num_shards
         for i in range(min(n, config.max_parts or n)):
             place = f"{path}, {split or 'split'} shard {i}"
-            records = partial(_read, loaded[name].shard(num_shards=n, index=i), place, config, key, split)
+            records = partial(_read, loaded[name].shard(num_shards=n, index=i), place, config, key)
             shards.append(SourceShard(place, not folder, 0, [i, config.column, split], records, split))
     return shards
 
 
-def _read(shard: Any, place: str, config: SourceConfig, key: str, split: Split | None) -> Iterator[Record]:
+def _read(shard: Any, place: str, config: SourceConfig, key: str) -> Iterator[Record]:
     """The records of a datasets.IterableDataset, streamed."""
 
     def check_column(names: Collection[str]) -> None:
@@ -85,7 +83,7 @@ def _read(shard: Any, place: str, config: SourceConfig, key: str, split: Split |
         shard = shard.select_columns([config.column])
     for row, fields in enumerate(shard):
         check_column(fields)
-        yield text_record(f"{place}, row {row}", config.column, fields[config.column], split)
+        yield text_record(f"{place}, row {row}", config.column, fields[config.column])
 
 
 def describe_error(error: BaseException) -> str:

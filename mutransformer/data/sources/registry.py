@@ -1,14 +1,25 @@
-"""The sources by the value of `source`. A new one is a file here, its line in SOURCES, and its name in SourceConfig.source."""
+"""The sources by the value of `source`, and how the texts of a shard are read, whichever source it is of.
 
-from collections.abc import Callable
+A new source is a function that lists its shards, its line in SOURCES, and its name in SourceConfig.source.
+"""
 
-from mutransformer.config.data import MixedSourceConfig, SourceConfig
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from mutransformer.config.data import DataConfig, MixedSourceConfig, SourceConfig
 from mutransformer.data.sources import hub
-from mutransformer.data.sources.jsonl import jsonl_shards
-from mutransformer.data.sources.source import Source, SourceShard
-from mutransformer.data.sources.splits import Fractions
-from mutransformer.data.sources.tables import arrow_shards, parquet_shards
+from mutransformer.data.sources.records import arrow_shards, jsonl_shards, parquet_shards
+from mutransformer.data.sources.source import Fractions, Source, SourceShard, Split, held_out_fractions, split_of
 from mutransformer.data.sources.text import stdlib_shards, text_shards
+from mutransformer.errors import ConfigError, check
+
+ATTEMPTS = 5  # to read a remote shard, with 1, 2, 4, 8 seconds between them
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 # Each lists its shards from the settings, the key below which they stand, and the fractions of whole files to hold out.
 SOURCES: dict[str, Callable[[SourceConfig, str, Fractions], list[SourceShard]]] = {
@@ -23,12 +34,58 @@ SOURCES: dict[str, Callable[[SourceConfig, str, Fractions], list[SourceShard]]] 
 def open_source(config: MixedSourceConfig, key: str, fractions: Fractions) -> Source:
     """A source with the identity of its text; a Hub data set, whose revision must be a commit, is not listed yet.
 
-    Only whole files are held out by their fractions here; records are divided later, by split_of().
-
-    Raises:
-        ConfigError: a file is missing or unreadable, a glob matches nothing, or there is too little text for three splits.
+    Only whole files are held out by their fractions here; records are divided later, by split_of(). Raises ConfigError if a file
+    is missing or unreadable, a glob matches nothing, or there is too little text for three splits.
     """
     if config.source == "hub":
-        return Source(config, key, hub.identity(config), lambda: hub.hub_shards(config, key))
+        return Source(key, hub.identity(config), lambda: hub.hub_shards(config, key))
     shards = SOURCES[config.source](config, key, fractions)
-    return Source(config, key, [shard.identity for shard in shards], lambda: shards)
+    return Source(key, [shard.identity for shard in shards], lambda: shards)
+
+
+class ReadError(Exception):
+    """Reading a shard failed, perhaps temporarily."""
+
+
+class RecordReader:
+    """Iterates once over the texts of a shard that are not empty, in UTF-8, each with its split.
+
+    Raises:
+        ConfigError: during the iteration: a record is bad and data.on_bad_record=error.
+        ReadError: during the iteration: the shard cannot be read further.
+    """
+
+    def __init__(self, shard: SourceShard, key: str, config: DataConfig):
+        self._shard, self._key, self._skip = shard, key, config.on_bad_record == "skip"
+        self._fractions = held_out_fractions(config)
+        self.skipped, self.first_skipped = 0, ""  # the number of bad records so far; place and reason of the first one
+
+    def __iter__(self) -> Iterator[tuple[bytes, Split]]:
+        try:
+            for record in self._shard.records():
+                if record.text is None:
+                    problem = f"{record.place}: {record.reason}"
+                    check(self._skip, f"{self._key}: {problem}; data.on_bad_record=skip skips bad records")
+                    self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or problem
+                elif record.text:
+                    yield record.text, self._shard.split or record.split or split_of(record.text, self._fractions)
+        except ConfigError:
+            raise
+        except Exception as error:  # raised by a file system, a decompressor or the Hub's library
+            raise ReadError(f"{self._shard.place}: cannot read it: {hub.describe_error(error)}") from error
+
+
+def with_retries(shard: SourceShard, key: str, action: Callable[[], T]) -> T:
+    """The result of an action that reads a shard; it is repeated after a ReadError if the shard is remote.
+
+    Raises ConfigError if the shard cannot be read.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except ReadError as error:
+            if attempt == ATTEMPTS or not shard.remote:
+                raise ConfigError(f"{key}: {error}") from error.__cause__
+            _log.warning("%s: %s; trying again in %d s", key, error, 2 ** (attempt - 1))
+            time.sleep(2 ** (attempt - 1))
+    raise AssertionError

@@ -1,10 +1,11 @@
-"""A source of text: shards, each read by one process from beginning to end, and the records in them."""
+"""A source of text: shards, each read by one process from beginning to end, the records in them, and which are held out."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from mutransformer.config.data import MixedSourceConfig
+from mutransformer.config.data import DataConfig
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -18,7 +19,7 @@ class Record(NamedTuple):
 
     place: str  # file, and for a bad record line or row, for messages
     text: bytes | None  # in UTF-8
-    split: Split | None = None  # None: by a hash of the text
+    split: Split | None = None  # None: that of its shard, or by a hash of the text
     reason: str = ""  # set where text is None
 
 
@@ -38,18 +39,55 @@ class SourceShard:
 class Source:
     """Text that has not been read yet."""
 
-    config: MixedSourceConfig
-    key: str  # where the settings stand, for messages
+    key: str  # where its settings stand, for messages
     identity: list[Any]  # what determines the records, as JSON values
     shards: Callable[[], list[SourceShard]]  # lists all of them, in order; may query a store or the Hub
 
 
-def text_record(place: str, column: str, value: Any, split: Split | None = None) -> Record:
+def text_record(place: str, column: str, value: Any) -> Record:
     """The record of a value that should be a string."""
     if not isinstance(value, str):
         kind = "null" if value is None else f"a {type(value).__name__}"
         return Record(place, None, reason=f"{column!r} is {kind}, not text")
     try:
-        return Record(place, value.encode(), split)
+        return Record(place, value.encode())
     except UnicodeEncodeError as error:
         return Record(place, None, reason=f"not Unicode ({error.reason} at character {error.start})")
+
+
+class Fractions(NamedTuple):
+    """The fractions of documents that are held out."""
+
+    validation: float
+    test: float
+
+
+def held_out_fractions(config: DataConfig) -> Fractions:
+    return Fractions(config.validation_fraction, config.test_fraction)
+
+
+def split_of(text: bytes, fractions: Fractions) -> Split:
+    """The split of a record, by the SHA-256 of its text alone."""
+    u = _uniform(text)
+    return "validation" if u < fractions.validation else "test" if u < fractions.validation + fractions.test else "train"
+
+
+def assign_splits(names: list[str], validation_fraction: float, test_fraction: float) -> list[Split]:
+    """The split of each name, by its SHA-256 alone: the same on every machine and whatever the other names are.
+
+    Exception: if the hash leaves a split empty, the name with the nearest hash goes there. Needs at least three names.
+    """
+    assert len(names) >= len(SPLITS)
+    u = [_uniform(name.encode(errors="surrogateescape")) for name in names]  # the bytes that the file system stores
+    held_out = validation_fraction + test_fraction
+    n_validation = min(max(1, sum(x < validation_fraction for x in u)), len(names) - 2)
+    n_test = min(max(1, sum(validation_fraction <= x < held_out for x in u)), len(names) - 1 - n_validation)
+    splits: list[Split] = ["train"] * len(names)
+    for rank, index in enumerate(sorted(range(len(names)), key=u.__getitem__)[: n_validation + n_test]):
+        splits[index] = "validation" if rank < n_validation else "test"
+    return splits
+
+
+def _uniform(data: bytes) -> float:
+    """A number in [0, 1), by hash."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64

@@ -1,4 +1,4 @@
-"""Documents of plain text: files, cut in pieces where one holds much of the text, and Python's standard library.
+"""Documents of plain text: files, cut in pieces where one holds much of the text, and Python's standard library. And how to cut.
 
 Whole files go to a split by a hash of their names. A file that holds much of the text is cut in pieces that are hashed one by
 one, so that a single long file can be trained on as well.
@@ -7,22 +7,44 @@ one, so that a single long file can be trained on as well.
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 from mutransformer.config.data import SourceConfig
-from mutransformer.data.sources.cut import cut_points
 from mutransformer.data.sources.files import File, find_by_split, map_parallel
-from mutransformer.data.sources.jsonl import count_newlines
-from mutransformer.data.sources.source import SHARD_BYTES, SPLITS, UTF8_BOM, Record, SourceShard, Split
-from mutransformer.data.sources.splits import Fractions, assign_splits
+from mutransformer.data.sources.source import SHARD_BYTES, SPLITS, UTF8_BOM, Fractions, Record, SourceShard, Split, assign_splits
 from mutransformer.errors import check
 
+_BLOCK = 1 << 16  # bytes that are searched for a line end at a time
 _SMALLEST_PIECE = 64  # bytes
 _STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def cut(data: bytes, size: int) -> Iterator[bytes]:
+    """Text in pieces of size to 2 * size bytes and at most 3 more, each cut when it is asked for."""
+    ends = _cut_points(lambda first, last: data[first:last], 0, len(data), size)
+    return (data[first:last] for first, last in pairwise(chain([0], ends)))
+
+
+def _cut_points(read: Callable[[int, int], bytes], start: int, stop: int, size: int) -> Iterator[int]:
+    """The end of each piece of the UTF-8 text in bytes start ... stop - 1. read(first, last) is asked for bytes near the ends.
+
+    A piece has size bytes or more, up to the next line end; with none before 2 * size it ends there, between two characters.
+    """
+    while start < stop:
+        at, limit, found = start + size - 1, min(start + 2 * size, stop), -1
+        while at < limit and found < 0 and (block := read(at, min(at + _BLOCK, limit))):
+            found = block.find(b"\n")
+            at += len(block) if found < 0 else found + 1
+        if found < 0:
+            tail = read(limit, min(limit + 4, stop))
+            at_end = 0 if len(tail) == 4 else len(tail)
+            at = limit + next((k for k, byte in enumerate(tail) if byte & 0xC0 != 0x80), at_end)
+        yield at
+        start = at
 
 
 @dataclass(frozen=True)
@@ -49,7 +71,7 @@ def read_documents(documents: list[Document]) -> Iterator[Record]:
             data.decode()
             yield Record(d.file.path, data, d.split)
         except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + count_newlines(d.file, d.start) + 1
+            line = data.count(b"\n", 0, error.start) + d.file.count_newlines(d.start) + 1
             place = f"{d.file.path}, line {line}, byte {d.start + error.start}"
             yield Record(place, None, reason=f"not UTF-8 ({error.reason})")
 
@@ -90,12 +112,11 @@ def text_shards(config: SourceConfig, key: str, fractions: Fractions) -> list[So
     else:
         total = sum(file.size for _, file in files)
         size = min(max(_SMALLEST_PIECE, 1 << max(0, (total // 256).bit_length() - 1)), SHARD_BYTES // 2)
-    found = map_parallel(lambda file: _pieces(file, size), [file for _, file in files])
-    pieces = [replace(piece, split=split) for (split, _), pieces in zip(files, found, strict=True) for piece in pieces]
+    pieces = list(chain.from_iterable(map_parallel(lambda found: _pieces(*found, size=size), files)))
     return _group(pieces if config.validation_files else _divide(pieces, key, fractions, f", {key}.files = {config.files}"))
 
 
-def _pieces(file: File, size: int) -> list[Document]:
+def _pieces(split: Split | None, file: File, size: int) -> list[Document]:
     """A file as one document, or one of more than 4 * size bytes in pieces of size to 2 * size; none if it is empty."""
     with file.open() as opened:
 
@@ -105,9 +126,9 @@ def _pieces(file: File, size: int) -> list[Document]:
 
         start = len(UTF8_BOM) if read(0, len(UTF8_BOM)) == UTF8_BOM else 0
         if file.size - start <= 4 * size:
-            return [Document(file.name, file, start, file.size)] if file.size > start else []
-        cuts = [start, *cut_points(read, start, file.size, size)]
-        return [Document(f"{file.name}#{k}", file, *span) for k, span in enumerate(pairwise(cuts))]
+            return [Document(file.name, file, start, file.size, split)] if file.size > start else []
+        cuts = [start, *_cut_points(read, start, file.size, size)]
+        return [Document(f"{file.name}#{k}", file, *span, split) for k, span in enumerate(pairwise(cuts))]
 
 
 def _divide(pieces: list[Document], key: str, fractions: Fractions, files: str = "") -> list[Document]:

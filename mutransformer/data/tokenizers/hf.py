@@ -72,8 +72,7 @@ class HFTokenizer:
 def convert(name: str, eos_token: str | None, folder: Path) -> dict[str, Any]:
     """Reads a fast tokenizer by Hub id or from a folder, and writes FILES to another folder.
 
-    Raises:
-        ConfigError: it is missing, is not a fast tokenizer, needs code of its own, or has no eos.
+    Raises ConfigError if it is missing, is not a fast tokenizer, needs code of its own, or has no eos.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns that PyTorch is missing
     import transformers
@@ -97,8 +96,7 @@ def convert(name: str, eos_token: str | None, folder: Path) -> dict[str, Any]:
     wanted = "its eos token" if eos_token is None else f"data.eos_token = {eos_token}"
     check(eos is not None, f"{where}: {wanted} is missing; name the token that ends each document by data.eos_token")
     n_vocab = 1 + max(backend.get_vocab(with_added_tokens=True).values())
-    names = {"bos": loaded.bos_token_id, "pad": loaded.pad_token_id, "unk": loaded.unk_token_id}
-    ids = {"n_vocab": n_vocab, "eos": eos, **names}
+    ids = {"n_vocab": n_vocab, "eos": eos, "bos": loaded.bos_token_id, "pad": loaded.pad_token_id, "unk": loaded.unk_token_id}
     (folder / FILES[0]).write_text(backend.to_str(), encoding="utf-8")
     (folder / FILES[1]).write_text(json.dumps(ids), encoding="utf-8")
     return {"name": name}

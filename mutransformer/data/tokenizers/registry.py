@@ -8,13 +8,11 @@ from typing import Any
 
 from mutransformer.config.data import DataConfig
 from mutransformer.data.cache.store import Store, cached_files, checksum
-from mutransformer.data.sources.reader import RecordReader, with_retries
-from mutransformer.data.sources.source import Source, SourceShard
-from mutransformer.data.sources.splits import held_out_fractions
+from mutransformer.data.sources.registry import RecordReader, with_retries
+from mutransformer.data.sources.source import Source, SourceShard, held_out_fractions
 from mutransformer.data.tokenizers import hf
-from mutransformer.data.tokenizers.byte import ByteTokenizer
 from mutransformer.data.tokenizers.sentencepiece import TRAINING_VERSION, SentencePieceTokenizer, train_sentencepiece
-from mutransformer.data.tokenizers.tokenizer import Tokenizer
+from mutransformer.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 from mutransformer.errors import check
 
 _SAMPLE_BYTES = 256 << 20  # of text up to which a tokenizer is trained on all of it
@@ -43,8 +41,7 @@ def open_tokenizer(config: DataConfig, store: Store, sources: Sequence[Source]) 
 def saved_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
     """The tokenizer of a run, from the copies of its files in the run's folder.
 
-    Raises:
-        ConfigError: there is no such folder, or no such copy.
+    Raises ConfigError if there is no such folder, or no such copy.
     """
     check(folder.is_dir(), f"{folder}: no run here")
     if config.tokenizer == "bytes":
@@ -98,7 +95,7 @@ def training_texts(config: DataConfig, sources: Sequence[Source]) -> list[str]:
 
 def _train_texts(shard: SourceShard, key: str, config: DataConfig, n_bytes: int) -> list[str]:
     texts: list[str] = []
-    for data, split in RecordReader(shard, key, config.on_bad_record, held_out_fractions(config)):
+    for data, split in RecordReader(shard, key, config):
         if split == "train":
             texts.append(data.decode())
             n_bytes -= len(data)

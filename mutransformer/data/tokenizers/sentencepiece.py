@@ -12,7 +12,7 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int32, Integer
 
-from mutransformer.data.sources.cut import cut
+from mutransformer.data.sources.text import cut
 from mutransformer.errors import ConfigError, check, translate_errors
 
 TRAINING_VERSION = 1  # of train_sentencepiece; another number trains cached tokenizers again
@@ -25,8 +25,7 @@ _SPACE = "\u2581"  # SentencePiece's own symbol for a space
 class SentencePieceTokenizer:
     """A SentencePiece model. If it has no bos or pad, eos takes their place.
 
-    Raises:
-        ConfigError: the file cannot be read, is not a SentencePiece model, or has no eos.
+    Raises ConfigError if the file cannot be read, is not a SentencePiece model, or has no eos.
     """
 
     def __init__(self, model_file: Path):
@@ -76,12 +75,7 @@ def train_sentencepiece(texts: list[str], vocab_size: int, path: Path) -> None:
     """Trains a byte-pair SentencePiece model whose decoding is exact, and writes it to path.
 
     The same texts give the same model. Spaces, tabs and line ends are ordinary text; characters outside the vocabulary are
-    spelled in bytes. Text beyond a few megabytes is sampled evenly.
-
-    Args:
-        texts: the documents.
-        vocab_size: pieces, including unk, bos, eos, pad (0 to 3) and 256 bytes.
-        path: of the model file.
+    spelled in bytes. Text beyond a few megabytes is sampled evenly. vocab_size counts unk, bos, eos, pad (0 to 3) and 256 bytes.
 
     Raises:
         ConfigError: the texts give fewer pieces, or have more characters, than vocab_size.

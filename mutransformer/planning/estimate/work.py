@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from mutransformer.config.schema import Config
-from mutransformer.data.batches.batch import Batch
+from mutransformer.data.batches.rows import Batch
 from mutransformer.planning.kernel_flops import KernelFlops
 from mutransformer.training.program import Program
 from mutransformer.training.step import make_loss_and_grads

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Real
 
 from mutransformer.config.schema import Config
-from mutransformer.data.batches.batch import Batch
+from mutransformer.data.batches.rows import Batch
 from mutransformer.data.tokenizers.tokenizer import Tokenizer
 from mutransformer.sharding.mesh import data_share, lay_mesh, put_batch
 from mutransformer.study.sweep.grid import Point

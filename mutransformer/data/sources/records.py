@@ -1,0 +1,153 @@
+"""Files with a document in a field of each line or row: JSON lines, plain or compressed, Parquet and Arrow."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from mutransformer.config.data import SourceConfig
+from mutransformer.data.sources.files import File, find_by_split, map_parallel, pyarrow
+from mutransformer.data.sources.source import SHARD_BYTES, UTF8_BOM, Fractions, Record, SourceShard, Split, text_record
+from mutransformer.errors import check, first_line, translate_errors
+
+_BATCH_ROWS = 1024  # read at a time
+
+
+def jsonl_shards(config: SourceConfig, key: str, fractions: Fractions) -> list[SourceShard]:
+    shards: list[SourceShard] = []
+    for split, file in find_by_split(config, key):
+        for start in range(0, 1 if file.compressed else max(1, file.size), SHARD_BYTES):
+            stop = None if file.compressed else min(start + SHARD_BYTES, file.size)
+            records = partial(read_lines, file, config.column, start, stop)
+            shards.append(_shard(config, split, file, (stop or file.size) - start, [start, stop], records))
+    return shards
+
+
+def parquet_shards(config: SourceConfig, key: str, fractions: Fractions) -> list[SourceShard]:
+    shards: list[SourceShard] = []
+    files = find_by_split(config, key)
+    for (split, file), groups in zip(files, map_parallel(_row_groups, [file for _, file in files]), strict=True):
+        first, size, first_row, row = 0, 0, 0, 0
+        for i, (n_rows, n_bytes) in enumerate(groups, start=1):
+            row += n_rows
+            size += n_bytes
+            if size >= SHARD_BYTES or i == len(groups):
+                taken = tuple(range(first, i))
+                records = partial(read_rows, file, config.column, f"{key}.column", taken, first_row)
+                shards.append(_shard(config, split, file, size, [taken], records))
+                first, size, first_row = i, 0, row
+    return shards
+
+
+def arrow_shards(config: SourceConfig, key: str, fractions: Fractions) -> list[SourceShard]:
+    return [
+        _shard(config, split, file, file.size, [None], partial(read_rows, file, config.column, f"{key}.column"))
+        for split, file in find_by_split(config, key)
+    ]
+
+
+def _shard(
+    config: SourceConfig, split: Split | None, file: File, size: int, part: list[Any], records: Callable[[], Iterator[Record]]
+) -> SourceShard:
+    identity = [file.name, file.version, *part, config.column, split]
+    return SourceShard(file.path, file.remote, size, identity, records, split)
+
+
+def read_lines(file: File, column: str, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+    """The lines that begin at bytes start ... stop - 1, to the end if stop is None; of a compressed file all lines."""
+    lines_before: int | None = None  # counted when a message needs it
+    with file.decompressed() as opened:
+        at = start
+        if at:
+            opened.seek(at - 1)
+            at += len(opened.readline()) - 1  # the rest of a line that belongs to the shard before
+        for number, line in enumerate(opened, start=1):
+            if stop is not None and at >= stop:
+                return
+            record = _parse(file.path, line.removeprefix(UTF8_BOM) if at == 0 else line, column)
+            if record is not None and record.text is None:
+                if lines_before is None:
+                    lines_before = file.count_newlines(at) - number + 1 if start else 0
+                record = record._replace(place=f"{file.path}:{lines_before + number}")
+            if record is not None:
+                yield record
+            at += len(line)
+
+
+def _parse(path: str, line: bytes, column: str) -> Record | None:
+    """The record of a line, with only the file as its place; None for a blank line."""
+    line = line.strip()
+    if not line:
+        return None
+    try:
+        fields = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 ({error.reason} at byte {error.start})"
+    except RecursionError:
+        reason = "not JSON (nested too deep)"
+    except json.JSONDecodeError as error:
+        reason = f"not JSON ({error.msg} at character {error.pos})"
+    except ValueError as error:  # a number of too many digits
+        reason = f"not JSON ({first_line(error)})"
+    else:
+        if isinstance(fields, dict) and column in fields:
+            return text_record(path, column, fields[column])
+        reason = f"a JSON {type(fields).__name__}, not an object with the field {column!r}"
+        if isinstance(fields, dict):
+            reason = f"no field {column!r}; it has {', '.join(map(repr, fields)) or 'none'}"
+    return Record(path, None, reason=reason)
+
+
+def read_rows(file: File, column: str, key: str, groups: tuple[int, ...] | None = None, first_row: int = 0) -> Iterator[Record]:
+    """The rows of some groups of a Parquet file, the first of which is row first_row; of all of an Arrow file if groups is None.
+
+    key, the setting that names the column, is for messages.
+    """
+    row = first_row
+    with file.open() as opened:
+        for batch in _batches(opened, file.path, column, key, groups):
+            for value in batch.column(0):
+                place = f"{file.path}, row {row}"
+                try:
+                    yield text_record(place, column, value.as_py())
+                except UnicodeDecodeError as error:
+                    yield Record(place, None, reason=f"not UTF-8 ({error.reason} at byte {error.start})")
+                row += 1
+
+
+def _batches(file: Any, path: str, column: str, key: str, groups: tuple[int, ...] | None) -> Iterator[Any]:
+    """Batches of the rows, of that column alone."""
+    pa = pyarrow(path)
+    with _format_errors(path, "Arrow" if groups is None else "Parquet"):
+        if groups is not None:
+            table = pa.parquet.ParquetFile(file)
+            schema, batches = table.schema_arrow, table.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[column])
+        else:
+            try:
+                reader = pa.ipc.open_file(file)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            except pa.ArrowInvalid:  # the streaming format, in which the library `datasets` stores its data
+                file.seek(0)
+                reader = batches = pa.ipc.open_stream(file)
+            schema = reader.schema
+        found = f"{path} has {', '.join(map(repr, schema.names))}"
+        check(column in schema.names, f"{key} = {column}: no such column; {found}")
+        kind = schema.field(column).type
+        values = kind.value_type if pa.types.is_dictionary(kind) else kind
+        is_text = pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)
+        check(is_text, f"{key} = {column}: holds {kind}, not text; {found}")
+        for batch in batches:
+            yield batch.select([column])
+
+
+def _row_groups(file: File) -> list[tuple[int, int]]:
+    """The rows and bytes of each row group."""
+    with file.open() as opened, _format_errors(file.path, "Parquet"):
+        metadata = pyarrow(file.path).parquet.ParquetFile(opened).metadata
+        groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+        return [(group.num_rows, group.total_byte_size) for group in groups]
+
+
+def _format_errors(path: str, kind: str) -> AbstractContextManager[None]:
+    return translate_errors(f"{path}: not a complete {kind} file", pyarrow(path).ArrowInvalid)
