@@ -20,8 +20,7 @@ from test_sharding import params
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
-from mutransformer.data.tokenizers.hf import convert
-from mutransformer.data.tokenizers.registry import saved_tokenizer
+from mutransformer.data.tokenizers.registry import convert_hf, saved_tokenizer
 from mutransformer.data.tokenizers.tokenizer import ByteTokenizer
 from mutransformer.errors import FINISHED, USAGE_ERROR, ConfigError
 from mutransformer.generation import (
@@ -260,7 +259,7 @@ def test_the_tokenizer_is_read_from_the_runs_folder(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(ConfigError, match=r"run: lacks the tokenizer's tokenizer\.json and special_ids\.json"):
         saved_tokenizer(config.data, config.rundir)
-    convert(str(hub), None, tmp_path / "run")
+    convert_hf(str(hub), None, tmp_path / "run")
     shutil.rmtree(hub)
     tokenizer = saved_tokenizer(config.data, config.rundir)
     given, new = (ids.tolist() for ids in tokenizer.encode(["the cat", "sat"]))

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from mutransformer.config.data import DataConfig
 from mutransformer.data.cache.prepare import prepare
-from mutransformer.data.tokenizers.hf import HFTokenizer, convert
-from mutransformer.data.tokenizers.tokenizer import Tokenizer
+from mutransformer.data.tokenizers.registry import convert_hf
+from mutransformer.data.tokenizers.tokenizer import HFTokenizer, Tokenizer
 from mutransformer.errors import ConfigError
 
 TEXTS = ["the cat sat", "a naïve Ärger of 中文", "def f(x):\n\treturn x\n", " two  spaces ", ""]
@@ -20,7 +20,7 @@ TEXTS = ["the cat sat", "a naïve Ärger of 中文", "def f(x):\n\treturn x\n", 
 
 def converted(folder: Path, into: Path, eos_token: str | None = None) -> HFTokenizer:
     into.mkdir()
-    convert(str(folder), eos_token, into)
+    convert_hf(str(folder), eos_token, into)
     return HFTokenizer(into / "tokenizer.json", into / "special_ids.json")
 
 

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from mutransformer.config.data import DataConfig
 from mutransformer.data.batches.rows import ConcatRows, PadRows, RowReader
 from mutransformer.data.cache.dataset import ShardWriter, TokenDataset, open_shard
-from mutransformer.data.tokenizers.hf import HFTokenizer, convert
+from mutransformer.data.tokenizers.registry import convert_hf
+from mutransformer.data.tokenizers.tokenizer import HFTokenizer
 from mutransformer.errors import ConfigError
 
 T = 8
@@ -71,7 +72,7 @@ def test_pad_rows_and_mask_are_the_references(family: str, truncated_eos: bool, 
     """The reference lets the tokenizer pad with eos and cut off, with its template; then counts up to the first eos or pad."""
     folder = FAMILIES[family](tmp_path / "hub")
     (tmp_path / "ours").mkdir()
-    convert(str(folder), None, tmp_path / "ours")
+    convert_hf(str(folder), None, tmp_path / "ours")
     ours = HFTokenizer(tmp_path / "ours/tokenizer.json", tmp_path / "ours/special_ids.json")
     rng = random.Random(0)
     words = ["the", "cat", "sat", "on", "mat", "naïve", "中文", "x + 12345"]

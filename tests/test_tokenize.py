@@ -13,9 +13,8 @@ from mutransformer.data.cache.prepare import prepare
 from mutransformer.data.cache.store import Store
 from mutransformer.data.sources.registry import open_source
 from mutransformer.data.sources.source import held_out_fractions
-from mutransformer.data.tokenizers.registry import open_tokenizer, training_texts
-from mutransformer.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
-from mutransformer.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer
+from mutransformer.data.tokenizers.registry import open_tokenizer, train_sentencepiece, training_texts
+from mutransformer.data.tokenizers.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 from mutransformer.errors import ConfigError
 
 SOURCE = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text(encoding="utf-8")

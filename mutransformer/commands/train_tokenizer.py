@@ -24,7 +24,7 @@ def run(args: Namespace) -> int:
     config = load(args.settings)
     processes.prepare_jax(config.distributed)
     from mutransformer.data.cache.prepare import train_tokenizer
-    from mutransformer.data.tokenizers.sentencepiece import SentencePieceTokenizer
+    from mutransformer.data.tokenizers.tokenizer import SentencePieceTokenizer
 
     train_tokenizer(config.data, args.out)
     print(f"{args.out}: {SentencePieceTokenizer(args.out).n_vocab} pieces")

@@ -33,9 +33,8 @@ class Batches(Iterator[Batch]):
         except RuntimeError as error:
             if not (self._config.workers and "terminated unexpectedly" in str(error)):
                 raise
-            raise ConfigError(
-                f"data.workers = {self._config.workers}: a process that reads ahead was killed, perhaps for memory"
-            ) from error
+            killed = "a process that reads ahead was killed, perhaps for memory"
+            raise ConfigError(f"data.workers = {self._config.workers}: {killed}") from error
         self._next += 1
         return batch
 
@@ -55,43 +54,32 @@ class Batches(Iterator[Batch]):
 
     def _start(self) -> grain.DatasetIterator[Batch]:
         c = self._config
-        options = grain.ReadOptions(num_threads=c.threads, prefetch_buffer_size=c.prefetch)
-        batches = self._batches[self._next :].to_iter_dataset(options)
+        ahead = grain.ReadOptions(num_threads=c.threads, prefetch_buffer_size=c.prefetch)
+        batches = self._batches[self._next :].to_iter_dataset(ahead)
         if c.workers:
             if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which only an absl program parses
                 flags.FLAGS.mark_as_parsed()
-            batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=c.workers, per_worker_buffer_size=max(1, c.prefetch))
-            )
+            workers = grain.MultiprocessingOptions(num_workers=c.workers, per_worker_buffer_size=max(1, c.prefetch))
+            batches = batches.mp_prefetch(workers)
         return iter(batches)
 
 
 def train_batches(text: TokenSplit, config: DataConfig, seed: int, n_blocks: int, blocks: Sequence[int], n_vocab: int) -> Batches:
-    """An endless iterator: every epoch of a source has each of its complete rows once, in a new order.
+    """An endless iterator: every epoch of a source has each of its complete rows once, in a new order by seed, 0 ... 2^32 - 1.
 
-    A batch may hold rows of two epochs.
+    A batch may hold rows of two epochs. Its data.batch_size rows are divided into n_blocks equal blocks; this process reads those
+    in `blocks`, from mesh.data_share. n_vocab is an upper bound of the token ids.
 
-    Args:
-        text: the split to train on.
-        config: seq_len T, batch_size B over all processes, packing, threads, workers and prefetch.
-        seed: of the order, in 0 ... 2^32 - 1.
-        n_blocks: equal blocks of rows into which a batch is divided.
-        blocks: the blocks of this process, from mesh.data_share.
-        n_vocab: upper bound of the token ids.
-
-    Raises:
-        ConfigError: the split has fewer rows than a batch, a source has none, or the batch does not divide into the blocks.
-        ConfigError: from next(): a token id lies outside the vocabulary.
+    Raises ConfigError if the split has fewer rows than a batch, a source has none, or the batch does not divide into the blocks;
+    and from next() if a token id lies outside the vocabulary.
     """
     local_rows = _local_rows(config, n_blocks, blocks)
     sources = {tokens.source: rows_of(tokens, config) for tokens in text.sources}
-    what = f"data.batch_size = {config.batch_size}, data.seq_len = {config.seq_len}: the {text.split} split"
-    check(
-        sum(map(len, sources.values())) >= config.batch_size,
-        f"{what} has {text.n_documents} documents, a batch needs {config.batch_size}; add text"
-        if config.packing == "pad"
-        else f"{what} has {text.n_tokens} tokens, a batch needs {config.batch_size * config.seq_len}; lower either, or add text",
-    )
+    size, enough = config.batch_size, sum(map(len, sources.values())) >= config.batch_size
+    what = f"data.batch_size = {size}, data.seq_len = {config.seq_len}: the {text.split} split has"
+    if config.packing == "pad":
+        check(enough, f"{what} {text.n_documents} documents, a batch needs {size}; add text")
+    check(enough, f"{what} {text.n_tokens} tokens, a batch needs {size * config.seq_len}; lower either, or add text")
     empty = [name for name, rows in sources.items() if not len(rows)]
     check(not empty, f"data.sources.{''.join(empty[:1])}: its {text.split} split has not even one row; leave it out, or add text")
     # Grain passes indices and not rows: its bookkeeping for an element takes longer than reading a row.
@@ -101,8 +89,7 @@ def train_batches(text: TokenSplit, config: DataConfig, seed: int, n_blocks: int
         for name, first, stop in zip(sources, reader.before[:-1], reader.before[1:], strict=True)
     ]
     mixed = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, text.weights)
-    read = _ReadBatch(reader, mixed, config.batch_size, local_rows)
-    return Batches(grain.MapDataset.range(sys.maxsize // config.batch_size).map(read), config)
+    return Batches(grain.MapDataset.range(sys.maxsize // size).map(_ReadBatch(reader, mixed, size, local_rows)), config)
 
 
 class _ReadBatch:
@@ -116,20 +103,21 @@ class _ReadBatch:
         return self._reader.read([self._order[first + i] for i in self._local_rows])
 
 
+def _seed(seed: int, name: str, n_sources: int) -> int:
+    """The seed of a source's order, which does not depend on the other sources of a mixture."""
+    return seed if n_sources == 1 else int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "big")
+
+
 def eval_batches(
     text: TokenSplit, config: DataConfig, n_batches: int | None, n_blocks: int, blocks: Sequence[int], n_vocab: int
 ) -> Iterator[Batch]:
-    """n_batches batches of rows evenly spread over the split, or all rows: then every token counts in exactly one batch.
+    """n_batches batches of rows evenly spread over the split; of all rows if it is None: then every token counts in one batch.
 
     Always the same rows, source after source. All batches have the same shape: rows beyond the end of the split are filled with
     eos and masked out. A split with fewer batches gives those it has, at least one; every process gets the same number. With
-    packing=pad tokens that are truncated do not count.
+    packing=pad tokens that are truncated do not count. The rest is as for train_batches().
 
-    Args: as train_batches(); n_batches = None is for all rows.
-
-    Raises:
-        ConfigError: the split has no token, or the batch does not divide into the blocks.
-        ConfigError: from next(): a token id lies outside the vocabulary.
+    Raises ConfigError if the split has no token, or the batch does not divide into the blocks; and from next() as there.
     """
     local_rows = _local_rows(config, n_blocks, blocks)
     check(text.n_tokens > 0, f"data: the {text.split} split has no tokens; raise data.{text.split}_fraction, or add text")
@@ -143,24 +131,16 @@ def eval_batches(
     return (reader.read([int((first + i) * every) for i in local_rows]) for first in first_rows)
 
 
+def _local_rows(config: DataConfig, n_blocks: int, blocks: Sequence[int]) -> list[int]:
+    """The indices 0 ... B - 1 of a batch's rows that are in the blocks."""
+    assert blocks and all(0 <= block < n_blocks for block in blocks)
+    check(config.batch_size % n_blocks == 0, f"data.batch_size = {config.batch_size}: must be a multiple of mesh.x, {n_blocks}")
+    size = config.batch_size // n_blocks
+    return [i for block in blocks for i in range(block * size, (block + 1) * size)]
+
+
 def fingerprint(text: TokenSplit, config: DataConfig, seed: int) -> dict[str, Any]:
     """What determines the sequence of training batches: saved with a checkpoint, and compared when it is resumed."""
     keys = ("packing", "intra_document_mask", "truncated_eos", "seq_len", "batch_size")
     settings = {key: getattr(config, key) for key in keys}
     return {"tokens": text.fingerprint, "tokenizer": text.tokenizer_fingerprint, **settings, "seed": seed}
-
-
-def _seed(seed: int, name: str, n_sources: int) -> int:
-    """The seed of a source's order, which does not depend on the other sources of a mixture."""
-    return seed if n_sources == 1 else int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "big")
-
-
-def _local_rows(config: DataConfig, n_blocks: int, blocks: Sequence[int]) -> list[int]:
-    """The indices 0 ... B - 1 of a batch's rows that are in the blocks."""
-    assert blocks and all(0 <= block < n_blocks for block in blocks)
-    check(
-        config.batch_size % n_blocks == 0,
-        f"data.batch_size = {config.batch_size}: must be a multiple of mesh.x, {n_blocks}",
-    )
-    size = config.batch_size // n_blocks
-    return [i for block in blocks for i in range(block * size, (block + 1) * size)]

@@ -90,8 +90,7 @@ class RowReader:
     def read(self, indices: Sequence[int]) -> Batch:
         """The rows of these indices; those beyond the last are filled with eos and masked out.
 
-        Raises:
-            ConfigError: a row has an id outside the vocabulary.
+        Raises ConfigError if a row has an id outside the vocabulary.
         """
         # Arrays for the batch, not for each row: a numpy call on a row costs more than its work.
         shape = (len(indices), self._seq_len)
@@ -108,8 +107,12 @@ class RowReader:
             if n < self._seq_len:
                 tokens[i, n:] = self._sources[0].source.eos_id
                 mask[i, n:] = False
-        if tokens.view(np.uint32).max() >= self._n_vocab:
-            raise self._invalid_id(indices, tokens.view(np.uint32))
+        ids = tokens.view(np.uint32)
+        if ids.max() >= self._n_vocab:
+            row, column = (int(at[0]) for at in (ids >= self._n_vocab).nonzero())
+            rows, within = self._locate(indices[row])
+            place = "" if rows is None else rows.source.place(rows.span(within)[0] + column)
+            raise ConfigError(f"{place}: id {ids[row, column]} is outside the vocabulary of {self._n_vocab}")
         if segments is not None:
             np.cumsum(segments, axis=1, out=segments)
         return Batch(tokens, mask, segments)
@@ -117,9 +120,3 @@ class RowReader:
     def _locate(self, index: int) -> tuple[Rows | None, int]:
         k = bisect_right(self.before, index) - 1
         return (self._sources[k] if k < len(self._sources) else None), index - self.before[k]
-
-    def _invalid_id(self, indices: Sequence[int], tokens: np.ndarray) -> ConfigError:
-        row, column = (int(at[0]) for at in (tokens >= self._n_vocab).nonzero())
-        rows, within = self._locate(indices[row])
-        place = "" if rows is None else rows.source.place(rows.span(within)[0] + column)
-        return ConfigError(f"{place}: id {tokens[row, column]} is outside the vocabulary of {self._n_vocab}")

@@ -25,6 +25,7 @@ from jaxtyping import Int64, Integer
 from mutransformer.data.cache.store import digest
 from mutransformer.data.sources.source import SPLITS, Split
 from mutransformer.data.tokenizers.tokenizer import Tokenizer
+from mutransformer.errors import ConfigError
 
 _BLOCK = 1 << 20  # tokens or documents processed together
 _STRIDE = 128  # documents
@@ -155,16 +156,6 @@ def open_shard(path: Path, dtype: str, facts: dict[str, Any]) -> dict[Split, Sec
     return found
 
 
-def first_invalid_id(section: Section, n_vocab: int) -> tuple[int, int] | None:
-    """The index and id of the first token outside the vocabulary; None if there is none."""
-    for start in range(0, section.n_tokens, _BLOCK):
-        tokens = section.tokens(start, min(start + _BLOCK, section.n_tokens))
-        if int(tokens.max()) >= n_vocab:
-            at = int(np.argmax(tokens >= n_vocab))
-            return start + at, int(tokens[at])
-    return None
-
-
 @dataclass(frozen=True)
 class TokenDataset:
     """The tokens of one split of a source: its documents in order, an eos after each. Can be pickled."""
@@ -223,6 +214,14 @@ class TokenDataset:
         """The file that holds a token, and its index there, for messages."""
         k = bisect_right(self._tokens_before, position) - 1
         return f"{self.sections[k].reader.path}, {self.split} token {position - self._tokens_before[k]}"
+
+    def check_ids(self, key: str, n_vocab: int) -> None:
+        """Reads all tokens. Raises ConfigError, with the key of the setting, if an id lies outside the vocabulary."""
+        for start in range(0, self.n_tokens, _BLOCK):
+            tokens = self.read(start, start + _BLOCK)
+            if int(tokens.max()) >= n_vocab:
+                at = int(np.argmax(tokens >= n_vocab))
+                raise ConfigError(f"{key}: {self.place(start + at)}: id {tokens[at]} is outside the vocabulary of {n_vocab}")
 
 
 def combine_checksums(checksums: Sequence[str]) -> str:

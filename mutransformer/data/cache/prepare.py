@@ -10,24 +10,15 @@ from typing import Any
 
 from mutransformer.config.data import DataConfig, MixedSourceConfig
 from mutransformer.data.cache.build import NOT_SHARED, TokenShards, build, collect
-from mutransformer.data.cache.dataset import (
-    Corpus,
-    TokenDataset,
-    TokenSplit,
-    combine_checksums,
-    dtype_for,
-    first_invalid_id,
-    open_shard,
-)
+from mutransformer.data.cache.dataset import Corpus, TokenDataset, TokenSplit, combine_checksums, dtype_for, open_shard
 from mutransformer.data.cache.store import MANIFEST, Corrupt, Store, cache_key, digest, from_json
 from mutransformer.data.sources import hub
 from mutransformer.data.sources.files import map_parallel
 from mutransformer.data.sources.registry import open_source
 from mutransformer.data.sources.source import SPLITS, Source, Split, held_out_fractions
-from mutransformer.data.tokenizers.registry import open_tokenizer, training_texts
-from mutransformer.data.tokenizers.sentencepiece import train_sentencepiece
+from mutransformer.data.tokenizers.registry import open_tokenizer, train_sentencepiece, training_texts
 from mutransformer.data.tokenizers.tokenizer import Tokenizer
-from mutransformer.errors import ConfigError, check, translate_errors
+from mutransformer.errors import check, translate_errors
 from mutransformer.sharding.processes import SINGLE_PROCESS, Processes
 
 _log = logging.getLogger(__name__)
@@ -121,10 +112,10 @@ def _pin_revisions(config: DataConfig, store: Store) -> DataConfig:
     The cache keeps the commit of the first use, so that a run never changes its data and needs no network later.
     """
 
-    def pinned(settings: MixedSourceConfig, key: str) -> str | None:
+    def pinned(settings: MixedSourceConfig, key: str) -> MixedSourceConfig:
         path, commit = settings.path or "", re.fullmatch("[0-9a-f]{40}", settings.revision or "")
-        if settings.source != "hub" or commit or hub.is_folder(path):
-            return settings.revision
+        if settings.source != "hub" or commit or hub.local_folder(path):
+            return settings
         name = f"pins/{cache_key([path] if settings.revision is None else [path, settings.revision])}.json"
         try:
             pin = store.read_json(name)
@@ -133,12 +124,10 @@ def _pin_revisions(config: DataConfig, store: Store) -> DataConfig:
             pin = {"path": path, "revision": settings.revision, "commit": commit}
             if not store.read_only:
                 store.write_json(name, pin)
-        return pin["commit"]
+        return replace(settings, revision=pin["commit"])
 
-    revisions = {name: pinned(settings, config.key(name)) for name, settings in config.mixture.items()}
-    if not config.sources:
-        return replace(config, revision=revisions["data"])
-    return replace(config, sources={name: replace(config.sources[name], revision=revisions[name]) for name in revisions})
+    mixture = {name: pinned(settings, config.key(name)) for name, settings in config.mixture.items()}
+    return replace(config, sources=mixture) if config.sources else replace(config, revision=mixture["data"].revision)
 
 
 def _open_sources(config: DataConfig) -> dict[str, Source]:
@@ -242,18 +231,13 @@ def _tokens_made_elsewhere(config: DataConfig, name: str, tokenizer: Tokenizer) 
     with translate_errors(f"{where}: not a folder of tokens", Corrupt):
         manifest = store.read_json(f"{folder}/{MANIFEST}")
     check({"tokenizer", "shards"} <= set(manifest), f"{where}: not a folder of tokens: its {MANIFEST} lists none")
-    check(
-        manifest["tokenizer"] == tokenizer.fingerprint,
-        f"{where}: made with another tokenizer than data.tokenizer = {config.tokenizer} "
-        f"({manifest['n_vocab']} ids, fingerprint {manifest['tokenizer'][:8]} and not {tokenizer.fingerprint[:8]})",
-    )
+    theirs, ours = manifest["tokenizer"], tokenizer.fingerprint
+    differ = f"({manifest['n_vocab']} ids, fingerprint {theirs[:8]} and not {ours[:8]})"
+    check(theirs == ours, f"{where}: made with another tokenizer than data.tokenizer = {config.tokenizer} {differ}")
     bos = manifest.get("add_bos", config.add_bos)  # old manifests do not have it
     check(bos == config.add_bos, f"data.add_bos = {config.add_bos}: {where} was made with data.add_bos = {bos}")
     with translate_errors(where, Corrupt, lambda error: f"{error}; copy or make them again"):
         tokens = _open(store, folder, name, manifest, tokenizer.eos_id)
-    for split in SPLITS:
-        for section in tokens[split].sections:
-            if found := first_invalid_id(section, tokenizer.n_vocab):
-                place = f"{section.reader.path}, {split} token {found[0]}"
-                raise ConfigError(f"{key}: {place}: id {found[1]} is outside the vocabulary of {tokenizer.n_vocab}")
+    for dataset in tokens.values():
+        dataset.check_ids(key, tokenizer.n_vocab)
     return tokens

@@ -45,20 +45,16 @@ class Store:
 
     def read(self, name: str) -> bytes | None:
         """The object; None if there is none."""
-        with self._errors("read"):
-            try:
-                return self._fs().cat_file(self._url(name))
-            except (FileNotFoundError, NotADirectoryError):
-                return None
+        with self._errors("read"), suppress(FileNotFoundError, NotADirectoryError):
+            return self._fs().cat_file(self._url(name))
+        return None
 
     def names(self, folder: str) -> set[str]:
         """The objects directly below a folder; none if it does not exist."""
-        with self._errors("read"):
-            try:
-                self._fs().invalidate_cache()
-                return {path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs().ls(self._url(folder), detail=False)}
-            except (FileNotFoundError, NotADirectoryError):
-                return set()
+        with self._errors("read"), suppress(FileNotFoundError, NotADirectoryError):
+            self._fs().invalidate_cache()
+            return {path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs().ls(self._url(folder), detail=False)}
+        return set()
 
     def remove(self, name: str) -> None:
         """Removes an object if it exists."""
@@ -75,8 +71,12 @@ class Store:
     def clear(self) -> None:
         """Removes scratch files of processes of this machine that have ended."""
         for path in self._scratch.glob(f".*~{socket.gethostname()}~*"):
-            if not _alive(path.name.split("~")[-2]):
+            try:
+                os.kill(int(path.name.split("~")[-2]), 0)
+            except ProcessLookupError:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            except (PermissionError, ValueError):
+                continue  # it runs, or the name is none of ours
 
     @property
     def _scratch(self) -> Path:
@@ -200,9 +200,7 @@ def cached_files(
     They are kept in a folder named by `kind` and by settings (JSON values) that determine every byte of them. write(folder)
     writes the named files to a temporary folder and returns facts, as JSON values, to keep with them.
 
-    Raises:
-        ConfigError: the store cannot be used.
-        Corrupt: it is read-only, and a file is missing or corrupt.
+    Raises ConfigError if the store cannot be used, Corrupt if it is read-only and a file is missing or corrupt.
     """
     folder = f"{kind}-{cache_key(settings)}"
 
@@ -229,14 +227,6 @@ def cached_files(
     store.write_json(f"{folder}/{MANIFEST}", facts)
     with translate_errors(f"data.cache_dir = {store.root}: corrupt directly after it was written there", Corrupt):
         return fetch()
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (OSError, ValueError) as error:
-        return not isinstance(error, ProcessLookupError)
-    return True
 
 
 def _sync(path: Path) -> None:

@@ -112,14 +112,13 @@ def find_by_split(config: SourceConfig, key: str) -> list[tuple[Split | None, Fi
         return [(None, file) for file in find(config.files, f"{key}.files")[: config.max_parts]]
     found: list[tuple[Split | None, File]] = []
     named: dict[str, str] = {}  # the setting that names a file, by its path
-    split: Split
     for split in SPLITS:
         setting = "files" if split == "train" else f"{split}_files"
         files = find(getattr(config, setting), f"{key}.{setting}")
         for file in files:
             other = named.setdefault(file.path, setting)
             check(other == setting, f"{key}.{setting}: {file.path} is also one of {key}.{other}")
-        found += [(split, file) for file in files[: config.max_parts]]
+        found.extend((split, file) for file in files[: config.max_parts])
     return found
 
 

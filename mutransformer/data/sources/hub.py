@@ -29,16 +29,17 @@ def latest_commit(path: str, key: str, revision: str | None = None) -> str:
     return commit
 
 
-def is_folder(path: str) -> bool:
-    return Path(path).expanduser().is_dir()
+def local_folder(path: str) -> Path | None:
+    """The folder in the Hub's layout that a path names; None if it is the id of a data set."""
+    folder = Path(path).expanduser()
+    return folder if folder.is_dir() else None
 
 
 def identity(config: SourceConfig) -> list[Any]:
     """What determines the records of a data set, known without a request to the Hub: its commit, or the files of the folder."""
     assert config.path is not None
     which: list[Any] = [config.path, config.subset, config.revision]
-    if is_folder(config.path):
-        root = Path(config.path).expanduser()
+    if root := local_folder(config.path):
         files = sorted(path for path in root.rglob("*") if path.is_file())
         which = [None, config.subset, [[str(path.relative_to(root)), checksum(path)] for path in files]]
     return ["hub", *which, config.split, config.column, config.max_parts]
@@ -49,15 +50,15 @@ def hub_shards(config: SourceConfig, key: str) -> list[SourceShard]:
 
     Raises ConfigError if there is no such data set, subset, split or revision, or the Hub cannot be reached.
     """
-    path, folder = config.path or "", is_folder(config.path or "")
+    path, folder = config.path or "", local_folder(config.path or "")
     try:
         import datasets
     except ImportError:
         raise ConfigError(f"{key}.source = hub: needs datasets: pip install 'mutransformer[hf]'") from None
     datasets.disable_progress_bars()
-    location: dict[str, Any] = {"path": str(Path(path).expanduser())} if folder else {"path": path, "revision": config.revision}
+    revision = None if folder else config.revision
     with translate_errors(f"{key}.path = {path}", describe=describe_error):
-        loaded: Any = datasets.load_dataset(**location, name=config.subset, streaming=True)
+        loaded: Any = datasets.load_dataset(str(folder or path), config.subset, revision=revision, streaming=True)
     own = set(SPLITS) <= set(loaded)
     check(own or config.split in loaded, f"{key}.split = {config.split}: {path} has the splits {', '.join(loaded)}")
     names: list[tuple[str, Split | None]] = [(split, split) for split in SPLITS] if own else [(config.split, None)]

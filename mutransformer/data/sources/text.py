@@ -134,10 +134,8 @@ def _pieces(split: Split | None, file: File, size: int) -> list[Document]:
 def _divide(pieces: list[Document], key: str, fractions: Fractions, files: str = "") -> list[Document]:
     """Gives each piece its split by a hash of its name."""
     size = sum(piece.stop - piece.start for piece in pieces)
-    check(
-        len(pieces) >= len(SPLITS),
-        f"{key}.source{files}: {size} bytes of text are too few for a train, a validation and a test split",
-    )
+    too_few = f"{size} bytes of text are too few for a train, a validation and a test split"
+    check(len(pieces) >= len(SPLITS), f"{key}.source{files}: {too_few}")
     splits = assign_splits([piece.name for piece in pieces], *fractions)
     return [replace(piece, split=split) for piece, split in zip(pieces, splits, strict=True)]
 
