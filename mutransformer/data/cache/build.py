@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -158,7 +159,7 @@ def tokenize_shard(target: TokenShards, shard: SourceShard, index: int, threads:
     file = target.store.scratch(name)
     try:
         with translate_errors(f"data.cache_dir = {target.store.root}: cannot write there", OSError):
-            facts = with_retries(shard, target.key, lambda: _write(target, shard, file, threads))
+            facts = with_retries(shard, target.key, target.config, partial(_write, target, file, threads))
             facts |= {"file": f"{target.name(index)}.bin"} | checksum(file)
         target.store.put(f"{name}.bin", file)
         target.store.write_json(f"{name}.json", facts)
@@ -173,9 +174,8 @@ class _Piece(NamedTuple):
     ends: bool
 
 
-def _write(target: TokenShards, shard: SourceShard, path: Path, threads: int) -> dict[str, Any]:
+def _write(target: TokenShards, path: Path, threads: int, reader: RecordReader) -> dict[str, Any]:
     """Tokenizes a shard to a file. Returns its counts by split and the bad records."""
-    reader = RecordReader(shard, target.key, target.config)
     with closing(ShardWriter(path, dtype_for(target.tokenizer.n_vocab))) as writer:
         chunk: list[_Piece] = []
         size = 0

@@ -45,7 +45,7 @@ def identity(config: SourceConfig) -> list[Any]:
     return ["hub", *which, config.split, config.column, config.max_parts]
 
 
-def hub_shards(config: SourceConfig, key: str) -> list[SourceShard]:
+def hub_shards(config: SourceConfig, key: str) -> Iterator[SourceShard]:
     """The shards of a data set: of all three splits if it has them, else of config.split, to be divided by a hash.
 
     Raises ConfigError if there is no such data set, subset, split or revision, or the Hub cannot be reached.
@@ -62,14 +62,12 @@ def hub_shards(config: SourceConfig, key: str) -> list[SourceShard]:
     own = set(SPLITS) <= set(loaded)
     check(own or config.split in loaded, f"{key}.split = {config.split}: {path} has the splits {', '.join(loaded)}")
     names: list[tuple[str, Split | None]] = [(split, split) for split in SPLITS] if own else [(config.split, None)]
-    shards: list[SourceShard] = []
     for name, split in names:
         n = loaded[name].num_shards
         for i in range(min(n, config.max_parts or n)):
             place = f"{path}, {split or 'split'} shard {i}"
             records = partial(_read, loaded[name].shard(num_shards=n, index=i), place, config, key)
-            shards.append(SourceShard(place, not folder, 0, [i, config.column, split], records, split))
-    return shards
+            yield SourceShard(place, not folder, 0, [i, config.column, split], records, split)
 
 
 def _read(shard: Any, place: str, config: SourceConfig, key: str) -> Iterator[Record]:

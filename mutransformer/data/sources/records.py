@@ -14,18 +14,15 @@ from mutransformer.errors import check, first_line, translate_errors
 _BATCH_ROWS = 1024  # read at a time
 
 
-def jsonl_shards(config: SourceConfig, key: str, fractions: Fractions) -> list[SourceShard]:
-    shards: list[SourceShard] = []
+def jsonl_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
     for split, file in find_by_split(config, key):
         for start in range(0, 1 if file.compressed else max(1, file.size), SHARD_BYTES):
             stop = None if file.compressed else min(start + SHARD_BYTES, file.size)
             records = partial(read_lines, file, config.column, start, stop)
-            shards.append(_shard(config, split, file, (stop or file.size) - start, [start, stop], records))
-    return shards
+            yield _shard(config, split, file, (stop or file.size) - start, [start, stop], records)
 
 
-def parquet_shards(config: SourceConfig, key: str, fractions: Fractions) -> list[SourceShard]:
-    shards: list[SourceShard] = []
+def parquet_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
     files = find_by_split(config, key)
     for (split, file), groups in zip(files, map_parallel(_row_groups, [file for _, file in files]), strict=True):
         first, size, first_row, row = 0, 0, 0, 0
@@ -35,16 +32,14 @@ def parquet_shards(config: SourceConfig, key: str, fractions: Fractions) -> list
             if size >= SHARD_BYTES or i == len(groups):
                 taken = tuple(range(first, i))
                 records = partial(read_rows, file, config.column, f"{key}.column", taken, first_row)
-                shards.append(_shard(config, split, file, size, [taken], records))
+                yield _shard(config, split, file, size, [taken], records)
                 first, size, first_row = i, 0, row
-    return shards
 
 
-def arrow_shards(config: SourceConfig, key: str, fractions: Fractions) -> list[SourceShard]:
-    return [
-        _shard(config, split, file, file.size, [None], partial(read_rows, file, config.column, f"{key}.column"))
-        for split, file in find_by_split(config, key)
-    ]
+def arrow_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
+    for split, file in find_by_split(config, key):
+        records = partial(read_rows, file, config.column, f"{key}.column")
+        yield _shard(config, split, file, file.size, [None], records)
 
 
 def _shard(

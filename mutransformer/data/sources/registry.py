@@ -5,7 +5,7 @@ A new source is a function that lists its shards, its line in SOURCES, and its n
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from mutransformer.config.data import DataConfig, MixedSourceConfig, SourceConfig
@@ -22,7 +22,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 # Each lists its shards from the settings, the key below which they stand, and the fractions of whole files to hold out.
-SOURCES: dict[str, Callable[[SourceConfig, str, Fractions], list[SourceShard]]] = {
+SOURCES: dict[str, Callable[[SourceConfig, str, Fractions], Iterable[SourceShard]]] = {
     "stdlib": stdlib_shards,
     "text": text_shards,
     "jsonl": jsonl_shards,
@@ -38,8 +38,8 @@ def open_source(config: MixedSourceConfig, key: str, fractions: Fractions) -> So
     is missing or unreadable, a glob matches nothing, or there is too little text for three splits.
     """
     if config.source == "hub":
-        return Source(key, hub.identity(config), lambda: hub.hub_shards(config, key))
-    shards = SOURCES[config.source](config, key, fractions)
+        return Source(key, hub.identity(config), lambda: list(hub.hub_shards(config, key)))
+    shards = list(SOURCES[config.source](config, key, fractions))
     return Source(key, [shard.identity for shard in shards], lambda: shards)
 
 
@@ -75,14 +75,14 @@ class RecordReader:
             raise ReadError(f"{self._shard.place}: cannot read it: {hub.describe_error(error)}") from error
 
 
-def with_retries(shard: SourceShard, key: str, action: Callable[[], T]) -> T:
+def with_retries(shard: SourceShard, key: str, config: DataConfig, action: Callable[[RecordReader], T]) -> T:
     """The result of an action that reads a shard; it is repeated after a ReadError if the shard is remote.
 
     Raises ConfigError if the shard cannot be read.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return action()
+            return action(RecordReader(shard, key, config))
         except ReadError as error:
             if attempt == ATTEMPTS or not shard.remote:
                 raise ConfigError(f"{key}: {error}") from error.__cause__

@@ -76,7 +76,7 @@ def read_documents(documents: list[Document]) -> Iterator[Record]:
             yield Record(place, None, reason=f"not UTF-8 ({error.reason})")
 
 
-def stdlib_shards(config: SourceConfig, key: str, fractions: Fractions) -> list[SourceShard]:
+def stdlib_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
     """Python's standard library without its tests: the same for every installation of one Python version. Files are not cut."""
     root = Path(sysconfig.get_path("stdlib"))
     documents: list[Document] = []
@@ -99,7 +99,7 @@ def stdlib_shards(config: SourceConfig, key: str, fractions: Fractions) -> list[
     return _group(_divide(sorted(documents, key=lambda d: d.name), key, fractions))
 
 
-def text_shards(config: SourceConfig, key: str, fractions: Fractions) -> list[SourceShard]:
+def text_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
     """Files of text. One with more than about 1/100 of the text is cut in pieces of about 1/400 of the text or more.
 
     So some hundred files of similar size are each in one split, and a single file is divided among the splits. The size is a
@@ -140,7 +140,7 @@ def _divide(pieces: list[Document], key: str, fractions: Fractions, files: str =
     return [replace(piece, split=split) for piece, split in zip(pieces, splits, strict=True)]
 
 
-def _group(pieces: Iterable[Document]) -> list[SourceShard]:
+def _group(pieces: Iterable[Document]) -> Iterator[SourceShard]:
     """Joins consecutive pieces of a file that are in the same split, and groups documents to shards of about SHARD_BYTES."""
     documents: list[Document] = []
     for piece in pieces:
@@ -157,15 +157,12 @@ def _group(pieces: Iterable[Document]) -> list[SourceShard]:
             size = 0
         groups[-1].append(document)
         size += document.stop - document.start
-    return [_shard(group) for group in groups]
-
-
-def _shard(documents: list[Document]) -> SourceShard:
-    paths = [d.file.path for d in documents]
-    return SourceShard(
-        place=paths[0] if len(set(paths)) == 1 else f"{paths[0]} ... {paths[-1]}",
-        remote=any(d.file.remote for d in documents),
-        size=sum(d.stop - d.start for d in documents),
-        identity=[[d.name, d.split, d.file.version, d.start, d.stop] for d in documents],
-        records=partial(read_documents, documents),
-    )
+    for group in groups:
+        paths = [d.file.path for d in group]
+        yield SourceShard(
+            place=paths[0] if len(set(paths)) == 1 else f"{paths[0]} ... {paths[-1]}",
+            remote=any(d.file.remote for d in group),
+            size=sum(d.stop - d.start for d in group),
+            identity=[[d.name, d.split, d.file.version, d.start, d.stop] for d in group],
+            records=partial(read_documents, group),
+        )

@@ -17,7 +17,7 @@ from mutransformer.config.data import DataConfig
 from mutransformer.data.cache.store import Store, cached_files, checksum
 from mutransformer.data.sources.hub import describe_error
 from mutransformer.data.sources.registry import RecordReader, with_retries
-from mutransformer.data.sources.source import Source, SourceShard, held_out_fractions
+from mutransformer.data.sources.source import Source, held_out_fractions
 from mutransformer.data.sources.text import cut
 from mutransformer.data.tokenizers.tokenizer import HF_FILES, ByteTokenizer, HFTokenizer, SentencePieceTokenizer, Tokenizer
 from mutransformer.errors import ConfigError, check, translate_errors
@@ -110,9 +110,8 @@ def convert_hf(name: str, eos_token: str | None, folder: Path) -> dict[str, Any]
             if "trust_remote_code" in str(error):
                 raise ConfigError(f"{where}: it comes with code of its own, which is never run") from None
             raise
-    backend = getattr(loaded, "backend_tokenizer", None)
-    if backend is None:
-        raise ConfigError(f"{where}: not a fast tokenizer (one with a tokenizer.json)")
+    backend: Any = getattr(loaded, "backend_tokenizer", None)
+    check(backend is not None, f"{where}: not a fast tokenizer (one with a tokenizer.json)")
     eos = loaded.eos_token_id if eos_token is None else backend.token_to_id(eos_token)
     wanted = "its eos token" if eos_token is None else f"data.eos_token = {eos_token}"
     check(eos is not None, f"{where}: {wanted} is missing; name the token that ends each document by data.eos_token")
@@ -132,13 +131,13 @@ def training_texts(config: DataConfig, sources: Sequence[Source]) -> list[str]:
         every = 1 if use_all else max(1, len(shards) // _SAMPLE_SHARDS)
         n_bytes = _SAMPLE_BYTES if use_all else _SAMPLE_PER_SHARD
         for shard in shards[::every]:
-            texts += with_retries(shard, source.key, partial(_train_texts, shard, source.key, config, n_bytes))
+            texts += with_retries(shard, source.key, config, partial(_train_texts, n_bytes))
     return texts
 
 
-def _train_texts(shard: SourceShard, key: str, config: DataConfig, n_bytes: int) -> list[str]:
+def _train_texts(n_bytes: int, reader: RecordReader) -> list[str]:
     texts: list[str] = []
-    for data, split in RecordReader(shard, key, config):
+    for data, split in reader:
         if split == "train":
             texts.append(data.decode())
             n_bytes -= len(data)
