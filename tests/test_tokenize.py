@@ -92,7 +92,7 @@ def test_a_trained_tokenizer_sees_the_train_split_only(tmp_path: Path) -> None:
     train = training_texts(config, [open_source(config.mixture["data"], "data", held_out_fractions(config))])
     assert sorted(map(len, train)) and sum(map(len, train)) == len(texts["train"]) < len(SOURCE)
     train_sentencepiece(train, 500, tmp_path / "expected.model")
-    assert (tmp_path / "expected.model").read_bytes() == tokenizer.model_file.read_bytes()
+    assert (tmp_path / "expected.model").read_bytes() == tokenizer.files()["tokenizer.model"].read_bytes()
     assert all(file.tokenizer_fingerprint == tokenizer.fingerprint for file in corpus.splits.values())
 
 
@@ -148,7 +148,7 @@ def test_weights_beside_a_tokenizer_are_not_read(tmp_path: Path) -> None:
 
 def test_a_truncated_model_is_refused(trained: SentencePieceTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "cut.model"
-    path.write_bytes(trained.model_file.read_bytes()[:2000])
+    path.write_bytes(trained.files()["tokenizer.model"].read_bytes()[:2000])
     with pytest.raises(ConfigError, match=r"data\.tokenizer_file = .*: not a SentencePiece model"):
         SentencePieceTokenizer(path)
 

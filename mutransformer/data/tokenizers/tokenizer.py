@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -20,27 +21,30 @@ _SPACE = "\u2581"  # SentencePiece's own symbol for a space
 _CACHED_WORDS = 1 << 16  # words whose ids Hugging Face's library caches: 5 % faster than its default of 10,000, about 20 MB
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """Ids lie in 0 ... n_vocab - 1; pad_id may equal eos_id. Can be pickled."""
+class Tokenizer(ABC):
+    """Ids lie in 0 ... n_vocab - 1; pad_id may equal eos_id. Can be pickled: its files must be the arguments of its class."""
 
     n_vocab: int
     bos_id: int
     eos_id: int
     pad_id: int
     fingerprint: str  # SHA-256 of everything that determines the ids of a text
+    _files: dict[str, Path] = {}
 
+    @abstractmethod
     def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
         """The ids of each text, without bos and eos; a text that spells a special token gets ordinary ids."""
-        ...
 
+    @abstractmethod
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
         """The text of the ids; special ids give nothing."""
-        ...
 
     def files(self) -> dict[str, Path]:
         """The files that it was read from, by the name under which a run keeps a copy."""
-        return {}
+        return self._files
+
+    def __reduce__(self) -> Any:  # the file names only: workers are started one after another, each waits for its data
+        return type(self), tuple(self._files.values())
 
 
 class ByteTokenizer(Tokenizer):
@@ -59,7 +63,7 @@ class ByteTokenizer(Tokenizer):
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model. If it has no bos or pad, eos takes their place.
 
     Raises ConfigError if the file cannot be read, is not a SentencePiece model, or has no eos.
@@ -75,18 +79,15 @@ class SentencePieceTokenizer:
         except RuntimeError:
             raise ConfigError(f"{where}: not a SentencePiece model") from None
         check(self._model.eos_id() >= 0, f"{where}: it has no end-of-sentence piece, which separates documents")
-        self.model_file = model_file
-        self.n_vocab: int = self._model.get_piece_size()
-        self.eos_id: int = self._model.eos_id()
-        self.bos_id: int = self._model.bos_id() if self._model.bos_id() >= 0 else self.eos_id
-        self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
+        self._files = {"tokenizer.model": model_file}
+        self.n_vocab = self._model.get_piece_size()
+        self.eos_id = self._model.eos_id()
+        self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else self.eos_id
+        self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
         self.fingerprint = hashlib.sha256(proto).hexdigest()
         bytes_of_space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         has_bytes = all(map(self._model.is_byte, bytes_of_space))
         self._space_ids = np.array(bytes_of_space, np.int32) if has_bytes else None
-
-    def __reduce__(self) -> Any:  # the file name only: workers are started one after another, each waits for its data
-        return SentencePieceTokenizer, (self.model_file,)
 
     def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
         # SentencePiece would decode its symbol for a space as a space; spelled in bytes the symbol survives.
@@ -104,11 +105,8 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
         return self._model.decode([int(i) for i in ids])
 
-    def files(self) -> dict[str, Path]:
-        return {"tokenizer.model": self.model_file}
 
-
-class HFTokenizer:
+class HFTokenizer(Tokenizer):
     """A tokenizer in the two HF_FILES that convert_hf() writes. If it names no bos or pad, as most do, eos takes their place.
 
     Its template of special tokens (T5 ends with an eos, Llama begins with a bos) is not used: with data.add_bos documents begin
@@ -124,17 +122,13 @@ class HFTokenizer:
         if resize := getattr(self._tokenizer.model, "_resize_cache", None):
             resize(_CACHED_WORDS)
         self._tokenizer.encode_special_tokens = True  # a text that spells one gets ordinary ids
-        self.n_vocab: int = ids["n_vocab"]
-        self.eos_id: int = ids["eos"]
-        self.bos_id: int = ids["eos"] if ids["bos"] is None else ids["bos"]
-        self.pad_id: int = ids["eos"] if ids["pad"] is None else ids["pad"]
+        self.n_vocab, self.eos_id = ids["n_vocab"], ids["eos"]
+        self.bos_id = ids["eos"] if ids["bos"] is None else ids["bos"]
+        self.pad_id = ids["eos"] if ids["pad"] is None else ids["pad"]
         self._unk_id: int | None = ids["unk"]
         self._special = {self.eos_id, self.bos_id, self.pad_id} - {self._unk_id}
         self.fingerprint = hashlib.sha256(json.dumps([text, ids], sort_keys=True).encode()).hexdigest()
         self._files = dict(zip(HF_FILES, (tokenizer, special_ids), strict=True))
-
-    def __reduce__(self) -> Any:  # the file names only: workers are started one after another, each waits for its data
-        return HFTokenizer, tuple(self._files.values())
 
     def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
         """As Tokenizer.encode. The library takes its number of threads from RAYON_NUM_THREADS when it first starts them."""
@@ -153,6 +147,3 @@ class HFTokenizer:
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
-
-    def files(self) -> dict[str, Path]:
-        return self._files
