@@ -178,9 +178,8 @@ def _tokens(
         }
         store.write_json(place, manifest)
     processes.barrier(f"{where}: complete")
-    hint = NOT_SHARED if processes.index else ""
     wrong = f"data.cache_dir = {store.root}: {folder} is corrupt after it was built"
-    with translate_errors(wrong, Corrupt, lambda error: f"{error}{hint}"):
+    with translate_errors(wrong, Corrupt, lambda error: f"{error}{NOT_SHARED if processes.index else ''}"):
         return tokens or _open(store, folder, name, store.read_json(place), tokenizer.eos_id)
 
 

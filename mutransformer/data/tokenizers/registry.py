@@ -39,13 +39,22 @@ def open_tokenizer(config: DataConfig, store: Store, sources: Sequence[Source]) 
         ConfigError: it is missing, is not a tokenizer, or cannot be trained on the sources.
         Corrupt: the store is read-only, and the tokenizer is not in it.
     """
-    match config.tokenizer:
-        case "bytes":
-            return ByteTokenizer()
-        case "hf":
-            return _open_hf(config, store)
-        case "sentencepiece":
-            return _open_sentencepiece(config, store, sources)
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    if config.tokenizer == "hf":
+        return _open_hf(config, store)
+    if config.tokenizer_file is not None:
+        return SentencePieceTokenizer(Path(config.tokenizer_file).expanduser())
+    check(bool(sources), "data.tokenizer_file is not set: a tokenizer cannot be trained on tokens")
+
+    def write(folder: Path) -> dict[str, Any]:
+        _log.info("training a SentencePiece tokenizer (%d pieces)", config.vocab_size)
+        train_sentencepiece(training_texts(config, sources), config.vocab_size, folder / "tokenizer.model")
+        return {}
+
+    fractions, identities = held_out_fractions(config), [source.identity for source in sources]
+    settings = [identities, *fractions, config.on_bad_record, config.vocab_size, _TRAINING_VERSION]
+    return SentencePieceTokenizer(*cached_files(store, "tokenizer", settings, ["tokenizer.model"], write))
 
 
 def saved_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
@@ -61,21 +70,6 @@ def saved_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
     missing = [name for name in HF_FILES if not (folder / name).is_file()]
     check(not missing, f"{folder}: lacks the tokenizer's {' and '.join(missing)}, which a run copies to its folder")
     return HFTokenizer(*(folder / name for name in HF_FILES))
-
-
-def _open_sentencepiece(config: DataConfig, store: Store, sources: Sequence[Source]) -> Tokenizer:
-    if config.tokenizer_file is not None:
-        return SentencePieceTokenizer(Path(config.tokenizer_file).expanduser())
-    check(bool(sources), "data.tokenizer_file is not set: a tokenizer cannot be trained on tokens")
-
-    def write(folder: Path) -> dict[str, Any]:
-        _log.info("training a SentencePiece tokenizer (%d pieces)", config.vocab_size)
-        train_sentencepiece(training_texts(config, sources), config.vocab_size, folder / "tokenizer.model")
-        return {}
-
-    fractions, identities = held_out_fractions(config), [source.identity for source in sources]
-    settings = [identities, *fractions, config.on_bad_record, config.vocab_size, _TRAINING_VERSION]
-    return SentencePieceTokenizer(*cached_files(store, "tokenizer", settings, ["tokenizer.model"], write))
 
 
 def _open_hf(config: DataConfig, store: Store) -> Tokenizer:
