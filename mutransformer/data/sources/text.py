@@ -1,4 +1,4 @@
-"""Documents of plain text: files, cut in pieces where one holds much of the text, and Python's standard library. And how to cut.
+"""Documents of plain text: files, cut in pieces where one holds much of the text, and Python's standard library.
 
 Whole files go to a split by a hash of their names. A file that holds much of the text is cut in pieces that are hashed one by
 one, so that a single long file can be trained on as well.
