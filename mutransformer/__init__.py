@@ -4,6 +4,7 @@ The functions here import what they need when they are called: `import mutransfo
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,30 +21,17 @@ try:
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0.1.0"
 
-__all__ = [
-    "Config",
-    "ConfigError",
-    "Program",
-    "build",
-    "evaluate",
-    "generate",
-    "load_config",
-    "mup",
-    "plan",
-    "sweep",
-    "train",
-]
+__all__ = ["Config", "ConfigError", "Program", "mup"]
+__all__ += ["build", "evaluate", "generate", "load_config", "plan", "sweep", "train"]
 
-_LAZY = {"Config": "config.schema", "ConfigError": "errors", "Program": "training.program", "mup": ""}
+_LAZY = {"Config": "config.schema", "ConfigError": "errors", "Program": "training.program"}
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
+    if name == "mup":
+        return import_module(f"{__name__}.mup")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if not _LAZY[name]:
-        return import_module(f"{__name__}.{name}")
     return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
@@ -97,15 +85,13 @@ def train(program: "Program") -> Path:
 
 
 def evaluate(run: str | Path, *args: str) -> dict[str, Any]:
-    """Evaluates a run's checkpoint on a full split: loss in nats per token, perplexity, bits per byte.
+    """Evaluates a checkpoint of the run in a folder on a full split: loss in nats per token, perplexity, bits per byte.
+
+    The further arguments are overrides, such as eval.split=test or eval.checkpoint=best.
 
     >>> results = evaluate("runs/small", "eval.split=test")
     >>> sorted(results["model"])
     ['bits_per_byte', 'loss', 'perplexity']
-
-    Args:
-        run: the run's folder.
-        args: overrides, such as eval.split=test or eval.checkpoint=best.
 
     Raises:
         ConfigError: the run or its checkpoint is missing or does not fit the overrides.
@@ -117,20 +103,14 @@ def evaluate(run: str | Path, *args: str) -> dict[str, Any]:
 
 
 def generate(run: str | Path, prompt: str = "", *args: str, **sampling: Any) -> list[str]:
-    """Continues a prompt with a run's model.
+    """Continuations of a prompt, without the prompt, by the model of the run in a folder. With no prompt a new text begins.
+
+    The further arguments are overrides, such as eval.checkpoint=best, and fields of generation.Sampling: samples, tokens,
+    temperature, top_k, top_p, seed.
 
     >>> texts = generate("runs/small", "def ", samples=2, tokens=8)
     >>> len(texts)
     2
-
-    Args:
-        run: the run's folder.
-        prompt: may be empty: the text then begins with its first token.
-        args: overrides, such as eval.checkpoint=best.
-        sampling: fields of generation.Sampling: samples, tokens, temperature, top_k, top_p, seed.
-
-    Returns:
-        The continuations, without the prompt.
 
     Raises:
         ConfigError: the run or its checkpoint is missing; the text does not fit data.seq_len; a number is out of range.
@@ -146,20 +126,13 @@ def sweep(
 ) -> Path:
     """Trains every learning rate and seed of every width, as many at once as fit on the devices.
 
+    The first argument is as in load_config. Writes to the folder `out` (default: WORKDIR/NAME-sweep), and returns the file of
+    results in it: a line of JSON for each run, which `mutransformer report` reads.
+
     >>> text = ["data.source=text", "data.files=[notes.txt]", "data.tokenizer=bytes", "data.seq_len=16"]
     >>> results = sweep(["study", "model.n_layer=1", "steps=8", *text], widths=[64], lrs=[2**-6, 2**-5])
     >>> len(results.read_text().splitlines())
     2
-
-    Args:
-        args: YAML files, names of shipped configs and overrides.
-        widths: values of model.d_model.
-        lrs: values of optim.lr.
-        seeds: values of seed.
-        out: the folder of the results; default: WORKDIR/NAME-sweep.
-
-    Returns:
-        The file of results, a line of JSON for each run, which `mutransformer report` reads.
 
     Raises:
         ConfigError: a setting is wrong, or does not fit a width.
@@ -175,13 +148,11 @@ def sweep(
 def plan(config: "Config", topology: str) -> "Plan":
     """What a step will cost on hardware that is not at hand: memory, lower bounds of time, traffic between chips.
 
+    The topology is a slice of TPU chips, such as v5p:4x4x4 or v5p-128.
+
     >>> found = plan(load_config("large", "data.batch_size=256"), "v5e:4x4")
     >>> found.estimate.fits, found.estimate.bound
     (True, 'HBM')
-
-    Args:
-        config: of the run.
-        topology: a slice of TPU chips, such as v5p:4x4x4 or v5p-128.
 
     Raises:
         ConfigError: no such slice; the mesh does not cover it, or cannot divide the model or the batch.

@@ -25,13 +25,7 @@ COMMANDS += ("train-tokenizer", "benchmark")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
-
-    Args:
-        argv: the command and its arguments; None: those of the process.
-
-    Returns:
-        The exit code: the command's, or as run_cli maps exceptions.
+    """Runs a command with its arguments (None: those of the process) and returns its exit code, or that of `run_cli`.
 
     Raises:
         SystemExit: for --help and --version, and for a mistake in the options.
@@ -41,11 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_cli(run: Callable[[], int]) -> int:
-    """Calls run and maps the exceptions that are no fault of the program to one line on standard error and an exit code.
+    """The exit code of a function. An exception that is no fault of the program becomes one line on standard error, and a code:
 
-    Returns:
-        run's exit code; USAGE_ERROR for a ConfigError or a file that cannot be read or written; FAILED for a loss that is not
-        finite or a device that is out of memory; INTERRUPTED for Ctrl-C outside of training.
+    USAGE_ERROR for a ConfigError or a file that cannot be read or written; FAILED for a loss that is not finite or a device that
+    is out of memory; INTERRUPTED for Ctrl-C outside of training.
     """
     try:
         with announce_failure():

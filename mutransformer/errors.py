@@ -27,12 +27,7 @@ def is_url(path: str) -> bool:
 
 
 def check_path(key: str, path: str, urls: bool = False) -> None:
-    """Checks that a setting can be a path; it need not exist.
-
-    Args:
-        key: the setting's key, for the message.
-        path: its value.
-        urls: whether a URL is accepted too.
+    """Checks that the value of a setting can be a path, which need not exist, or, if `urls` says so, a URL.
 
     Raises:
         ConfigError: the value cannot be a path, is a URL, or names the home of an unknown user.

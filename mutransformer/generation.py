@@ -25,32 +25,17 @@ from mutransformer.training.program import Program, build
 
 N_TOKENS = 200  # new tokens, unless more are asked for
 
-Prefill = Callable[[Transformer[Array], Int[Array, " T"]], KVCache]
-Decode = Callable[[Transformer[Array], KVCache, Int[Array, " B"], Int[Array, ""]], tuple[Float[Array, "B V"], KVCache]]
-
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a prompt is continued.
+    """How a prompt is continued. Raises ConfigError if a number is out of range."""
 
-    Attributes:
-        samples: continuations to draw.
-        tokens: new tokens at most; None: N_TOKENS, or as many as data.seq_len leaves.
-        temperature: logits are divided by it; 0: always the most probable token.
-        top_k: draw from this many of the most probable tokens; 0: from all.
-        top_p: draw from the fewest of the most probable tokens that together have this probability.
-        seed: of the draws.
-
-    Raises:
-        ConfigError: a number is out of range.
-    """
-
-    samples: int = 1
-    tokens: int | None = None
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    samples: int = 1  # continuations to draw
+    tokens: int | None = None  # new tokens at most; None: N_TOKENS, or as many as data.seq_len leaves
+    temperature: float = 0.8  # logits are divided by it; 0: always the most probable token
+    top_k: int = 0  # draw from this many of the most probable tokens; 0: from all
+    top_p: float = 1.0  # draw from the fewest of the most probable tokens that together have this probability
+    seed: int = 0  # of the draws
 
     def __post_init__(self) -> None:
         check(self.samples >= 1, f"samples = {self.samples}: must be at least 1")
@@ -63,15 +48,10 @@ class Sampling:
 
 
 def generate(config: Config, prompt: str, sampling: Sampling) -> dict[str, Any]:
-    """Continues a prompt with a run's model, at the checkpoint that eval.checkpoint names. Reads the run's folder only.
+    """Continues a prompt, which may be empty, with a run's model at the checkpoint that eval.checkpoint names.
 
-    Args:
-        config: the resolved config of the run, which names its folder.
-        prompt: may be empty: the text then begins with its first token.
-        sampling: how tokens are drawn.
-
-    Returns:
-        run, step, prompt, and samples: for each its text and tokens without prompt and eos, and whether an eos ended it.
+    Reads the run's folder only. Returns run, step, prompt, and samples: for each its text and tokens without prompt and eos, and
+    whether an eos ended it.
 
     Raises:
         ConfigError: the run or its checkpoint is missing or does not fit the config; the text does not fit data.seq_len.
@@ -131,7 +111,7 @@ def restore_params(program: Program, tokenizer: Tokenizer) -> tuple[int, Transfo
     return step, state.params
 
 
-def make_prefill(program: Program, B: int) -> Prefill:
+def make_prefill(program: Program, B: int) -> Callable[..., KVCache]:
     """(weights, inputs of one row) -> its KV cache, repeated for each of B samples. Not jitted."""
     forward, repeats = program.forward, B // n_row_groups(program.mesh)
 
@@ -143,7 +123,7 @@ def make_prefill(program: Program, B: int) -> Prefill:
     return jax.shard_map(prefill, mesh=program.mesh, in_specs=in_specs, out_specs=_cache_pspecs(program))
 
 
-def make_decode(program: Program) -> Decode:
+def make_decode(program: Program) -> Callable[..., tuple[Float[Array, "B V"], KVCache]]:
     """(weights, cache, an input of each sample, its position) -> logits over the padded vocabulary, and the cache with the
     position added. The logits are float32, as in the loss. Not jitted."""
     forward = program.forward

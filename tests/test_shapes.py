@@ -16,7 +16,6 @@ from mutransformer.config.run import MeshConfig
 from mutransformer.model import ops
 from mutransformer.model.attention import attention
 from mutransformer.model.matmul import dot_rows
-from mutransformer.model.ops import custom_gradient
 from mutransformer.sharding.mesh import make_mesh
 
 MODULE = """
@@ -79,7 +78,7 @@ X = jnp.ones((2, 3, 4))
         lambda: ops.rms_norm(jnp.ones((2, 4), jnp.int32), 1e-5),
         lambda: ops.rms_norm(X, "1e-5"),  # pyright: ignore[reportArgumentType]
         lambda: dot_rows(X[0], X[0].T, tiled=False),
-        lambda: custom_gradient("small", None, ()),  # pyright: ignore[reportArgumentType]
+        lambda: attention(X[..., None], X[..., None], X[..., None], "small", "softmax", 1e-5),  # pyright: ignore
     ],
 )
 def test_a_wrong_rank_size_dtype_or_type_is_refused(call):

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from mutransformer.model import kernels
 from mutransformer.model.execution import Attention
-from mutransformer.model.ops import MASKED, custom_gradient, sqrelu
+from mutransformer.model.ops import MASKED, sqrelu
 from mutransformer.sharding.collectives import varying_as
 
 
@@ -43,15 +43,10 @@ def attention(
     segments: Int[Array, "b T"] | None = None,
     implementation: Attention = "blockwise",
 ) -> Float[Array, "b T h D"]:
-    """Causal attention; query head i reads key/value head i // (h / k).
+    """Causal attention; query head i reads key/value head i // (h / k), with logits scale * (q . k).
 
-    Args:
-        q, k, v: queries, keys and values.
-        scale: the factor on q . k.
-        activation: softmax, or a key of ATTENTION_ACTIVATIONS.
-        eps: added to the sum of weights by the normalized activations.
-        segments: the segment of each position, which reads positions of its own segment only; None: a row is one segment.
-        implementation: of softmax attention; the other activations have one form.
+    The activation is softmax, or a key of ATTENTION_ACTIVATIONS, of which the normalized ones add eps to the sum of weights. The
+    implementation is that of softmax: the others have one form. A position reads its own segment only; None: a row is one.
     """
     b, T, h, D = q.shape
     if implementation in ("splash", "splash_interpreted"):
@@ -59,8 +54,8 @@ def attention(
         # It takes no scale; scaling fuses with what came before, such as rotary positions.
         q = (scale * q.astype(jnp.float32)).astype(q.dtype)
         q, k, v = _named(*(jnp.transpose(a, (0, 2, 1, 3)) for a in (q, k, v)))
-        interpret = implementation == "splash_interpreted"
-        return jnp.transpose(kernels.splash(q, k, v, segments, interpret=interpret), (0, 2, 1, 3))
+        o: Any = kernels.splash(q, k, v, segments, interpret=implementation == "splash_interpreted")
+        return jnp.transpose(o, (0, 2, 1, 3))
     if implementation == "cudnn":
         q, k, v = (varying_as(a, q, k, v) for a in (q, k, v))
         return checkpoint_name(kernels.cudnn(*_named(q, k, v), scale, segments), "attended")
@@ -125,23 +120,22 @@ def _named(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
 
-def _contract_forward(equation: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return contract(equation, a, b), (a, b)
-
-
-def _contract_backward(equation: str, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    a, b = saved
-    dims_a, dims_b, dims_out = equation.replace("->", ",").split(",")
-    grad = grad.astype(a.dtype)
-    grad_a = jnp.einsum(f"{dims_out},{dims_b}->{dims_a}", grad, b, preferred_element_type=jnp.float32)
-    grad_b = jnp.einsum(f"{dims_a},{dims_out}->{dims_b}", a, grad, preferred_element_type=jnp.float32)
-    return grad_a.astype(a.dtype), grad_b.astype(b.dtype)
-
-
-@custom_gradient(_contract_forward, _contract_backward, static=(0,))
 def contract(equation: str, a: Array, b: Array) -> Array:
     """einsum of two activations with a float32 result. In its gradient, too, the factors have the compute dtype."""
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    dims_a, dims_b, dims_out = equation.replace("->", ",").split(",")
+    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    @jax.custom_gradient
+    def product(a: Array, b: Array) -> Any:
+        def backward(grad: Array) -> tuple[Array, Array]:
+            grad = grad.astype(a.dtype)
+            grad_a = einsum(f"{dims_out},{dims_b}->{dims_a}", grad, b)
+            grad_b = einsum(f"{dims_a},{dims_out}->{dims_b}", a, grad)
+            return grad_a.astype(a.dtype), grad_b.astype(b.dtype)
+
+        return einsum(equation, a, b), backward
+
+    return product(a, b)
 
 
 @partial(jax.checkpoint, static_argnums=4, prevent_cse=False)
@@ -205,7 +199,7 @@ def _softmax_backward(scale: float, saved: tuple[Any, ...], grad: Array) -> tupl
     return jnp.concatenate(grads_q, axis=3), grad_k.astype(k.dtype), grad_v.astype(v.dtype), None
 
 
-@custom_gradient(_softmax_forward, _softmax_backward, static=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def blockwise_attention(
     q: Float[Array, "b k g T D"],
     k: Float[Array, "b k T D"],
@@ -216,6 +210,9 @@ def blockwise_attention(
     """Causal softmax attention whose backward pass recomputes the weights from their log-normalizer, as in FlashAttention
     (Dao et al., arXiv 2205.14135): nothing of size T x T is saved."""
     return _softmax_forward(q, k, v, scale, segments)[0]
+
+
+blockwise_attention.defvjp(_softmax_forward, _softmax_backward)
 
 
 def _block_logits(q: Array, k: Array, scale: float, segments: Array | None, first: int, last: int) -> Float[Array, "b k g n m"]:

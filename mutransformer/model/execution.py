@@ -34,14 +34,12 @@ HEAD_BYTES = 512 << 20  # of float32 logits: the sum of the unembedding's gradie
 class Tuning(NamedTuple):
     """Choices for a kind of device.
 
-    Attributes:
-        options: XLA compiler options by name. They are passed to the compilation of the step alone, not through XLA_FLAGS or
-            LIBTPU_INIT_ARGS, where an option of another device's compiler ends the process.
-        via_all_to_all: whether sums over y use an all-to-all (collectives.scatter_y).
+    The options are XLA's, by name. They are passed to the compilation of the step alone, not through XLA_FLAGS or
+    LIBTPU_INIT_ARGS, where an option of another device's compiler ends the process.
     """
 
     options: Mapping[str, str]
-    via_all_to_all: bool
+    via_all_to_all: bool  # for sums over y (collectives.scatter_y)
 
 
 # Weights are gathered while matrix products run. An all-gather is not turned into an all-reduce of padded shards, which cannot
@@ -73,27 +71,16 @@ UNTUNED = Tuning({}, via_all_to_all=False)
 
 @dataclass(frozen=True)
 class Execution:
-    """The resolved settings of a step.
+    """The resolved settings of a step."""
 
-    Attributes:
-        platform: of the devices, as JAX names it.
-        device_kind: likewise.
-        attention: the implementation of attention.
-        remat: what a layer recomputes in the backward pass: none, or a key of SAVED_NAMES.
-        head_chunk: tokens of a device whose logits exist at a time.
-        overlap_groups: groups of a device's rows; one computes while another communicates over y.
-        via_all_to_all: sums over y by an all-to-all.
-        compiler_options: for XLA, by name.
-    """
-
-    platform: str
+    platform: str  # of the devices, as JAX names it; device_kind likewise
     device_kind: str
     attention: Attention
-    remat: str
-    head_chunk: int
-    overlap_groups: int
-    via_all_to_all: bool
-    compiler_options: Mapping[str, str]
+    remat: str  # what a layer recomputes in the backward pass: none, or a key of SAVED_NAMES
+    head_chunk: int  # tokens of a device whose logits exist at a time
+    overlap_groups: int  # groups of a device's rows; one computes while another communicates over y
+    via_all_to_all: bool  # for sums over y
+    compiler_options: Mapping[str, str]  # for XLA, by name
 
     def rematerialize(self, layer: Callable[..., Any]) -> Callable[..., Any]:
         """The layer with remat applied. For use in a scan: see prevent_cse of jax.checkpoint."""

@@ -4,6 +4,7 @@ Their limits are in `config.kernels`. Per device, pure; the gradient is the kern
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,6 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from mutransformer.config.kernels import SPLASH_MULTIPLE
-from mutransformer.model.ops import custom_gradient
 from mutransformer.sharding.collectives import varying_as, without_vma_check
 
 # Rows and columns of splash attention's blocks of logits. Blocks on the diagonal are computed in full: larger blocks compute more
@@ -46,7 +46,7 @@ def _splash_backward(interpret: bool, pull: Callable[..., Any], grad: Array) -> 
     return *varying_as(without_vma_check(backward)(pull, grad), grad), None
 
 
-@custom_gradient(_splash_forward, _splash_backward, static=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def splash(
     q: Float[Array, "b h T D"],
     k: Float[Array, "b k T D"],
@@ -57,15 +57,13 @@ def splash(
     """JAX's splash attention; what it saves for the backward pass is of size T.
 
     Its kernels have no VMA annotations, which shard_map's check needs. So the kernels alone are traced without the check, forward
-    and backward; everything else, collectives above all, is checked. q, k and v must vary over the same mesh axes.
-
-    Args:
-        q: queries, already scaled.
-        k, v: keys and values.
-        segments: the segment of each position; None: a row is one segment.
-        interpret: run without the kernel compiler, slowly: for a CPU.
+    and backward; everything else, collectives above all, is checked. q, k and v must vary over the same mesh axes, and q is
+    scaled already. interpret: without the kernel compiler, slowly, for a CPU.
     """
     return _splash_forward(q, k, v, segments, interpret)[0]
+
+
+splash.defvjp(_splash_forward, _splash_backward)
 
 
 def _splash(q: Array, k: Array, v: Array, segments: Array | None, interpret: bool) -> Array:

@@ -5,6 +5,7 @@ chunk's logits in the backward pass instead (jax.checkpoint in a scan) would add
 the three of this pass.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,41 +14,22 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from mutransformer.model.matmul import MatmulPolicy, dot, dot_rows
-from mutransformer.model.ops import MASKED, custom_gradient
+from mutransformer.model.ops import MASKED
 from mutransformer.sharding.collectives import gather_x, index_y, max_y, scatter_x, sum_y, varying
 from mutransformer.sharding.spec import Weight
 
 
 class Head(NamedTuple):
-    """The static settings of the unembedding.
-
-    Attributes:
-        spec: of the matrix.
-        policy: dtypes, and how products are computed.
-        n_vocab: entries of the padded vocabulary that are real; the others get no probability.
-        chunk: tokens whose logits exist at a time.
-        z_loss: the factor on the square of the log-normalizer (Chowdhery et al., arXiv 2204.02311, section 5).
-    """
+    """The static settings of the unembedding."""
 
     spec: Weight
     policy: MatmulPolicy
-    n_vocab: int
-    chunk: int
-    z_loss: float = 0.0
+    n_vocab: int  # entries of the padded vocabulary that are real; the others get no probability
+    chunk: int  # tokens whose logits exist at a time
+    z_loss: float = 0.0  # factor on the square of the log-normalizer (Chowdhery et al., arXiv 2204.02311, section 5)
 
 
-def _head_forward(
-    h: Array, w: Array, bias: Array | None, targets: Array, mask: Array, head: Head
-) -> tuple[tuple[Array, Array], tuple[Any, Any, Any]]:
-    return _head(h, w, bias, targets, mask, head, with_grads=True)
-
-
-def _head_backward(head: Head, grads: tuple[Any, Any, Any], by: tuple[Array, Array]) -> tuple[Any, Any, Any, None, None]:
-    scaled = jax.tree.map(lambda g: (g * by[0]).astype(g.dtype), grads)
-    return *scaled, None, None
-
-
-@custom_gradient(_head_forward, _head_backward, static=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def head_loss(
     h: Float[Array, "b T M"],
     w: Float[Array, "..."],
@@ -59,21 +41,19 @@ def head_loss(
     """The objective, and the loss: the sum over unmasked targets of -log softmax(h w + bias)[target], in nats.
 
     They differ by the z-loss; only the objective has a gradient. Both are the same on all of y. The vocabulary is sharded over y:
-    three numbers per token move, and no logits.
-
-    Args:
-        h: normed residual stream, gathered over y.
-        w: this device's shard of the unembedding, float32.
-        bias: this device's slice of it in the compute dtype.
-        targets: ids.
-        mask: the targets that count.
-        head: static settings.
+    three numbers per token move, and no logits. h is gathered over y; w is this device's shard, and bias its slice in the compute
+    dtype.
     """
     return _head(h, w, bias, targets, mask, head, with_grads=False)[0]
 
 
+def _head_backward(head: Head, grads: tuple[Any, Any, Any], by: tuple[Array, Array]) -> tuple[Any, Any, Any, None, None]:
+    scaled = jax.tree.map(lambda g: (g * by[0]).astype(g.dtype), grads)
+    return *scaled, None, None
+
+
 def _head(
-    h: Array, w: Array, bias: Array | None, targets: Array, mask: Array, head: Head, with_grads: bool
+    h: Array, w: Array, bias: Array | None, targets: Array, mask: Array, head: Head, with_grads: bool = True
 ) -> tuple[tuple[Array, Array], tuple[Any, Any, Any]]:
     """head_loss, and with_grads the gradients of the objective by h, by w (reduce-scattered over x) and by bias."""
     gathered = gather_x(w, head.spec, head.policy.compute, head.policy.grad_reduce_dtype)
@@ -123,6 +103,9 @@ def _head(
         scatter_x(grad_w, head.spec, head.policy.grad_reduce_dtype),
         None if bias is None else grad_b.astype(bias.dtype),
     )
+
+
+head_loss.defvjp(_head, _head_backward)
 
 
 def _in_chunks(a: Array, n: int) -> Array:

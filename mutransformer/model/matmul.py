@@ -6,13 +6,13 @@ and rounded once.
 """
 
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import DTypeLike, Float, Int
 
-from mutransformer.model.ops import custom_gradient
 from mutransformer.sharding.collectives import gather_x, varying_as
 from mutransformer.sharding.spec import Weight
 
@@ -43,10 +43,8 @@ def dot(a: Float[Array, "*_"], b: Float[Array, "*_"], contract: tuple[int, int])
 def dot_rows(a: Float[Array, "R M"], b: Float[Array, "R N"], tiled: bool) -> Float[Array, "M N"]:
     """a^T b in float32: the sum over rows of outer products, as in every weight's gradient.
 
-    Args:
-        a, b: the factors.
-        tiled: transpose in tiles. XLA:CPU's fast bfloat16 product takes no transposed left factor, and folds a plain transpose
-            back into the product. It leaves a tiled transpose alone, and the product then takes half the time.
+    XLA:CPU's fast bfloat16 product takes no transposed left factor, and folds a plain transpose back into the product. It leaves
+    a tiled transpose alone, and the product then takes half the time.
     """
     if not tiled or any(n % TILE for n in (*a.shape, b.shape[1])):
         return dot(a, b, (0, 0))
@@ -74,83 +72,58 @@ class Matrix(NamedTuple):
 
 
 def gather_matrix(w: Float[Array, "..."], spec: Weight, policy: MatmulPolicy, regather: bool) -> Matrix:
-    """Gathers a matrix over x.
+    """Gathers the shards of a matrix of one layer over x.
 
-    Args:
-        w: this device's shard, float32.
-        spec: of the weight, for one layer.
-        policy: dtypes.
-        regather: gather it again for the backward pass. Not needed where rematerialization recomputes this gather anyway.
+    regather: again for the backward pass. Not needed where rematerialization recomputes this gather anyway.
     """
     value = gather_x(w, spec, policy.compute, policy.grad_reduce_dtype, typed=jnp.float32)
     return Matrix(value, lax.stop_gradient(w) if regather else None)
 
 
-Saved = tuple[Array, Array | None, Array | None]
-
-
-def _project_forward(x: Array, w: Matrix, spec: Weight, policy: MatmulPolicy) -> tuple[Array, Saved]:
-    return project(x, w, spec, policy), (x, w.value if w.shard is None else None, w.shard)
-
-
-def _project_backward(spec: Weight, policy: MatmulPolicy, saved: Saved, grad: Array) -> tuple[Array, Matrix]:
-    x, value, shard = saved
-    if value is None:
-        assert shard is not None
-        value = gather_x(shard, spec, policy.compute, policy.grad_reduce_dtype)
-    value = value.astype(x.dtype)
-    into = value.ndim - spec.n_out
-    if policy.merge_dims:
-        inner = prod(value.shape[:into])
-        grad = grad.reshape(-1, value.size // inner)
-        grad_x = dot(grad, value.reshape(inner, -1), (1, 1)).reshape(x.shape)
-        grad_w = dot_rows(x.reshape(-1, inner), grad, tiled=True).reshape(value.shape)
-    else:
-        out, rows = tuple(range(-spec.n_out, 0)), tuple(range(x.ndim - into))
-        grad_x = jnp.tensordot(grad, value, (out, out), preferred_element_type=jnp.float32)
-        grad_w = jnp.tensordot(x, grad, (rows, rows), preferred_element_type=jnp.float32)
-    return grad_x.astype(x.dtype), Matrix(grad_w, None if shard is None else jnp.zeros_like(shard))
-
-
-@custom_gradient(_project_forward, _project_backward, static=(2, 3))
 def project(x: Float[Array, "b T *into"], w: Matrix, spec: Weight, policy: MatmulPolicy) -> Float[Array, "b T *out"]:
-    """x times a weight, contracted over the weight's input dims.
+    """x times a weight of one layer, contracted over the weight's input dims, of which x holds all that y does not shard."""
+    into = w.value.ndim - spec.n_out
+    rows, inner = tuple(range(x.ndim - into)), prod(w.value.shape[:into])
 
-    Args:
-        x: activations in the compute dtype; of the weight's input dims it holds all that y does not shard.
-        w: the gathered weight.
-        spec: of the weight, for one layer.
-        policy: dtypes, and whether dims are merged.
-    """
-    value = w.value.astype(x.dtype)
-    into = value.ndim - spec.n_out
-    if not policy.merge_dims:
-        return jnp.tensordot(x, value, into, preferred_element_type=jnp.float32).astype(x.dtype)
-    rows, inner = x.shape[: x.ndim - into], prod(value.shape[:into])
-    y = dot(x.reshape(-1, inner), value.reshape(inner, -1), (1, 0))
-    return y.astype(x.dtype).reshape(*rows, *value.shape[into:])
+    @jax.custom_gradient
+    def product(x: Array, w: Matrix) -> Any:
+        def backward(grad: Array) -> tuple[Array, Matrix]:
+            again = w.value if w.shard is None else gather_x(w.shard, spec, policy.compute, policy.grad_reduce_dtype)
+            value = again.astype(x.dtype)
+            if policy.merge_dims:
+                grad = grad.reshape(-1, value.size // inner)
+                grad_x = dot(grad, value.reshape(inner, -1), (1, 1)).reshape(x.shape)
+                grad_w = dot_rows(x.reshape(-1, inner), grad, tiled=True).reshape(value.shape)
+            else:
+                out = tuple(range(-spec.n_out, 0))
+                grad_x = jnp.tensordot(grad, value, (out, out), preferred_element_type=jnp.float32)
+                grad_w = jnp.tensordot(x, grad, (rows, rows), preferred_element_type=jnp.float32)
+            return grad_x.astype(x.dtype), Matrix(grad_w, None if w.shard is None else jnp.zeros_like(w.shard))
+
+        value = w.value.astype(x.dtype)
+        if policy.merge_dims:
+            y = dot(x.reshape(-1, inner), value.reshape(inner, -1), (1, 0)).astype(x.dtype)
+            y = y.reshape(*x.shape[: len(rows)], *value.shape[into:])
+        else:
+            y = jnp.tensordot(x, value, into, preferred_element_type=jnp.float32).astype(x.dtype)
+        return y, backward
+
+    return product(x, w)
 
 
-def _look_up_forward(table: Array, ids: Array, spec: Weight, compute: DTypeLike) -> tuple[Array, Array]:
-    return look_up(table, ids, spec, compute), ids
-
-
-def _look_up_backward(spec: Weight, compute: DTypeLike, ids: Array, grad: Array) -> tuple[Array, None]:
-    zeros = varying_as(jnp.zeros((spec.shape[0], grad.shape[-1]), jnp.float32), grad, ids)
-    return zeros.at[ids].add(grad.astype(jnp.float32)), None
-
-
-@custom_gradient(_look_up_forward, _look_up_backward, static=(2, 3))
-def look_up(table: Float[Array, "V m"], ids: Int[Array, "b T"], spec: Weight, compute: DTypeLike) -> Float[Array, "b T m"]:
+def look_up(table: Float[Array, "V m"], ids: Int[Array, "b T"], compute: DTypeLike) -> Float[Array, "b T m"]:
     """Rows of a table, in the compute dtype.
 
     Their gradients are summed in float32: in bfloat16 the sum over the positions of a frequent token stops growing once it is a
-    few hundred times as large as its terms.
-
-    Args:
-        table: gathered over x; rounded to the compute dtype but typed float32, as Matrix.value.
-        ids: of the rows.
-        spec: of the table.
-        compute: dtype of the result.
+    few hundred times as large as its terms. The table is gathered over x, with the values and type of Matrix.value.
     """
-    return jnp.take(table.astype(compute), ids, axis=0)
+
+    @jax.custom_gradient
+    def rows(table: Array, ids: Array) -> Any:
+        def backward(grad: Array) -> tuple[Array, None]:
+            zeros = varying_as(jnp.zeros(table.shape, jnp.float32), grad, ids)
+            return zeros.at[ids].add(grad.astype(jnp.float32)), None
+
+        return jnp.take(table.astype(compute), ids, axis=0), backward
+
+    return rows(table, ids)

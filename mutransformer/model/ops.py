@@ -4,7 +4,7 @@ Dims are those of `sharding.spec`; statistics are float32 whatever the compute d
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +15,6 @@ from jaxtyping import Float, Int
 from mutransformer.sharding.collectives import index_y, sum_y
 
 MASKED = -1e30  # a logit without probability
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def custom_gradient(forward: Callable[..., Any], backward: Callable[..., Any], static: tuple[int, ...]) -> Callable[[F], F]:
-    """jax.custom_vjp as a decorator that keeps the function's type.
-
-    Args:
-        forward: the function's arguments -> (its result, what to save).
-        backward: static arguments, what was saved, the gradient of the result -> the gradients of the other arguments.
-        static: positions of arguments that are no arrays.
-    """
-
-    def decorate(function: F) -> F:
-        wrapped = jax.custom_vjp(function, nondiff_argnums=static)
-        wrapped.defvjp(forward, backward)
-        return cast(F, wrapped)
-
-    return decorate
 
 
 def rms_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
@@ -50,13 +31,8 @@ def rms_norm_y(x: Float[Array, "b T m"], eps: float) -> Float[Array, "b T m"]:
 
 
 def rotary(x: Float[Array, "b T n D"], base: float, first: Int[Array, ""] | None = None) -> Float[Array, "b T n D"]:
-    """Rotary positions (Su et al., arXiv 2104.09864) on split halves: pair i is (x[i], x[i + D/2]), at base^(-2i/D).
-
-    Args:
-        x: queries or keys.
-        base: of the frequencies.
-        first: the position of x[:, 0]; None: 0.
-    """
+    """Rotary positions (Su et al., arXiv 2104.09864) on split halves: pair i is (x[i], x[i + D/2]), at base^(-2i/D). The position
+    of x[:, 0] is `first`, or 0."""
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     position = jnp.arange(x.shape[1], dtype=jnp.float32)
@@ -67,19 +43,11 @@ def rotary(x: Float[Array, "b T n D"], base: float, first: Int[Array, ""] | None
     return jnp.concatenate([low * cos - high * sin, low * sin + high * cos], axis=-1).astype(x.dtype)
 
 
-def _relu_forward(x: Array) -> tuple[Array, Array]:
-    y = checkpoint_name(relu(x), "hidden")
-    return y, y
-
-
-def _relu_backward(y: Array, grad: Array) -> tuple[Array]:
-    return (jnp.where(y > 0, grad, 0),)
-
-
-@custom_gradient(_relu_forward, _relu_backward, static=())
-def relu(x: Array) -> Array:
+@jax.custom_gradient
+def relu(x: Array) -> Any:
     """max(x, 0). Its gradient uses the result, which the next projection saves anyway; jax.nn.relu would save a mask."""
-    return jnp.maximum(x, 0)
+    y = checkpoint_name(jnp.maximum(x, 0), "hidden")
+    return y, lambda grad: jnp.where(y > 0, grad, 0)
 
 
 def sqrelu(x: Array) -> Array:
@@ -98,13 +66,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def select_kv(kv: Float[Array, "b T K D"], n_local: int, n_head: int) -> Float[Array, "b T k D"]:
-    """The key/value heads that this device's query heads read, from all K of them.
-
-    Args:
-        kv: keys or values of all heads.
-        n_local: query heads on this device.
-        n_head: query heads on all devices.
-    """
+    """The key/value heads that this device's n_local query heads, of n_head on all devices, read from all K of them."""
     n_kv = kv.shape[2]
     if n_kv == 1 or n_local == n_head:
         return kv

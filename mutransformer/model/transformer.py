@@ -33,20 +33,13 @@ Segments = Int[Array, "b T"] | None  # of the targets, and so of the inputs that
 class Forward:
     """The mathematics of a model, for use inside shard_map on this device's shards.
 
-    Attributes:
-        c: the architecture.
-        specs: of all weights.
-        block_specs: of the weights of one layer.
-        multipliers: the factors on residual branches and logits; muP's forward multipliers, one for each weight of a layer and
-            for the unembedding.
-        policy: how products with weights are computed.
-        execution: the resolved settings of a step.
-        z_loss: its factor.
+    The multipliers are the factors on residual branches and logits: muP's forward multipliers, one for each weight of a layer
+    and for the unembedding.
     """
 
     c: ModelConfig
     specs: Transformer[Weight]
-    block_specs: Block[Weight]
+    block_specs: Block[Weight]  # of one layer
     multipliers: Transformer[float]
     policy: MatmulPolicy
     execution: Execution
@@ -75,18 +68,13 @@ class Forward:
         keep: Keep | None = None,
         past: DecodeState | None = None,
     ) -> tuple[Float[Array, "b T m"], Any]:
-        """The residual stream after the last layer, and what `keep` returns for each layer, stacked over layers.
+        """The residual stream after the last layer, and what `keep` selects of `intermediates`, stacked over layers.
 
-        Args:
-            params: the weights.
-            inputs: token ids.
-            segments: of the inputs.
-            keep: selects from a layer's intermediates (see `intermediates`); None: nothing is returned.
-            past: for decoding: inputs are one token each, at past.position.
+        With `past`, for decoding, the inputs are one token each, at past.position.
         """
         s = self.specs
         table = self.gather_vector(params.embed, s.embed, typed=jnp.float32)
-        x = look_up(table, inputs, s.embed, self.policy.compute)
+        x = look_up(table, inputs, self.policy.compute)
         if self.c.embed_norm:
             x = self.norm(x, self.gather(params.embed_norm, s.embed_norm))
 
