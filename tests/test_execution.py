@@ -8,11 +8,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from programs import program
 
-from mutransformer.config.kernels import device_kernel
 from mutransformer.config.load import load
 from mutransformer.data.batches.rows import Batch
 from mutransformer.errors import ConfigError
-from mutransformer.model.execution import Execution, resolve, tuning
+from mutransformer.model.execution import Execution, device_kernel, resolve, tuning
 from mutransformer.training.step import make_train_step
 
 TINY = ["model.d_model=32", "model.d_head=16", "model.n_layer=1", "model.n_vocab=128", "data.seq_len=8", "data.batch_size=8"]

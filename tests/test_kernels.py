@@ -22,7 +22,6 @@ from test_sharding import TINY, params, worst
 from mutransformer.config.load import load
 from mutransformer.data.batches.pipeline import Batch
 from mutransformer.errors import ConfigError
-from mutransformer.model import kernels
 from mutransformer.model.attention import attention
 from mutransformer.sharding.mesh import make_mesh, put_batch
 from mutransformer.training.step import make_loss_and_grads
@@ -45,7 +44,7 @@ def inputs(heads: str, dtype: Any = jnp.float32) -> tuple[tuple[jax.Array, ...],
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "BLOCK", 128)  # four, of which one is masked whole
+    monkeypatch.setattr("mutransformer.model.attention.BLOCK", 128)  # four, of which one is masked whole
 
 
 @pytest.mark.usefixtures("small_blocks")

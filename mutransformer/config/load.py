@@ -35,10 +35,7 @@ RENAMED = {
 
 
 def load(args: Sequence[str]) -> Config:
-    """Reads YAML files and `key=value` overrides, merged left to right over the defaults.
-
-    Args:
-        args: paths of YAML files, names of shipped configs and dotted overrides, in any order, e.g. ["small", "optim.lr=0.01"].
+    """Reads YAML files, shipped configs by name and `key=value` overrides, merged left to right over the defaults.
 
     Raises:
         ConfigError: a file is missing or not YAML; a key is unknown or given twice; a value is of the wrong type or out of range.
@@ -90,12 +87,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def check_not_renamed(keys: Iterable[str], source: str) -> None:
-    """Raises ConfigError if any of the keys has another name now.
-
-    Args:
-        keys: dotted keys.
-        source: where they are from, for the message.
-    """
+    """Raises ConfigError if any of the keys, which are from `source`, has another name now."""
     renamed = [f"{key}: renamed to {RENAMED[key]}" for key in keys if key in RENAMED]
     check(not renamed, f"{source}: {'; '.join(renamed)}")
 
@@ -152,10 +144,7 @@ def to_yaml(config: Config) -> str:
 
 
 def describe(prefix: str = "") -> str:
-    """Every setting with its type, bounds, default and meaning.
-
-    Args:
-        prefix: only this key, or the keys of this group, such as optim.
+    """Every setting with its type, bounds, default and meaning; with a prefix only this key, or those of this group, as optim.
 
     Raises:
         ConfigError: there is no such key.

@@ -50,9 +50,9 @@ class DistributedConfig:
         check_settings(self, "distributed.")
         host, _, port = (self.coordinator or "localhost:0").rpartition(":")
         check(bool(host) and port.isdecimal(), f"distributed.coordinator = {self.coordinator}: must be host:port")
-        if self.process_id is not None and self.n_process is not None:
-            message = f"distributed.process_id = {self.process_id}: must be below distributed.n_process = {self.n_process}"
-            check(self.process_id < self.n_process, message)
+        n, i = self.n_process, self.process_id
+        below = n is None or i is None or i < n
+        check(below, f"distributed.process_id = {i}: must be below distributed.n_process = {n}")
 
 
 @dataclass(frozen=True)

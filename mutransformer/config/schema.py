@@ -12,18 +12,42 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from mutransformer.config.data import DataConfig
-from mutransformer.config.kernels import AttentionKernel, unfit
 from mutransformer.config.run import CheckpointConfig, DistributedConfig, EvalConfig, LogConfig, MeshConfig, ProfileConfig
 from mutransformer.config.setting import Setting, check_settings, setting, settings_of
 from mutransformer.errors import ConfigError, check
 
 Activation = Literal["relu", "sqrelu", "gelu", "silu", "swiglu"]
 AttentionActivation = Literal["softmax", "sqrelu", "elu", "norm_sqrelu", "norm_elu"]
+AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
 Rule = Literal["sp", "mup", "abs_mup", "mup_table8", "completep", "completed_p"]
 Remat = Literal["none", "dots", "attention", "outputs", "full"]
 Float = Literal["float32", "bfloat16"]  # not float16: gradients would need a loss scale
 
 DEPTH_RULES = ("completep", "completed_p")  # those that scale with n_layer / n_layer_base
+
+SPLASH_MULTIPLE = 128  # must divide the number of positions: the lanes of a TPU's vector registers
+SPLASH_HEAD = 64  # must divide a head's size
+CUDNN_HEAD = 8  # must divide a head's size
+CUDNN_MAX_HEAD = 128  # on every GPU that has the kernel; Hopper's takes twice that
+
+
+def unfit(kernel: AttentionKernel, activation: str, T: int, d_head: int, compute: str) -> str | None:
+    """Why a kernel cannot compute an attention over T positions, as the end of an error message; None: it can."""
+    if kernel in ("auto", "xla"):
+        return None
+    if activation != "softmax":
+        return f"computes softmax only, not model.attention_activation = {activation}"
+    if kernel == "splash":
+        if T % SPLASH_MULTIPLE:
+            return f"needs a multiple of {SPLASH_MULTIPLE} positions, not data.seq_len = {T}"
+        if d_head % SPLASH_HEAD:
+            return f"needs heads of a multiple of {SPLASH_HEAD}, not model.d_head = {d_head}"
+        return None
+    if compute != "bfloat16":
+        return f"computes in bfloat16, not precision.compute = {compute}"
+    if d_head % CUDNN_HEAD or d_head > CUDNN_MAX_HEAD:
+        return f"needs heads of a multiple of {CUDNN_HEAD} up to {CUDNN_MAX_HEAD}, not model.d_head = {d_head}"
+    return f"needs an even number of positions, not data.seq_len = {T}" if T % 2 else None
 
 
 @dataclass(frozen=True)
@@ -67,11 +91,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_settings(self, "model.")
         heads = max(1, self.d_model // self.d_head)
-        check(
-            self.d_model % self.d_head == 0,
-            f"model.d_model = {self.d_model}: not divisible by model.d_head = {self.d_head}; "
-            f"the nearest that fit are {heads * self.d_head} and {(heads + 1) * self.d_head}",
-        )
+        fit = f"the nearest that fit are {heads * self.d_head} and {(heads + 1) * self.d_head}"
+        not_divisible = f"model.d_model = {self.d_model}: not divisible by model.d_head = {self.d_head}; {fit}"
+        check(self.d_model % self.d_head == 0, not_divisible)
         divides = self.n_head % self.kv_heads == 0
         check(divides, f"model.n_kv_head = {self.n_kv_head}: must divide the {self.n_head} heads (d_model / d_head)")
         check(self.d_head % 2 == 0 or self.rotary_base == 0, f"model.d_head = {self.d_head}: rotary positions need an even size")
@@ -157,10 +179,8 @@ class OptimConfig:
         for key in ("batch_base", "tokens_base"):
             value = getattr(self, key)
             check(value is None or self.rule == "completed_p", f"optim.{key} = {value}: needs optim.rule=completed_p")
-        check(
-            not (self.eps_scaling and self.rule in ("sp", *DEPTH_RULES)),
-            f"optim.eps_scaling = true: the rule {self.rule} has an eps of its own; use mup, abs_mup or mup_table8",
-        )
+        own_eps = f"optim.eps_scaling = true: the rule {self.rule} has an eps of its own; use mup, abs_mup or mup_table8"
+        check(not (self.eps_scaling and self.rule in ("sp", *DEPTH_RULES)), own_eps)
 
 
 @dataclass(frozen=True)
@@ -201,29 +221,20 @@ class Config:
         plain = bool(self.name) and not self.name.startswith(".") and not set(self.name) & set("/\\\0")
         check(plain, f"name = {self.name!r}: must be a plain folder name; the place is set by workdir")
         model, data, optim = self.model, self.data, self.optim
-        check(
-            data.batch_size % optim.grad_accumulation_steps == 0,
-            f"optim.grad_accumulation_steps = {optim.grad_accumulation_steps}: must divide data.batch_size = {data.batch_size}",
-        )
-        check(
-            model.n_layer_base is None or optim.rule in DEPTH_RULES,
-            f"model.n_layer_base = {model.n_layer_base}: the rule {optim.rule} does not scale with depth; "
-            f"use optim.rule={' or '.join(DEPTH_RULES)}",
-        )
-        check(
-            model.unembed_init in ("rule", "zero") or optim.rule not in ("mup_table8", "completep"),
-            f"model.unembed_init = {model.unembed_init}: the rule {optim.rule} scales the unembedding by a multiplier; "
-            "use rule or zero",
-        )
+        n = optim.grad_accumulation_steps
+        check(data.batch_size % n == 0, f"optim.grad_accumulation_steps = {n}: must divide data.batch_size = {data.batch_size}")
+        why = f"the rule {optim.rule} does not scale with depth; use optim.rule={' or '.join(DEPTH_RULES)}"
+        check(model.n_layer_base is None or optim.rule in DEPTH_RULES, f"model.n_layer_base = {model.n_layer_base}: {why}")
+        free = model.unembed_init in ("rule", "zero") or optim.rule not in ("mup_table8", "completep")
+        why = f"the rule {optim.rule} scales the unembedding by a multiplier; use rule or zero"
+        check(free, f"model.unembed_init = {model.unembed_init}: {why}")
         why = unfit(model.attention_kernel, model.attention_activation, data.seq_len, model.d_head, self.precision.compute)
         check(why is None, f"model.attention_kernel = {model.attention_kernel}: {why}")
         for key in ("beta1", "beta2"):
             beta = getattr(optim, key)
-            check(
-                optim.rule != "completed_p" or self.noise_ratio * (1 - beta) <= 1,
-                f"optim.{key} = {beta}: 1 - {key} grows with batch and falls with tokens, here by {self.noise_ratio:g} to more "
-                f"than 1; choose a smaller batch, or {key} nearer to 1",
-            )
+            grows = f"1 - {key} grows with batch and falls with tokens, here by {self.noise_ratio:g} to more than 1"
+            fits = optim.rule != "completed_p" or self.noise_ratio * (1 - beta) <= 1
+            check(fits, f"optim.{key} = {beta}: {grows}; choose a smaller batch, or {key} nearer to 1")
 
     @property
     def rundir(self) -> Path:
@@ -248,10 +259,8 @@ class Config:
             ConfigError: model.n_vocab is set and too small for the tokenizer.
         """
         own = self.model.n_vocab
-        check(
-            own is None or own >= n_vocab,
-            f"model.n_vocab = {own}: the tokenizer gives ids up to {n_vocab - 1}; set {n_vocab}, or leave it out",
-        )
+        too_small = f"model.n_vocab = {own}: the tokenizer gives ids up to {n_vocab - 1}; set {n_vocab}, or leave it out"
+        check(own is None or own >= n_vocab, too_small)
         return dataclasses.replace(self, model=dataclasses.replace(self.model, n_vocab=own or n_vocab))
 
 

@@ -29,10 +29,10 @@ def setting(
     """Declares a field of a config dataclass.
 
     Args:
-        default: the default value; a class (list, dict or the dataclass of a group of settings) is called for it.
+        default: the value; a class (list, dict or the dataclass of a group of settings) is called for it.
         meaning: for the help. A group's is its docstring.
         path: the value is a path: a local one, or a URL too.
-        resume: whether the value may differ from the checkpoint's when a run resumes. Default: as in the enclosing group.
+        resume: whether a resumed run's value may differ from the checkpoint's. Default: as in the enclosing group.
         bounds: of a number: min, max (inclusive), above, below (exclusive). A float must be finite in any case.
     """
     assert bounds.keys() <= _BOUNDS.keys()
@@ -43,11 +43,7 @@ def setting(
 
 
 def check_settings(group: Any, prefix: str) -> None:
-    """Checks every field of a config dataclass against its metadata.
-
-    Args:
-        group: an instance.
-        prefix: of its keys, e.g. "optim.".
+    """Checks every field of a config dataclass against its metadata. The prefix is that of its keys, such as "optim.".
 
     Raises:
         ConfigError: a value is out of bounds, not finite, not among the choices, or no path.

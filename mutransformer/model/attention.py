@@ -1,7 +1,8 @@
 """Attention, per device and pure: one function, computed by the implementation that `execution` resolved for the devices.
 
-The kernels are in `kernels`. The forms in plain XLA are here, for devices without a kernel and for attention activations other
-than softmax. Logits and softmax are float32 whatever the compute dtype. Dims are those of `sharding.spec`.
+The kernels are those that come with JAX: splash attention on a TPU, cuDNN's on an NVIDIA GPU; their limits are in
+`config.schema.unfit`. The forms in plain XLA are for devices without a kernel and for attention activations other than softmax.
+Logits and softmax are float32 whatever the compute dtype. Dims are those of `sharding.spec`.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,14 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
-from mutransformer.model import kernels
+from mutransformer.config.schema import SPLASH_MULTIPLE
 from mutransformer.model.execution import Attention
-from mutransformer.model.ops import MASKED, sqrelu
-from mutransformer.sharding.collectives import varying_as
+from mutransformer.model.ops import MASKED, Segments, sqrelu
+from mutransformer.sharding.collectives import varying_as, without_vma_check
+
+# Rows and columns of splash attention's blocks of logits. Blocks on the diagonal are computed in full: larger blocks compute more
+# of the masked half, smaller ones read keys and values more often.
+BLOCK = 512
 
 
 def _normalized(weights: Array, eps: float) -> Array:
@@ -40,7 +45,7 @@ def attention(
     scale: float,
     activation: str,
     eps: float,
-    segments: Int[Array, "b T"] | None = None,
+    segments: Segments = None,
     implementation: Attention = "blockwise",
 ) -> Float[Array, "b T h D"]:
     """Causal attention; query head i reads key/value head i // (h / k), with logits scale * (q . k).
@@ -54,11 +59,14 @@ def attention(
         # It takes no scale; scaling fuses with what came before, such as rotary positions.
         q = (scale * q.astype(jnp.float32)).astype(q.dtype)
         q, k, v = _named(*(jnp.transpose(a, (0, 2, 1, 3)) for a in (q, k, v)))
-        o: Any = kernels.splash(q, k, v, segments, interpret=implementation == "splash_interpreted")
+        o: Any = splash_attention(q, k, v, segments, interpret=implementation == "splash_interpreted")
         return jnp.transpose(o, (0, 2, 1, 3))
     if implementation == "cudnn":
         q, k, v = (varying_as(a, q, k, v) for a in (q, k, v))
-        return checkpoint_name(kernels.cudnn(*_named(q, k, v), scale, segments), "attended")
+        # It takes segments as a T x T mask, which it adds to the logits.
+        mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
+        o = jax.nn.dot_product_attention(*_named(q, k, v), mask=mask, scale=scale, is_causal=True, implementation="cudnn")
+        return checkpoint_name(o, "attended")
     if implementation == "dense" and activation == "softmax":
         return checkpoint_name(_dense(*_named(q, k, v), segments, scale), "attended")
     n_kv = k.shape[2]
@@ -140,7 +148,7 @@ def contract(equation: str, a: Array, b: Array) -> Array:
 
 @partial(jax.checkpoint, static_argnums=4, prevent_cse=False)
 def _dense(
-    q: Float[Array, "b T h D"], k: Float[Array, "b T k D"], v: Float[Array, "b T k D"], segments: Array | None, scale: float
+    q: Float[Array, "b T h D"], k: Float[Array, "b T k D"], v: Float[Array, "b T k D"], segments: Segments, scale: float
 ) -> Float[Array, "b T h D"]:
     """Softmax attention in the form that suits XLA:TPU: all logits at once, which it fuses with their softmax, and dims in the
     order of the projections. Saves its arguments only. For use in a loop: see prevent_cse of jax.checkpoint."""
@@ -154,7 +162,7 @@ def _dense(
     return jnp.einsum(f"bk{g}qs,bskd->bqk{g}d", weights, v).reshape(b, T, h, D)
 
 
-def _readable(first: int, n: int, m: int, segments: Int[Array, "b T"] | None) -> Bool[Array, "_ 1 1 n m"]:
+def _readable(first: int, n: int, m: int, segments: Segments) -> Bool[Array, "_ 1 1 n m"]:
     """Which of keys 0 ... m - 1 the queries first ... first + n - 1 may read: no later ones, and only of their own segment."""
     causal = (first + jnp.arange(n)[:, None] >= jnp.arange(m)[None])[None, None, None]
     if segments is None:
@@ -201,11 +209,7 @@ def _softmax_backward(scale: float, saved: tuple[Any, ...], grad: Array) -> tupl
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def blockwise_attention(
-    q: Float[Array, "b k g T D"],
-    k: Float[Array, "b k T D"],
-    v: Float[Array, "b k T D"],
-    scale: float,
-    segments: Int[Array, "b T"] | None,
+    q: Float[Array, "b k g T D"], k: Float[Array, "b k T D"], v: Float[Array, "b k T D"], scale: float, segments: Segments
 ) -> Float[Array, "b k g T D"]:
     """Causal softmax attention whose backward pass recomputes the weights from their log-normalizer, as in FlashAttention
     (Dao et al., arXiv 2205.14135): nothing of size T x T is saved."""
@@ -218,6 +222,59 @@ blockwise_attention.defvjp(_softmax_forward, _softmax_backward)
 def _block_logits(q: Array, k: Array, scale: float, segments: Array | None, first: int, last: int) -> Float[Array, "b k g n m"]:
     logits = scale * contract("bkgqd,bksd->bkgqs", q[:, :, :, first:last], k[:, :, :last])
     return jnp.where(_readable(first, last - first, last, segments), logits, MASKED)
+
+
+def _splash_forward(q: Array, k: Array, v: Array, segments: Array | None, interpret: bool) -> tuple[Array, Callable[..., Any]]:
+    def forward(q: Array, k: Array, v: Array, segments: Array | None) -> Any:
+        return jax.vjp(lambda q, k, v: _splash(q, k, v, segments, interpret), q, k, v)
+
+    return varying_as(without_vma_check(forward)(q, k, v, segments), q)
+
+
+def _splash_backward(interpret: bool, pull: Callable[..., Any], grad: Array) -> tuple[Array, Array, Array, None]:
+    def backward(pull: Any, grad: Array) -> Any:
+        with jax.named_scope("splash_attention"):
+            return pull(grad)
+
+    return *varying_as(without_vma_check(backward)(pull, grad), grad), None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def splash_attention(
+    q: Float[Array, "b h T D"], k: Float[Array, "b k T D"], v: Float[Array, "b k T D"], segments: Segments, interpret: bool
+) -> Float[Array, "b h T D"]:
+    """JAX's splash attention for a TPU; its gradient is its own, and what it saves for the backward pass is of size T.
+
+    Its kernels have no VMA annotations, which shard_map's check needs. So the kernels alone are traced without the check, forward
+    and backward; everything else, collectives above all, is checked. q, k and v must vary over the same mesh axes, and q is
+    scaled already. interpret: without the kernel compiler, slowly, for a CPU.
+    """
+    return _splash_forward(q, k, v, segments, interpret)[0]
+
+
+splash_attention.defvjp(_splash_forward, _splash_backward)
+
+
+def _splash(q: Array, k: Array, v: Array, segments: Array | None, interpret: bool) -> Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as library  # importing takes a second
+
+    _, h, T, _ = q.shape
+    block = next(n for n in range(min(BLOCK, T), 0, -SPLASH_MULTIPLE) if T % n == 0)
+    # The gradient of q by one kernel, those of k and v by another. The fused kernel computes the logits one time less, but writes
+    # a rounded part of q's gradient for each block of keys; as XLA compiles the sum of these parts, it costs more than it saves.
+    keys = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes = library.BlockSizes(**dict.fromkeys(keys, block))
+    kernel: Any = library.make_splash_mha(
+        library.MultiHeadMask([library.CausalMask((T, T))] * h),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attended",
+        interpret=interpret,
+    )
+    with jax.named_scope("splash_attention"):
+        ids = None if segments is None else library.SegmentIds(segments, segments)
+        return jax.vmap(kernel)(q, k, v, ids)
 
 
 def attention_logits(q: Float[Array, "b T h D"], k: Float[Array, "b T k D"], scale: float) -> Float[Array, "b k g n"]:

@@ -11,8 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from mutransformer.config.kernels import SPLASH_FROM, device_kernel, unfit
-from mutransformer.config.schema import Config
+from mutransformer.config.schema import AttentionKernel, Config, unfit
 from mutransformer.errors import check
 from mutransformer.sharding.mesh import AnyMesh, first_device
 
@@ -27,6 +26,9 @@ SAVED_NAMES = {
     "attention": ("query", "key", "value", "attended", "middle"),
     "dots": ("query", "key", "value", "attended", "middle", "hidden", "gate"),  # recomputes no product with a weight
 }
+SPLASH_FROM = 512  # the shortest row for which auto selects splash attention: a shorter row's logits are cheap to write out
+# GPUs without cuDNN's kernel: other vendors', and those before Ampere.
+_WITHOUT_CUDNN = re.compile(r"AMD|[VPK]\d+\b|\bT4\b|GTX|TITAN|RTX 20|Quadro", re.IGNORECASE)
 HEAD_CHUNK_CPU = 512  # tokens; tuned on two cores
 HEAD_BYTES = 512 << 20  # of float32 logits: the sum of the unembedding's gradient, of like size, is read and written per chunk
 
@@ -90,6 +92,13 @@ class Execution:
         return jax.checkpoint(layer, prevent_cse=False, policy=policy)
 
 
+def device_kernel(platform: str, kind: str) -> AttentionKernel:
+    """The fastest attention kernel of a device, by jax.Device's platform and device_kind."""
+    if platform == "tpu":
+        return "splash"
+    return "cudnn" if platform in ("gpu", "cuda") and not _WITHOUT_CUDNN.search(kind) else "xla"
+
+
 def tuning(device_kind: str) -> Tuning:
     """The choices for a kind of device as JAX names it; none if the kind is unknown, as for a CPU."""
     return next((t for pattern, t in TUNING.items() if re.fullmatch(pattern, device_kind, re.IGNORECASE)), UNTUNED)
@@ -101,9 +110,8 @@ def resolve(config: Config, mesh: AnyMesh) -> Execution:
     Raises:
         ConfigError: model.attention_kernel is set to a kernel that the devices lack.
     """
-    device, m = first_device(mesh), config.model
+    device, m, y = first_device(mesh), config.model, mesh.shape["y"]
     tuned = tuning(device.device_kind)
-    y = mesh.shape["y"]
     # Two groups with y > 1 (0.641 -> 0.538 at 16 x 4), but only where the backward pass recomputes layers: without, each group
     # would gather the layer's weights again there.
     groups = config.mesh.overlap_groups or (2 if y > 1 and m.remat != "none" else 1)
@@ -130,8 +138,8 @@ def _attention(config: Config, platform: str, kind: str) -> Attention:
     )
     if kernel == "auto":
         kernel = available
-        # The logits of a shorter row are cheap to write out. cuDNN is the faster one with segments too, though it takes them as a
-        # T x T mask: 0.306 s a step, XLA's 0.367 (as above: one H200, 2048 positions).
+        # cuDNN is the faster one with segments too, though it takes them as a T x T mask: 0.306 s a step, XLA's 0.367 (as above:
+        # one H200, 2048 positions).
         short = kernel == "splash" and T < SPLASH_FROM
         if short or unfit(kernel, m.attention_activation, T, m.d_head, config.precision.compute):
             kernel = "xla"

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from mutransformer.sharding.collectives import index_y, sum_y
 
 MASKED = -1e30  # a logit without probability
+Segments = Int[Array, "b T"] | None  # the segment of each position; None: a row is one segment
 
 
 def rms_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
@@ -74,7 +75,7 @@ def select_kv(kv: Float[Array, "b T K D"], n_local: int, n_head: int) -> Float[A
     return jnp.take(kv, heads, axis=2)
 
 
-def shift_right(tokens: Int[Array, "b T"], bos_id: int, segments: Int[Array, "b T"] | None = None) -> Int[Array, "b T"]:
+def shift_right(tokens: Int[Array, "b T"], bos_id: int, segments: Segments = None) -> Int[Array, "b T"]:
     """The model's inputs: the tokens shifted right by one, with bos in front of the row, or of each segment of it."""
     inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=bos_id)
     if segments is None:

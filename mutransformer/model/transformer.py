@@ -20,13 +20,13 @@ from mutransformer.model.attention import DecodeState, KVCache, attention, atten
 from mutransformer.model.execution import Execution
 from mutransformer.model.loss import Head, head_loss
 from mutransformer.model.matmul import MatmulPolicy, gather_matrix, look_up, project
+from mutransformer.model.ops import Segments
 from mutransformer.model.weights import Block, Transformer
 from mutransformer.sharding.collectives import gather_heads, gather_x, gather_y, scatter_y
 from mutransformer.sharding.spec import Weight
 
 Intermediates = dict[str, Array]
 Keep = Callable[[Intermediates], Any]  # what of a layer's intermediates to return
-Segments = Int[Array, "b T"] | None  # of the targets, and so of the inputs that predict them; None: a row is one segment
 
 
 @dataclass(frozen=True)
@@ -182,12 +182,7 @@ class Forward:
         return seen | {"final": x, "logits": self.unembed(params, self.final_hidden(params, x))}
 
     def loss(
-        self,
-        params: Transformer[Array],
-        tokens: Int[Array, "b T"],
-        mask: Bool[Array, "b T"],
-        segments: Segments,
-        bos_id: int,
+        self, params: Transformer[Array], tokens: Int[Array, "b T"], mask: Bool[Array, "b T"], segments: Segments, bos_id: int
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Sums over this device's unmasked targets: of the objective, and of the loss in nats. The same on all of y. Only the
         objective has a gradient.

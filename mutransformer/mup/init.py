@@ -12,18 +12,10 @@ from mutransformer.mup.rules import Parameter, Scaling, init_std
 
 
 def init_weights(specs: Any, scaling: Scaling, seed: Int[Array, ""] | int) -> Any:
-    """Draws every weight in float32. Gains start at one, biases at zero, matrices from a normal distribution.
+    """The initial values of a tree of Parameters, in float32: gains are one, biases zero, matrices from a normal distribution.
 
     The random key of a weight folds in its path (or its explicit init_tag), so adding a weight leaves the initial values of the
     others unchanged. The values do not depend on the mesh.
-
-    Args:
-        specs: a tree whose leaves are Parameters with shapes.
-        scaling: the parametrization and the size of the model.
-        seed: of the run.
-
-    Returns:
-        The same tree of float32 arrays.
     """
     root = jax.random.key(seed)
 

@@ -61,35 +61,20 @@ class LrFactors(NamedTuple):
 
 @dataclass(frozen=True)
 class Scaling:
-    """The parametrization of a model, and the size of the model relative to the one that was tuned.
+    """The parametrization of a model, and the size of the model relative to the one that was tuned."""
 
-    Attributes:
-        rule: a key of RULES.
-        width: d_model / d_base.
-        depth: n_layer / n_layer_base.
-        noise_ratio: batch ratio / token ratio: tokens a step over those of the tuned run, divided by the same for all tokens.
-        depth_alpha: residual branches are multiplied by depth^-depth_alpha (completep, completed_p).
-        lr_factors: on the learning rates of each role.
-        embed_lr_exponent: the embedding's learning rate is multiplied by width^embed_lr_exponent.
-        eps_scaling: eps follows the learning rate's factor.
-        coupled_decay: weight decay is multiplied by the learning rate.
-        decay_exponent: decay of hidden and output matrices is multiplied by width^decay_exponent; None: as the rule says.
-        decay_vectors: gains and biases decay too.
-        muon_lr: factor on the learning rate of matrices trained by Muon; None: no weight is trained by Muon.
-    """
-
-    rule: str
-    width: float = 1.0
-    depth: float = 1.0
-    noise_ratio: float = 1.0
-    depth_alpha: float = 1.0
+    rule: str  # a key of RULES
+    width: float = 1.0  # d_model / d_base
+    depth: float = 1.0  # n_layer / n_layer_base
+    noise_ratio: float = 1.0  # tokens a step over those of the tuned run, divided by the same for all tokens
+    depth_alpha: float = 1.0  # residual branches are multiplied by depth^-depth_alpha (completep, completed_p)
     lr_factors: LrFactors = LrFactors()
-    embed_lr_exponent: float = 0.0
-    eps_scaling: bool = False
-    coupled_decay: bool = False
-    decay_exponent: float | None = None
-    decay_vectors: bool = False
-    muon_lr: float | None = None
+    embed_lr_exponent: float = 0.0  # the embedding's learning rate is multiplied by width^embed_lr_exponent
+    eps_scaling: bool = False  # eps follows the learning rate's factor
+    coupled_decay: bool = False  # weight decay is multiplied by the learning rate
+    decay_exponent: float | None = None  # decay of hidden and output matrices x width^decay_exponent; None: as the rule says
+    decay_vectors: bool = False  # gains and biases decay too
+    muon_lr: float | None = None  # factor on the learning rate of matrices trained by Muon; None: no weight is trained by Muon
 
     @property
     def parametrization(self) -> "Parametrization":
@@ -113,21 +98,13 @@ ONE = Powers()
 
 
 class Row(NamedTuple):
-    """The rules for the weights of one role.
+    """The rules for the weights of one role."""
 
-    Attributes:
-        std: of the normal initial distribution; None: constant, one for gains and zero for biases.
-        multiplier: on the weight's output in the forward pass; for role residual, on the branch including its bias.
-        lr: on the base learning rate.
-        eps: on Adam's eps.
-        decay: on weight decay that is coupled to the learning rate. Independent decay is the same at all sizes.
-    """
-
-    std: Powers | None
-    multiplier: Powers = ONE
-    lr: Powers = ONE
-    eps: Powers = ONE
-    decay: Powers = ONE
+    std: Powers | None  # of the normal initial distribution; None: constant, one for gains and zero for biases
+    multiplier: Powers = ONE  # on the weight's output in the forward pass; for role residual, on the branch including its bias
+    lr: Powers = ONE  # on the base learning rate
+    eps: Powers = ONE  # on Adam's eps
+    decay: Powers = ONE  # on weight decay that is coupled to the learning rate; independent decay is the same at all sizes
 
 
 class Horizon(NamedTuple):
@@ -161,19 +138,13 @@ _TABLE8 = _width_rules(Row(_SQRT, lr=_NARROWER), Row(Powers(fan_in=-1.0, width=1
 
 # For the layers, as in both papers on depth. Their decay is coupled and grows with width, so that the amount that one step
 # removes does not depend on width.
-_HIDDEN = Row(
-    _SQRT,
-    lr=Powers(width=-1.0, depth=-1.0, alpha=1.0),
-    eps=Powers(width=-1.0, alpha=-1.0),
-    decay=Powers(width=1.0),
-)
-_VECTOR = Row(None, lr=Powers(depth=-1.0, alpha=1.0), eps=Powers(width=-1.0, alpha=-1.0))
+_EPS = Powers(width=-1.0, alpha=-1.0)
+_HIDDEN = Row(_SQRT, lr=Powers(width=-1.0, depth=-1.0, alpha=1.0), eps=_EPS, decay=Powers(width=1.0))
+_VECTOR = Row(None, lr=Powers(depth=-1.0, alpha=1.0), eps=_EPS)
 _LAYERS: dict[Role, Row] = {
     "hidden": _HIDDEN,
     "residual": _HIDDEN._replace(multiplier=Powers(alpha=-1.0)),
-    "gain": _VECTOR,
-    "qk_gain": _VECTOR,
-    "bias": _VECTOR,
+    **dict.fromkeys(("gain", "qk_gain", "bias"), _VECTOR),
 }
 
 RULES: dict[str, Parametrization] = {

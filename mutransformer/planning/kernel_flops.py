@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mutransformer.errors import check
-from mutransformer.model.kernels import BLOCK
+from mutransformer.model.attention import BLOCK
 
 Shape = tuple[int, ...]
 
