@@ -14,9 +14,9 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import mutransformer
-from mutransformer.config import setting
 from mutransformer.config.load import describe, load, shipped_configs, to_yaml
 from mutransformer.config.schema import all_settings
+from mutransformer.config.setting import to_text
 from mutransformer.errors import FAILED, FINISHED, INTERRUPTED, USAGE_ERROR, ConfigError
 from mutransformer.sharding.processes import announce_failure
 
@@ -27,8 +27,7 @@ COMMANDS += ("train-tokenizer", "benchmark")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command with its arguments (None: those of the process) and returns its exit code, or that of `run_cli`.
 
-    Raises:
-        SystemExit: for --help and --version, and for a mistake in the options.
+    Raises SystemExit for --help and --version, and for a mistake in the options.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     return run_cli(lambda: _run(args[0], args[1:]) if args and args[0] in COMMANDS else _top_level(args))
@@ -98,7 +97,7 @@ def _brief(key: str) -> str:
     """A setting with its default and meaning, as one line of the help."""
     one = all_settings()[key]
     meaning = textwrap.shorten(one.field.metadata["meaning"], 88, placeholder=" ...")
-    return f"  {f'{key} = {setting.to_text(one.default)}':32} {meaning}"
+    return f"  {f'{key} = {to_text(one.default)}':32} {meaning}"
 
 
 def _run(name: str, argv: Sequence[str]) -> int:

@@ -27,11 +27,8 @@ def is_url(path: str) -> bool:
 
 
 def check_path(key: str, path: str, urls: bool = False) -> None:
-    """Checks that the value of a setting can be a path, which need not exist, or, if `urls` says so, a URL.
-
-    Raises:
-        ConfigError: the value cannot be a path, is a URL, or names the home of an unknown user.
-    """
+    """Raises ConfigError if a setting's value cannot be a path (it need not exist), is a URL where `urls` does not allow one, or
+    names the home of an unknown user."""
     check("\0" not in path, f"{key} = {path!r}: must be a path, without null characters")
     if is_url(path):
         check(urls, f"{key} = {path}: must be a local path, not a URL")

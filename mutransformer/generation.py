@@ -87,8 +87,7 @@ def continuation(prefix: list[int], new: list[int], tokenizer: Tokenizer) -> dic
 def prompt_tokens(prompt: str, tokenizer: Tokenizer, config: Config) -> list[int]:
     """The ids of a prompt, tokenized as the beginning of a document of the run's data.
 
-    Raises:
-        ConfigError: it is not valid Unicode, as an argument of a command may be.
+    Raises ConfigError if it is not valid Unicode, as an argument of a command may be.
     """
     check(not any("\ud800" <= c <= "\udfff" for c in prompt), "the prompt is not UTF-8")
     bos = [tokenizer.bos_id] if config.data.add_bos else []
@@ -98,8 +97,7 @@ def prompt_tokens(prompt: str, tokenizer: Tokenizer, config: Config) -> list[int
 def restore_params(program: Program, tokenizer: Tokenizer) -> tuple[int, Transformer[Array]]:
     """The step and the weights of the checkpoint that eval.checkpoint names.
 
-    Raises:
-        ConfigError: there is none, or it belongs to another model or tokenizer.
+    Raises ConfigError if there is none, or if it belongs to another model or tokenizer.
     """
     # The training tokens do not matter here, and their fingerprint would require reading them all.
     config = program.config

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from mutransformer.config.load import RENAMED, check_not_renamed, describe, load, to_yaml
-from mutransformer.config.schema import Config, all_settings, flatten, may_change_on_resume, to_dict
+from mutransformer.config.schema import Config, all_settings, flatten, may_change_on_resume
 from mutransformer.config.setting import Setting, check_settings, setting
 from mutransformer.errors import ConfigError
 
@@ -91,7 +91,7 @@ def test_a_config_of_every_kind_of_value_survives_a_round_trip(write):
     config = load([*args, "distributed.enabled=true", "distributed.coordinator='[::1]:80'", "optim.eps=1e-30", "workdir=~/r:1"])
     assert config.log.wandb == "on"
     assert load([write(to_yaml(config), "other-name.yaml")]) == config
-    assert flatten(config)["data.files"] == to_dict(config)["data"]["files"] == ["a b.txt", "ü/*.txt"]
+    assert flatten(config)["data.files"] == dataclasses.asdict(config)["data"]["files"] == ["a b.txt", "ü/*.txt"]
 
 
 def test_shipped_sizes_differ_in_width_only():

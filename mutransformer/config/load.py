@@ -1,6 +1,7 @@
 """Reads settings from YAML files and `key=value` overrides, and prints them. Does not import JAX."""
 
 import difflib
+import textwrap
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import metadata
@@ -11,8 +12,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from mutransformer.config import setting
 from mutransformer.config.schema import Config, all_settings, flatten
+from mutransformer.config.setting import limits, to_text, type_name
 from mutransformer.errors import ConfigError, check
 
 # Keys of earlier versions, and their names now.
@@ -144,11 +145,18 @@ def to_yaml(config: Config) -> str:
 
 
 def describe(prefix: str = "") -> str:
-    """Every setting with its type, bounds, default and meaning; with a prefix only this key, or those of this group, as optim.
+    """Every setting with its default, type, bounds and meaning, as lines of text; a group with its meaning.
 
-    Raises:
-        ConfigError: there is no such key.
+    With a prefix only this key, or those of this group, such as optim. Raises ConfigError if there is no such key.
     """
-    lines = [setting.describe(one) for key, one in all_settings().items() if f"{key}.".startswith(f"{prefix}." if prefix else "")]
-    check(bool(lines), _unknown(prefix))
+    found = [one for key, one in all_settings().items() if f"{key}.".startswith(f"{prefix}." if prefix else "")]
+    check(bool(found), _unknown(prefix))
+    lines: list[str] = []
+    for one in found:
+        title, text = one.key, one.field.metadata["meaning"]
+        if one.field.type is not one.group:
+            about = type_name(one.field.type), limits(one.field.metadata["bounds"]), "free on resume" * one.free
+            title, text = f"{title} = {to_text(one.default)}", f"[{', '.join(filter(None, about))}] {text}"
+        indent = " " * 4
+        lines += [title, textwrap.fill(text, 110, initial_indent=indent, subsequent_indent=indent, break_long_words=False)]
     return "\n".join(lines)

@@ -35,19 +35,17 @@ def unfit(kernel: AttentionKernel, activation: str, T: int, d_head: int, compute
     """Why a kernel cannot compute an attention over T positions, as the end of an error message; None: it can."""
     if kernel in ("auto", "xla"):
         return None
-    if activation != "softmax":
-        return f"computes softmax only, not model.attention_activation = {activation}"
+    heads, positions = f"not model.d_head = {d_head}", f"not data.seq_len = {T}"
+    limits = {f"computes softmax only, not model.attention_activation = {activation}": activation == "softmax"}
     if kernel == "splash":
-        if T % SPLASH_MULTIPLE:
-            return f"needs a multiple of {SPLASH_MULTIPLE} positions, not data.seq_len = {T}"
-        if d_head % SPLASH_HEAD:
-            return f"needs heads of a multiple of {SPLASH_HEAD}, not model.d_head = {d_head}"
-        return None
-    if compute != "bfloat16":
-        return f"computes in bfloat16, not precision.compute = {compute}"
-    if d_head % CUDNN_HEAD or d_head > CUDNN_MAX_HEAD:
-        return f"needs heads of a multiple of {CUDNN_HEAD} up to {CUDNN_MAX_HEAD}, not model.d_head = {d_head}"
-    return f"needs an even number of positions, not data.seq_len = {T}" if T % 2 else None
+        limits[f"needs a multiple of {SPLASH_MULTIPLE} positions, {positions}"] = T % SPLASH_MULTIPLE == 0
+        limits[f"needs heads of a multiple of {SPLASH_HEAD}, {heads}"] = d_head % SPLASH_HEAD == 0
+    else:
+        fits = d_head % CUDNN_HEAD == 0 and d_head <= CUDNN_MAX_HEAD
+        limits[f"computes in bfloat16, not precision.compute = {compute}"] = compute == "bfloat16"
+        limits[f"needs heads of a multiple of {CUDNN_HEAD} up to {CUDNN_MAX_HEAD}, {heads}"] = fits
+        limits[f"needs an even number of positions, {positions}"] = T % 2 == 0
+    return next((limit for limit, kept in limits.items() if not kept), None)
 
 
 @dataclass(frozen=True)
@@ -253,11 +251,7 @@ class Config:
         return now / (o.batch_base or now) / (total / (o.tokens_base or total))
 
     def with_vocab(self, n_vocab: int) -> "Config":
-        """This config with the tokenizer's size filled in.
-
-        Raises:
-            ConfigError: model.n_vocab is set and too small for the tokenizer.
-        """
+        """This config with the tokenizer's size filled in. Raises ConfigError if model.n_vocab is set to less."""
         own = self.model.n_vocab
         too_small = f"model.n_vocab = {own}: the tokenizer gives ids up to {n_vocab - 1}; set {n_vocab}, or leave it out"
         check(own is None or own >= n_vocab, too_small)
@@ -280,15 +274,10 @@ def may_change_on_resume(key: str) -> bool:
     return key in all_settings() and all_settings()[key].free
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """Every setting as nested plain dictionaries."""
-    return dataclasses.asdict(config)
-
-
 def flatten(nested: Config | dict[str, Any]) -> dict[str, Any]:
     """The values of a config, or of nested dictionaries, by dotted key; an empty dictionary stays a value."""
     flat: dict[str, Any] = {}
-    for key, value in (nested if isinstance(nested, dict) else to_dict(nested)).items():
+    for key, value in (nested if isinstance(nested, dict) else dataclasses.asdict(nested)).items():
         below = flatten(value) if isinstance(value, dict) else {}
         flat |= {f"{key}.{k}": v for k, v in below.items()} or {key: value}
     return flat

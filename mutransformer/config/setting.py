@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import operator
-import textwrap
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -43,10 +42,9 @@ def setting(
 
 
 def check_settings(group: Any, prefix: str) -> None:
-    """Checks every field of a config dataclass against its metadata. The prefix is that of its keys, such as "optim.".
+    """Checks every field of a config dataclass, whose keys begin with a prefix such as "optim.", against its metadata.
 
-    Raises:
-        ConfigError: a value is out of bounds, not finite, not among the choices, or no path.
+    Raises ConfigError if a value is out of bounds, not finite, not among the choices, or no path.
     """
     for field in dataclasses.fields(group):
         key, value, metadata = f"{prefix}{field.name}", getattr(group, field.name), field.metadata
@@ -56,7 +54,7 @@ def check_settings(group: Any, prefix: str) -> None:
         choices = get_args(field.type) if get_origin(field.type) is Literal else ()
         check(not choices or value in choices, f"{key} = {value}: must be {' or '.join(choices)}")
         within = all(_BOUNDS[name][1](value, limit) for name, limit in metadata["bounds"].items())
-        check(within, f"{key} = {value}: must be {_limits(metadata['bounds'])}")
+        check(within, f"{key} = {value}: must be {limits(metadata['bounds'])}")
         if metadata["path"]:
             for path in value if isinstance(value, list) else [value]:
                 check_path(key, str(path), urls=metadata["path"] == "url")
@@ -90,32 +88,20 @@ def settings_of(group: type, prefix: str = "", free: bool = False) -> Iterator[S
             yield from settings_of(inner, below, free_here)
 
 
-def describe(one: Setting) -> str:
-    """A setting's key, default, type, bounds and meaning, as lines of text; a group's key and meaning."""
-    meaning = one.field.metadata["meaning"]
-    if one.field.type is one.group:
-        return f"{one.key}\n{_wrap(meaning)}"
-    about = ", ".join(filter(None, [_type(one.field.type), _limits(one.field.metadata["bounds"]), "free on resume" * one.free]))
-    return f"{one.key} = {to_text(one.default)}\n{_wrap(f'[{about}] {meaning}')}"
-
-
 def to_text(value: Any) -> str:
     """A setting's value as an override writes it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _wrap(text: str) -> str:
-    return textwrap.fill(text, 110, initial_indent="    ", subsequent_indent="    ", break_long_words=False)
-
-
-def _limits(bounds: dict[str, int | float]) -> str:
+def limits(bounds: dict[str, int | float]) -> str:
     return " and ".join(f"{_BOUNDS[name][0]} {limit}" for name, limit in bounds.items())
 
 
-def _type(kind: Any) -> str:
+def type_name(kind: Any) -> str:
+    """A field's type, as the help writes it."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " | ".join(args)
     if origin is Union:
-        return " | ".join("null" if arg is type(None) else _type(arg) for arg in args)
-    return f"{origin.__name__} of {_type(args[-1])}" if origin else kind.__name__
+        return " | ".join("null" if arg is type(None) else type_name(arg) for arg in args)
+    return f"{origin.__name__} of {type_name(args[-1])}" if origin else kind.__name__

@@ -20,18 +20,13 @@ TILE = 32
 
 
 class MatmulPolicy(NamedTuple):
-    """How products with weights are computed.
+    """How products with weights are computed."""
 
-    Attributes:
-        compute: dtype of the factors.
-        grad_reduce_dtype: dtype in which gradients of weights are summed over devices.
-        merge_dims: a projection is a product of two matrices, with merged dims and tiled transposes: XLA:CPU's fast product
-            accepts no other. A TPU chooses the layout of separate dims to suit what comes next, and writes a result straight into
-            the stack that a scan keeps: merged dims cost 81 ms of copies in a step of 469 ms (1.3 G parameters, 64 x 1 on v5p).
-    """
-
-    compute: DTypeLike
-    grad_reduce_dtype: DTypeLike
+    compute: DTypeLike  # of the factors
+    grad_reduce_dtype: DTypeLike  # in which gradients of weights are summed over devices
+    # A projection is a product of two matrices, with merged dims and tiled transposes: XLA:CPU's fast product accepts no other. A
+    # TPU chooses the layout of separate dims to suit what comes next, and writes a result straight into the stack that a scan
+    # keeps: merged dims cost 81 ms of copies in a step of 469 ms (1.3 G parameters, 64 x 1 on v5p).
     merge_dims: bool
 
 
@@ -61,21 +56,17 @@ def _tiled_transpose(a: Array) -> Array:
 class Matrix(NamedTuple):
     """A gathered weight.
 
-    Attributes:
-        value: gathered over x; rounded to the compute dtype but typed float32, so that its gradient, a sum over all its uses, is
-            not rounded before it is summed over devices. XLA removes the conversion together with its inverse.
-        shard: to be gathered again in the backward pass; None: value itself is kept for it.
+    The value is rounded to the compute dtype but typed float32, so that its gradient, a sum over all its uses, is not rounded
+    before it is summed over devices. XLA removes the conversion together with its inverse.
     """
 
     value: Float[Array, "..."]
-    shard: Float[Array, "..."] | None
+    shard: Float[Array, "..."] | None  # to be gathered again in the backward pass; None: value itself is kept for it
 
 
 def gather_matrix(w: Float[Array, "..."], spec: Weight, policy: MatmulPolicy, regather: bool) -> Matrix:
-    """Gathers the shards of a matrix of one layer over x.
-
-    regather: again for the backward pass. Not needed where rematerialization recomputes this gather anyway.
-    """
+    """Gathers the shards of a matrix of one layer over x; if `regather`, again for the backward pass, as is not needed where
+    rematerialization recomputes this gather anyway."""
     value = gather_x(w, spec, policy.compute, policy.grad_reduce_dtype, typed=jnp.float32)
     return Matrix(value, lax.stop_gradient(w) if regather else None)
 

@@ -1,6 +1,6 @@
 """The mathematics of the Transformer: what it computes with its weights on one device of the mesh.
 
-Dims and their shards are those of `sharding.spec`; the residual stream is [b, T, m].
+Dims and their shards are those of `sharding.spec`.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,9 @@ from mutransformer.model.weights import Block, Transformer
 from mutransformer.sharding.collectives import gather_heads, gather_x, gather_y, scatter_y
 from mutransformer.sharding.spec import Weight
 
+Params = Transformer[Array]
+Tokens = Int[Array, "b T"]
+Stream = Float[Array, "b T m"]  # the residual stream
 Intermediates = dict[str, Array]
 Keep = Callable[[Intermediates], Any]  # what of a layer's intermediates to return
 
@@ -56,18 +59,13 @@ class Forward:
         policy = self.policy._replace(grad_reduce_dtype="float32")
         return replace(self, specs=specs, block_specs=block_specs, policy=policy)
 
-    def gather_weights(self, params: Transformer[Array]) -> Transformer[Array]:
+    def gather_weights(self, params: Params) -> Params:
         """All weights gathered over x, rounded to the compute dtype but typed float32. Gradient: reduce-scattered over x."""
         return jax.tree.map(partial(self.gather_vector, typed=jnp.float32), params, self.specs)
 
     def apply_layers(
-        self,
-        params: Transformer[Array],
-        inputs: Int[Array, "b T"],
-        segments: Segments,
-        keep: Keep | None = None,
-        past: DecodeState | None = None,
-    ) -> tuple[Float[Array, "b T m"], Any]:
+        self, params: Params, inputs: Tokens, segments: Segments, keep: Keep | None = None, past: DecodeState | None = None
+    ) -> tuple[Stream, Any]:
         """The residual stream after the last layer, and what `keep` selects of `intermediates`, stacked over layers.
 
         With `past`, for decoding, the inputs are one token each, at past.position.
@@ -92,9 +90,7 @@ class Forward:
         xs, kept = lax.scan(self.execution.rematerialize(layer), tuple(jnp.split(x, n)), scanned)
         return jnp.concatenate(xs), kept
 
-    def layer(
-        self, w: "Block[Any]", x: Float[Array, "b T m"], segments: Segments, past: DecodeState | None
-    ) -> tuple[Float[Array, "b T m"], Intermediates]:
+    def layer(self, w: "Block[Any]", x: Stream, segments: Segments, past: DecodeState | None) -> tuple[Stream, Intermediates]:
         seen = {"residual": x}
         branch, in_attention = self.attention(w, x, segments, past)
         x = checkpoint_name(x + _times(branch, self.multipliers.blocks.w_o), "middle")
@@ -102,9 +98,7 @@ class Forward:
         x = x + _times(branch, self.multipliers.blocks.w_down)
         return x, seen | in_attention | in_mlp
 
-    def attention(
-        self, w: "Block[Any]", x: Float[Array, "b T m"], segments: Segments, past: DecodeState | None
-    ) -> tuple[Float[Array, "b T m"], Intermediates]:
+    def attention(self, w: "Block[Any]", x: Stream, segments: Segments, past: DecodeState | None) -> tuple[Stream, Intermediates]:
         c, s = self.c, self.block_specs
         h = self.gather_y(self.norm(x, w.attn_norm))
         q = _plus(project(h, w.w_q, s.w_q, self.policy), w.b_q)
@@ -126,7 +120,7 @@ class Forward:
         r = _plus(self.scatter_y(project(o, w.w_o, s.w_o, self.policy)), w.b_o)
         return r, seen | {"rotated_query": q, "rotated_key": k, "attention_output": o, "attention_branch": r}
 
-    def mlp(self, w: "Block[Any]", x: Float[Array, "b T m"]) -> tuple[Float[Array, "b T m"], Intermediates]:
+    def mlp(self, w: "Block[Any]", x: Stream) -> tuple[Stream, Intermediates]:
         c, s = self.c, self.block_specs
         h = self.gather_y(self.norm(x, w.mlp_norm))
         up = f = checkpoint_name(_plus(project(h, w.w_up, s.w_up, self.policy), w.b_up), "hidden")
@@ -138,34 +132,32 @@ class Forward:
         r = _plus(self.scatter_y(project(f, w.w_down, s.w_down, self.policy)), w.b_down)
         return r, {"feed_forward_hidden": up, "feed_forward_activation": f, "feed_forward_branch": r}
 
-    def final_hidden(self, params: Transformer[Array], x: Float[Array, "b T m"]) -> Float[Array, "b T M"]:
+    def final_hidden(self, params: Params, x: Stream) -> Float[Array, "b T M"]:
         """The normed residual stream that the unembedding reads, gathered over y."""
         x = self.gather_y(self.norm(x, self.gather(params.final_norm, self.specs.final_norm)))
         return _times(x, self.multipliers.unembed)
 
-    def unembed(self, params: Transformer[Array], h: Float[Array, "b T M"]) -> Float[Array, "b T v"]:
+    def unembed(self, params: Params, h: Float[Array, "b T M"]) -> Float[Array, "b T v"]:
         """Logits: this device's slice of the padded vocabulary."""
         s = self.specs
         logits = project(h, self.gather(params.unembed, s.unembed), s.unembed, self.policy)
         return _plus(logits, self.gather(params.b_unembed, s.b_unembed))
 
-    def logits(self, params: Transformer[Array], inputs: Int[Array, "b T"], segments: Segments) -> Float[Array, "b T v"]:
+    def logits(self, params: Params, inputs: Tokens, segments: Segments) -> Float[Array, "b T v"]:
         """This device's slice of the padded vocabulary."""
         x, _ = self.apply_layers(params, inputs, segments)
         return self.unembed(params, self.final_hidden(params, x))
 
-    def prefill(self, params: Transformer[Array], inputs: Int[Array, "b T"]) -> KVCache:
+    def prefill(self, params: Params, inputs: Tokens) -> KVCache:
         """Keys and values of the inputs, stacked over layers."""
         return self.apply_layers(params, inputs, None, keep=_kv)[1]
 
-    def decode_step(
-        self, params: Transformer[Array], inputs: Int[Array, "b 1"], past: DecodeState
-    ) -> tuple[Float[Array, "b T v"], KVCache]:
+    def decode_step(self, params: Params, inputs: Int[Array, "b 1"], past: DecodeState) -> tuple[Float[Array, "b T v"], KVCache]:
         """float32 logits after one token at past.position, and the token's keys and values [L b k 1 D]."""
         x, new = self.apply_layers(params, inputs, None, keep=_kv, past=past)
         return self.unembed(params, self.final_hidden(params, x).astype(jnp.float32)), new
 
-    def intermediates(self, params: Transformer[Array], inputs: Int[Array, "b T"], segments: Segments) -> Intermediates:
+    def intermediates(self, params: Params, inputs: Tokens, segments: Segments) -> Intermediates:
         """The activations of the model by name, on this device; those of the layers are stacked over them in dim 0.
 
         residual: the input of each layer. query, key, value: projections; rotated_...: as attention takes them. attention_logits:
@@ -182,7 +174,7 @@ class Forward:
         return seen | {"final": x, "logits": self.unembed(params, self.final_hidden(params, x))}
 
     def loss(
-        self, params: Transformer[Array], tokens: Int[Array, "b T"], mask: Bool[Array, "b T"], segments: Segments, bos_id: int
+        self, params: Params, tokens: Tokens, mask: Bool[Array, "b T"], segments: Segments, bos_id: int
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Sums over this device's unmasked targets: of the objective, and of the loss in nats. The same on all of y. Only the
         objective has a gradient.
@@ -207,13 +199,13 @@ class Forward:
     def gather_vector(self, w: Array, s: Weight, typed: Any = None) -> Array:
         return gather_x(w, s, self.policy.compute, self.policy.grad_reduce_dtype, typed)
 
-    def gather_y(self, x: Float[Array, "b T m"]) -> Float[Array, "b T M"]:
+    def gather_y(self, x: Stream) -> Float[Array, "b T M"]:
         return gather_y(x, self.execution.via_all_to_all)
 
-    def scatter_y(self, x: Float[Array, "b T M"]) -> Float[Array, "b T m"]:
+    def scatter_y(self, x: Float[Array, "b T M"]) -> Stream:
         return scatter_y(x, self.execution.via_all_to_all)
 
-    def norm(self, x: Float[Array, "b T m"], g: Array | None) -> Float[Array, "b T m"]:
+    def norm(self, x: Stream, g: Array | None) -> Stream:
         return _gained(ops.rms_norm_y(x, self.c.norm_eps), g)
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -22,7 +23,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
 from mutransformer.config.load import to_yaml
-from mutransformer.config.schema import Config, flatten, to_dict
+from mutransformer.config.schema import Config, flatten
 from mutransformer.errors import ConfigError
 from mutransformer.sharding.devices import memory_in_use, peak_flops
 
@@ -269,7 +270,7 @@ class _WeightsAndBiases:
             kept.write_text(os.urandom(8).hex())
         run_id, folder = kept.read_text(), str(config.rundir)
         self._run = wandb.init(
-            project=config.log.wandb, name=config.name, id=run_id, resume="allow", dir=folder, config=to_dict(config)
+            project=config.log.wandb, name=config.name, id=run_id, resume="allow", dir=folder, config=asdict(config)
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
