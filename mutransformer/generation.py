@@ -61,14 +61,12 @@ def generate(config: Config, prompt: str, sampling: Sampling) -> dict[str, Any]:
     prefix, T = prompt_tokens(prompt, tokenizer, config), config.data.seq_len
     n, room = len(prefix), T - len(prefix)
     check(room >= 1, f"the prompt has {n} tokens: data.seq_len = {T} leaves none to add")
-    check(
-        sampling.tokens is None or sampling.tokens <= room,
-        f"tokens = {sampling.tokens}: data.seq_len = {T} leaves {room} after the prompt",
-    )
+    new = sampling.tokens
+    check(new is None or new <= room, f"tokens = {new}: data.seq_len = {T} leaves {room} after the prompt")
     step, params = restore_params(program, tokenizer)
     row = np.zeros(T, np.int32)
     row[:n] = prefix
-    end = n + (sampling.tokens or min(N_TOKENS, room))
+    end = n + (new or min(N_TOKENS, room))
     rows = np.asarray(make_sampler(program, sampling)(params, row, np.int32(n), np.int32(end)))
     samples = [continuation(prefix, row[n:end].tolist(), tokenizer) for row in rows]
     return {"run": str(config.rundir), "step": step, "prompt": prompt, "samples": samples}
@@ -117,8 +115,7 @@ def make_prefill(program: Program, B: int) -> Callable[..., KVCache]:
         cache = forward.prefill(params, inputs[None])
         return jax.tree.map(lambda a: jnp.repeat(a, repeats, axis=1), cache)  # all samples share the prompt: it is read once
 
-    in_specs = forward.pspecs, PartitionSpec()
-    return jax.shard_map(prefill, mesh=program.mesh, in_specs=in_specs, out_specs=_cache_pspecs(program))
+    return jax.shard_map(prefill, mesh=program.mesh, in_specs=(forward.pspecs, PartitionSpec()), out_specs=_cache_pspecs(program))
 
 
 def make_decode(program: Program) -> Callable[..., tuple[Float[Array, "B V"], KVCache]]:
@@ -134,12 +131,8 @@ def make_decode(program: Program) -> Callable[..., tuple[Float[Array, "B V"], KV
         return logits[:, 0], updated
 
     caches, rows = _cache_pspecs(program), program.batch_pspec
-    return jax.shard_map(
-        decode,
-        mesh=program.mesh,
-        in_specs=(forward.pspecs, caches, rows, PartitionSpec()),
-        out_specs=(PartitionSpec(*rows, "y"), caches),
-    )
+    in_specs, out_specs = (forward.pspecs, caches, rows, PartitionSpec()), (PartitionSpec(*rows, "y"), caches)
+    return jax.shard_map(decode, mesh=program.mesh, in_specs=in_specs, out_specs=out_specs)
 
 
 def _cache_pspecs(program: Program) -> Any:

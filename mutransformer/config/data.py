@@ -102,8 +102,7 @@ class DataConfig(SourceConfig):
             self.check("data")
         file, tokenizer = self.tokenizer_file, self.tokenizer
         check(tokenizer != "hf" or bool(file), "data.tokenizer_file is not set: data.tokenizer = hf needs it")
-        no_use = "data.tokenizer_file is set: it needs data.tokenizer=sentencepiece or hf"
-        check(file is None or tokenizer != "bytes", no_use)
+        check(file is None or tokenizer != "bytes", "data.tokenizer_file is set: it needs data.tokenizer=sentencepiece or hf")
         check(self.eos_token is None or tokenizer == "hf", "data.eos_token is set: it needs data.tokenizer=hf")
 
     @property

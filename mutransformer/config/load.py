@@ -33,6 +33,7 @@ RENAMED = {
     "data.processes": "data.tokenize_workers",
     "model.gains": "model.norm_scale",
 }
+_DEFAULTS: Any = OmegaConf.structured(Config)  # merging copies it
 
 
 def load(args: Sequence[str]) -> Config:
@@ -41,7 +42,7 @@ def load(args: Sequence[str]) -> Config:
     Raises:
         ConfigError: a file is missing or not YAML; a key is unknown or given twice; a value is of the wrong type or out of range.
     """
-    merged = _defaults()
+    merged = _DEFAULTS
     first = next((arg for arg in args if is_file(arg)), None)
     if first:
         merged = OmegaConf.merge(merged, {"name": Path(first).stem})
@@ -65,11 +66,6 @@ def is_file(arg: str) -> bool:
         return "=" not in arg or Path(arg).is_file()  # a run may be called lr=0.1
     except OSError:  # longer than any path
         return False
-
-
-@cache
-def _defaults() -> Any:
-    return OmegaConf.structured(Config)  # merging copies it
 
 
 @cache

@@ -16,7 +16,6 @@ from mutransformer.config.run import CheckpointConfig, DistributedConfig, EvalCo
 from mutransformer.config.setting import Setting, check_settings, setting, settings_of
 from mutransformer.errors import ConfigError, check
 
-Activation = Literal["relu", "sqrelu", "gelu", "silu", "swiglu"]
 AttentionActivation = Literal["softmax", "sqrelu", "elu", "norm_sqrelu", "norm_elu"]
 AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
 Rule = Literal["sp", "mup", "abs_mup", "mup_table8", "completep", "completed_p"]
@@ -61,7 +60,7 @@ class ModelConfig:
     ff_multiple: float = setting(4.0, "feed-forward width / d_model", above=0)
     n_vocab: Optional[int] = setting(None, "vocabulary; null: the tokenizer's size", min=2)
     vocab_multiple: int = setting(128, "the vocabulary is padded to a multiple of this, with probability 0", min=1)
-    activation: Activation = setting("relu", "of the feed-forward layer")
+    activation: Literal["relu", "sqrelu", "gelu", "silu", "swiglu"] = setting("relu", "of the feed-forward layer")
     attention_activation: AttentionActivation = setting("softmax", "of the attention logits")
     attention_kernel: AttentionKernel = setting(
         "auto", "auto: splash attention on a TPU, cuDNN's on an NVIDIA GPU, where they are faster; else xla", resume="free"

@@ -18,22 +18,14 @@ _BOUNDS = {
 
 
 def setting(
-    default: Any,
-    meaning: str = "",
+    default: Any,  # a class (list, dict or the dataclass of a group of settings) is called for it
+    meaning: str = "",  # for the help; a group's is its docstring
     *,
-    path: Literal["local", "url"] | None = None,
-    resume: Literal["fixed", "free"] | None = None,
-    **bounds: int | float,
+    path: Literal["local", "url"] | None = None,  # the value is a path: a local one, or a URL too
+    resume: Literal["fixed", "free"] | None = None,  # may it differ from the checkpoint's? None: as in the enclosing group
+    **bounds: int | float,  # of a number: min, max (inclusive), above, below (exclusive); a float must be finite in any case
 ) -> Any:
-    """Declares a field of a config dataclass.
-
-    Args:
-        default: the value; a class (list, dict or the dataclass of a group of settings) is called for it.
-        meaning: for the help. A group's is its docstring.
-        path: the value is a path: a local one, or a URL too.
-        resume: whether a resumed run's value may differ from the checkpoint's. Default: as in the enclosing group.
-        bounds: of a number: min, max (inclusive), above, below (exclusive). A float must be finite in any case.
-    """
+    """Declares a field of a config dataclass."""
     assert bounds.keys() <= _BOUNDS.keys()
     metadata = {"meaning": meaning or default.__doc__, "path": path, "resume": resume, "bounds": bounds}
     if isinstance(default, type):

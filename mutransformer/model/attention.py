@@ -75,7 +75,7 @@ def attention(
     if activation == "softmax":
         o = blockwise_attention(q, k, v, scale, segments)
     else:
-        logits = jnp.where(_readable(0, T, T, segments), scale * contract("bkgqd,bksd->bkgqs", q, k), MASKED)
+        logits = _block_logits(q, k, scale, segments, 0, T)
         weights = ATTENTION_ACTIVATIONS[activation](logits, eps).astype(v.dtype)
         o = checkpoint_name(contract("bkgqs,bksd->bkgqd", weights, v).astype(v.dtype), "attended")
     return jnp.transpose(o, (0, 3, 1, 2, 4)).reshape(b, T, h, D)
@@ -112,10 +112,8 @@ def decode_attention(
     """What `attention` computes at one position of a row, from that position's q, k, v and the cache of what precedes it."""
     b, _, h, D = q.shape
     n_kv = k.shape[2]
-    k, v = (
-        lax.dynamic_update_slice_in_dim(old, new, past.position, axis=2)
-        for old, new in zip(past.cache, KVCache.of(k, v), strict=True)
-    )
+    insert = partial(lax.dynamic_update_slice_in_dim, start_index=past.position, axis=2)
+    k, v = map(insert, past.cache, KVCache.of(k, v))
     readable = (jnp.arange(k.shape[2]) <= past.position)[None, None, None]
     logits = scale * contract("bkgd,bksd->bkgs", q.reshape(b, n_kv, h // n_kv, D), k)
     logits = jnp.where(readable, logits, MASKED)
@@ -263,10 +261,9 @@ def _splash(q: Array, k: Array, v: Array, segments: Array | None, interpret: boo
     # The gradient of q by one kernel, those of k and v by another. The fused kernel computes the logits one time less, but writes
     # a rounded part of q's gradient for each block of keys; as XLA compiles the sum of these parts, it costs more than it saves.
     keys = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    sizes = library.BlockSizes(**dict.fromkeys(keys, block))
     kernel: Any = library.make_splash_mha(
         library.MultiHeadMask([library.CausalMask((T, T))] * h),
-        block_sizes=sizes,
+        block_sizes=library.BlockSizes(**dict.fromkeys(keys, block)),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name="attended",

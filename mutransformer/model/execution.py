@@ -128,10 +128,8 @@ def _attention(config: Config, platform: str, kind: str) -> Attention:
     m, T = config.model, config.data.seq_len
     available = device_kernel(platform, kind)
     kernel = m.attention_kernel
-    check(
-        kernel in ("auto", "xla", available) or (kernel == "splash" and platform == "cpu"),
-        f"model.attention_kernel = {kernel}: not on {kind}; use auto or {available}",
-    )
+    runs = kernel in ("auto", "xla", available) or (kernel == "splash" and platform == "cpu")
+    check(runs, f"model.attention_kernel = {kernel}: not on {kind}; use auto or {available}")
     if kernel == "auto":
         kernel = available
         # cuDNN is the faster one with segments too, though it takes them as a T x T mask: 0.306 s a step, XLA's 0.367 (as above:

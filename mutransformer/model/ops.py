@@ -3,7 +3,6 @@
 Dims are those of `sharding.spec`; statistics are float32 whatever the compute dtype.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,13 +56,7 @@ def sqrelu(x: Array) -> Array:
 
 
 # swiglu gates: its activation is silu, on a second projection (Shazeer, arXiv 2002.05202).
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": relu,
-    "sqrelu": sqrelu,
-    "gelu": jax.nn.gelu,
-    "silu": jax.nn.silu,
-    "swiglu": jax.nn.silu,
-}
+ACTIVATIONS = {"relu": relu, "sqrelu": sqrelu, "gelu": jax.nn.gelu, "silu": jax.nn.silu, "swiglu": jax.nn.silu}
 
 
 def select_kv(kv: Float[Array, "b T K D"], n_local: int, n_head: int) -> Float[Array, "b T k D"]:

@@ -5,7 +5,7 @@ A tree of `Transformer` holds anything of which there is one per weight: specs, 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -14,6 +14,7 @@ from mutransformer.config.schema import ModelConfig
 from mutransformer.mup import Init, Role
 from mutransformer.sharding.spec import Weight, weight
 
+_INIT: dict[str, Init] = {"fan_in": "rule", "zero": "zero"}
 T = TypeVar("T")  # Weight, NamedSharding, Array, float, bool, ...
 
 
@@ -53,6 +54,7 @@ def block_specs(c: ModelConfig, y: int = 1) -> Block[Weight]:
     """The weights of one layer. y: the size of mesh axis y."""
     sizes = {"M": c.d_model, "H": c.n_head, "K": c.kv_heads, "D": c.d_head, "F": c.d_ff}
     w = partial(weight, sizes=sizes)
+    write = partial(w, role="residual", init=_INIT[c.residual_init])
     gain = partial(_gain, c, w)
     gated = c.activation == "swiglu"
     # Key/value heads that y does not divide are sharded inside the head, and gathered after their projection.
@@ -62,19 +64,13 @@ def block_specs(c: ModelConfig, y: int = 1) -> Block[Weight]:
         return w(f"-> {dims}", role="bias") if c.biases else None
 
     return Block(
-        w_q=w("M/x -> H/y D", init=_init(c.q_init)),
+        w_q=w("M/x -> H/y D", init=_INIT[c.q_init]),
         w_k=w(f"M/x -> {kv}"),
         w_v=w(f"M/x -> {kv}"),
-        w_o=w("H/y D -> M/x", role="residual", init=_init(c.residual_init)),
+        w_o=write("H/y D -> M/x"),
         # Explicit tags: these three were renamed, and published results rest on their initial values.
         w_up=w("M/x -> F/y", init_tag=0x783FFEC3),
-        w_down=w(
-            "F/y -> M/x",
-            role="residual",
-            init=_init(c.residual_init),
-            init_tag=0x915C5BF6,
-            nominal_fan_in=c.ff_multiple * c.d_model,
-        ),
+        w_down=write("F/y -> M/x", init_tag=0x915C5BF6, nominal_fan_in=c.ff_multiple * c.d_model),
         w_gate=w("M/x -> F/y", init_tag=0x9F87D3C4) if gated else None,
         attn_norm=gain("M/y", "gain"),
         q_norm=gain("D", "qk_gain") if c.qk_norm else None,
@@ -120,7 +116,3 @@ def flops_per_token(specs: Transformer[Weight], c: ModelConfig, seq_len: int) ->
 
 def _gain(c: ModelConfig, w: Callable[..., Weight], dim: str, role: Role) -> Weight | None:
     return {"none": None, "vector": w(f"-> {dim}", role=role), "scalar": w("->", role=role)}[c.norm_scale]
-
-
-def _init(choice: Literal["fan_in", "zero"]) -> Init:
-    return "zero" if choice == "zero" else "rule"

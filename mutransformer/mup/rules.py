@@ -146,6 +146,13 @@ _LAYERS: dict[Role, Row] = {
     "residual": _HIDDEN._replace(multiplier=Powers(alpha=-1.0)),
     **dict.fromkeys(("gain", "qk_gain", "bias"), _VECTOR),
 }
+_COMPLETED_P: dict[Role, Row] = {
+    **_MUP,
+    **_LAYERS,
+    "input": Row(ONE, eps=_NARROWER),
+    "output": Row(_INVERSE, lr=_NARROWER, decay=Powers(width=1.0)),
+    "qk_gain": _VECTOR._replace(eps=Powers(alpha=-1.0)),
+}
 
 RULES: dict[str, Parametrization] = {
     "sp": Parametrization(_width_rules(Row(_SQRT), Row(_SQRT))),
@@ -153,16 +160,7 @@ RULES: dict[str, Parametrization] = {
     "abs_mup": Parametrization(_width_rules(Row(_SQRT, lr=_INVERSE), Row(_INVERSE, lr=_INVERSE))),
     "mup_table8": Parametrization(_TABLE8),
     "completep": Parametrization({**_TABLE8, **_LAYERS}),
-    "completed_p": Parametrization(
-        {
-            **_MUP,
-            **_LAYERS,
-            "input": Row(ONE, eps=_NARROWER),
-            "output": Row(_INVERSE, lr=_NARROWER, decay=Powers(width=1.0)),
-            "qk_gain": _VECTOR._replace(eps=Powers(alpha=-1.0)),
-        },
-        Horizon(lr=0.5, eps=-0.5, coupled_decay=0.5, independent_decay=1.0, beta=1.0),
-    ),
+    "completed_p": Parametrization(_COMPLETED_P, Horizon(lr=0.5, eps=-0.5, coupled_decay=0.5, independent_decay=1.0, beta=1.0)),
 }
 
 
