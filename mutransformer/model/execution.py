@@ -105,7 +105,7 @@ def tuning(device_kind: str) -> Tuning:
 
 
 def resolve(config: Config, mesh: AnyMesh) -> Execution:
-    """The settings of a step on the devices of a mesh. Raises ConfigError if they lack the kernel that is set."""
+    """The settings of a step on the devices of a mesh. Raises ConfigError if they lack model.attention_kernel."""
     device, m, y = first_device(mesh), config.model, mesh.shape["y"]
     tuned = tuning(device.device_kind)
     # Two groups with y > 1 (0.641 -> 0.538 at 16 x 4), but only where the backward pass recomputes layers: without, each group

@@ -41,8 +41,8 @@ def head_loss(
     """The objective, and the loss: the sum over unmasked targets of -log softmax(h w + bias)[target], in nats.
 
     They differ by the z-loss; only the objective has a gradient. Both are the same on all of y. The vocabulary is sharded over y:
-    three numbers per token move, and no logits. h is gathered over y; w is this device's shard, and bias its slice in the compute
-    dtype.
+    three numbers per token move, and no logits. h is the normed residual stream, gathered over y; w is this device's shard in
+    float32, and bias its slice in the compute dtype.
     """
     return _head(h, w, bias, targets, mask, head, with_grads=False)[0]
 

@@ -65,8 +65,8 @@ class Matrix(NamedTuple):
 
 
 def gather_matrix(w: Float[Array, "..."], spec: Weight, policy: MatmulPolicy, regather: bool) -> Matrix:
-    """Gathers the shards of a matrix of one layer over x; if `regather`, again for the backward pass, as is not needed where
-    rematerialization recomputes this gather anyway."""
+    """Gathers the float32 shards of one layer's matrix over x, and with `regather` again for the backward pass. That is not
+    needed where rematerialization recomputes this gather anyway."""
     value = gather_x(w, spec, policy.compute, policy.grad_reduce_dtype, typed=jnp.float32)
     return Matrix(value, lax.stop_gradient(w) if regather else None)
 
