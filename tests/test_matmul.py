@@ -110,7 +110,8 @@ def sharded_loss(grid: tuple[int, int], policy: MatmulPolicy, chunk: int, n_voca
     def loss(h: jax.Array, w: jax.Array, bias: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         h = jax.lax.pcast(h, "y", to="varying")
         own = gather_x(bias, bias_spec, policy.compute, policy.grad_reduce_dtype) if biased else None
-        return sum_rows(head_loss(h, w, own, targets, mask, head)[0])
+        sums: Any = head_loss(h, w, own, targets, mask, head)
+        return sum_rows(sums[0])
 
     in_specs = P("x"), spec.pspec, bias_spec.pspec, P("x"), P("x")
     return jax.shard_map(loss, mesh=mesh_of(grid), in_specs=in_specs, out_specs=P())
