@@ -142,7 +142,7 @@ def test_a_stand_in_trains_by_one_override(hub: Hub, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert {"tokenizer.json", "special_ids.json"} <= {path.name for path in (tmp_path / "runs/width128").iterdir()}
     shown = run(hub, tmp_path, f"data.path={stand_in}", "data.batch_size=8", script="inspect_data.py")
-    assert "filled up, does not count" in shown.stdout and "eos" in shown.stdout
+    assert "padding, does not count" in shown.stdout and "eos" in shown.stdout
 
 
 @pytest.mark.parametrize(

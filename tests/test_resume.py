@@ -90,6 +90,6 @@ def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_it_goes_on(folder: P
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 4
     largest.write_bytes(data)
-    out = finish(start(TRAIN, settings(folder, *LENGTH, "name=flipped")))
+    out = finish(start(TRAIN, settings(folder, *LENGTH, "name=flipped"), quick=True))
     assert "60 is corrupt" in out and "resumes after step 56" in out
     compare(run, uninterrupted)
