@@ -295,10 +295,11 @@ def changes(make_optimizer: Callable[[mup.Roles], Any], rule: str, steps: int = 
 
     for width in WIDTHS:
         roles = infer(partial(mlp, depth=3)).at(width=width)
-        model = mup.init(mlp(width, 3), roles, rule)
+        model = mup.init(eqx.filter_jit(partial(mlp, width, 3))(), roles, rule)
         tx = make_optimizer(roles)
         state = tx.init(eqx.filter(model, eqx.is_inexact_array))
-        before = jax.vmap(partial(forward, model))(x)
+        outputs = eqx.filter_jit(lambda model: jax.vmap(partial(forward, model))(x))
+        before = outputs(model)
 
         @eqx.filter_jit
         def step(model: Any, state: Any, tx: Any = tx) -> Any:
@@ -308,7 +309,7 @@ def changes(make_optimizer: Callable[[mup.Roles], Any], rule: str, steps: int = 
 
         for _ in range(steps):
             model, state = step(model, state)
-        after = jax.vmap(partial(forward, model))(x)
+        after = outputs(model)
         for found, a, b in zip((hidden, logits), after, before, strict=True):
             found.append(float(jnp.sqrt(jnp.mean((a - b) ** 2))))
     return np.array(hidden), np.array(logits)
