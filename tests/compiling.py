@@ -2,8 +2,8 @@
 
 from importlib.metadata import version
 
-# LLVM's optimisation is skipped. And up to jaxlib 0.10 each fusion can be emitted without MLIR, in a third of the time; later
-# versions have no such flag, and end at a flag that they do not know.
+# LLVM's optimisation is skipped. Up to jaxlib 0.10 the code of a fusion can also be emitted without MLIR, in a third of the time.
+# Later versions have no such flag, and abort at an unknown one.
 _OLD_EMITTERS = tuple(map(int, version("jaxlib").split(".")[:2])) <= (0, 10)
 QUICK = "--xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * _OLD_EMITTERS
 

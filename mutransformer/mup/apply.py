@@ -1,4 +1,4 @@
-"""The initial values and the optimizer of any model, by its roles."""
+"""The initial values and the optimizer of any model, by the roles that `infer` found."""
 
 from collections.abc import Callable
 from typing import Any, Literal

@@ -1,7 +1,7 @@
 """muP for any model: the role of each weight, inferred from how its shape grows with width, and what follows from it.
 
-Pure data: nothing is attached to arrays or modules, so jit, sharding and checkpoints cannot lose it. The model is only asked for
-its shapes. What shapes and modules do not tell is an error that names the weight; `override` answers it.
+Pure data: nothing is attached to arrays or modules, so jit, sharding and checkpoints cannot lose it. Only the shapes of the
+model are read. Where they and its modules do not tell a role, an error names the weight, and `override` gives the role.
 
 All factors are relative to the base model, at which they are 1: there the model trains as it did before. They are powers of the
 ratio of a weight's fan-in to that of the base model, with the exponents of `RULES` (Yang et al., arXiv 2203.03466, Table 3).
