@@ -52,10 +52,10 @@ def translate_errors(
     kinds: type[Exception] | tuple[type[Exception], ...] = Exception,
     describe: Callable[[BaseException], str] = first_line,
 ) -> Iterator[None]:
-    """Turns errors of these kinds, raised by other libraries, into ConfigError("prefix: description"). A ConfigError passes."""
+    """Turns errors of these kinds into ConfigError("prefix: description"), or without a prefix. A ConfigError passes."""
     try:
         yield
     except ConfigError:
         raise
     except kinds as error:
-        raise ConfigError(f"{prefix}: {describe(error)}") from error
+        raise ConfigError(f"{prefix}: {describe(error)}" if prefix else describe(error)) from error

@@ -59,7 +59,7 @@ VALUES = {
 OTHERS = {"param_dtype", "tokens_per_global_batch", "norm_gains", "norm_gains_type"}
 OF_THE_CASE = {"bos_token_id", "eos_token_id", "pad_token_id", "n_update"}
 # What the reference always does, and where our default differs.
-ALWAYS = {"optim.decay_vectors": True, "optim.loss_per": "position", "model.vocab_multiple": 1}
+ALWAYS = {"optim.decay_vectors": True, "optim.loss_per": "position", "model.vocab_multiple": 1, "optim.lr_factors.output": 1}
 
 # Last part of a reference path -> our weights. A SwiGLU projection holds gate and input side by side.
 WEIGHTS = {

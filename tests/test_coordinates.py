@@ -26,11 +26,11 @@ from mutransformer.data.cache.prepare import prepare
 from mutransformer.errors import FAILED, FINISHED, USAGE_ERROR
 from mutransformer.model.ops import shift_right
 from mutransformer.model.weights import Transformer
+from mutransformer.mup.checks.slopes import ACTIVATIONS, KINDS, Coordinate, Kind, SlopeFit, counts, fit_slopes, judge
 from mutransformer.sharding import devices as hardware
 from mutransformer.sharding.spec import Weight
 from mutransformer.study import coordinates, figures
 from mutransformer.study.coordinates import measure
-from mutransformer.study.slopes import ACTIVATIONS, KINDS, Coordinate, Kind, SlopeFit, counts, fit_slopes, judge
 from mutransformer.study.sweep.grid import Axis, VariantConfig
 from mutransformer.training.program import Program
 

@@ -19,10 +19,12 @@ M, P, F, HD = 96, 64, 144, 96  # width, base width, feed-forward width, heads x 
 
 
 def make(*args: str, rule: str = "mup") -> Config:
+    """Without the factor on the unembedding's rate, which is no part of a rule."""
     return load(
         [
             *(f"model.d_model={M}", f"model.d_base={P}", "model.d_head=8", "model.ff_multiple=1.5", "model.n_layer=2"),
             *("model.n_kv_head=2", "model.n_vocab=512", "model.biases=true", "model.norm_scale=vector", f"optim.rule={rule}"),
+            "optim.lr_factors.output=1",
             *args,
         ]
     )
@@ -88,6 +90,16 @@ def test_a_factor_multiplies_the_rates_of_its_kind_of_weight_alone(rule: str, mu
             assert decay_multiplier(w, after) == decay_multiplier(w, before)
 
 
+def test_the_unembedding_learns_four_times_as_fast_by_default() -> None:
+    """At every width, with every rule but the standard one."""
+    for width in (64, 96, 512):
+        for rule in get_args(Rule):
+            plain, default = (make(f"model.d_model={width}", f"optim.lr_factors.output={f}", rule=rule) for f in ("1", "null"))
+            for name, w in named(plain).items():
+                ratio = lr_multiplier(w, scaling_of(default)) / lr_multiplier(w, scaling_of(plain))
+                assert ratio == (4 if name == "unembed" and rule != "sp" else 1), name
+
+
 @pytest.mark.parametrize(("rule", "hidden"), [("mup", P / M), ("abs_mup", 1 / M)])
 def test_eps_scales_like_the_rate_if_asked(rule, hidden):
     config = make("optim.eps_scaling=true", rule=rule)
@@ -116,7 +128,7 @@ def test_at_the_base_width_nothing_is_scaled():
     assert {n: lr_multiplier(w, scaling_of(make())) for n, w in named(make()).items()} != theirs
 
 
-@pytest.mark.parametrize(("start", "std"), [("rule", 1 / M), ("mup", 1 / M), ("sp", M**-0.5), ("zero", 0.0)])
+@pytest.mark.parametrize(("start", "std"), [("rule", 1 / M), ("mup", 1 / M), ("base", P**0.5 / M), ("sp", M**-0.5), ("zero", 0.0)])
 def test_the_unembedding_starts_as_told(start, std):
     config = make(f"model.unembed_init={start}")
     assert init_std(named(config)["unembed"], scaling_of(config)) == pytest.approx(std, rel=1e-14)

@@ -14,12 +14,12 @@ import pytest
 from sweeps import LOGGED, RATES, WIDTHS, make_run, sweep
 
 from mutransformer.cli import main
-from mutransformer.errors import ConfigError
+from mutransformer.mup.checks.transfer import Bounds, Variant, analyze, locate, vertex
+from mutransformer.mup.checks.verdict import CheckError
+from mutransformer.mup.checks.width_ordering import WidthPair, training_losses
 from mutransformer.study import figures
 from mutransformer.study.sweep.records import FILE, Run, append
-from mutransformer.study.transfer.analysis import Bounds, Variant, analyze, locate, vertex
 from mutransformer.study.transfer.report import judge, page, transfers, write
-from mutransformer.study.transfer.width_ordering import WidthPair, training_losses
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts/transfer_report.py"
@@ -277,7 +277,7 @@ def test_losses_after_a_divergence_mean_nothing():
 
 def test_the_rate_to_compare_at_can_be_chosen():
     assert only(sweep()).ordering.rate == -6 and only(sweep(), rate=-8.0).ordering.rate == -8
-    with pytest.raises(ConfigError, match=r"--lr 2\^-8.5: mup has no run at it; there are: 2\^-10, "):
+    with pytest.raises(CheckError, match=r"--lr 2\^-8.5: mup has no run at it; there are: 2\^-10, "):
         analyze(sweep(), rate=-8.5)
     absent = [run for run in sweep() if (run.width, run.lr) != (256, 2**-8)]
     assert re.search(r"FAIL .*wider is not always better .*; no run at width 256", verdicts(absent, rate=-8.0))

@@ -74,8 +74,10 @@ class ModelConfig:
     norm_eps: float = setting(1e-5, "added to the mean square in a norm", above=0)
     q_init: Literal["fan_in", "zero"] = setting("fan_in", "initial values of the query projection")
     residual_init: Literal["fan_in", "zero"] = setting("fan_in", "of the projections that write to the residual stream")
-    unembed_init: Literal["rule", "mup", "sp", "zero"] = setting(
-        "rule", "standard deviation of the unembedding; mup: 1/d_model; sp: 1/sqrt(d_model); rule: as optim.rule says"
+    unembed_init: Literal["rule", "mup", "base", "sp", "zero"] = setting(
+        "rule",
+        "standard deviation of the unembedding; mup: 1/d_model; base: sqrt(d_base)/d_model; sp: 1/sqrt(d_model); rule: as "
+        "optim.rule says",
     )
     head_chunk: Optional[int] = setting(
         None,
@@ -128,7 +130,7 @@ class LrFactorsConfig:
 
     input: float = setting(1.0, "of the embedding", above=0)
     hidden: float = setting(1.0, "of the matrices of the layers", above=0)
-    output: float = setting(1.0, "of the unembedding", above=0)
+    output: Optional[float] = setting(None, "of the unembedding; null: 4, or 1 with optim.rule=sp", above=0)
 
     def __post_init__(self) -> None:
         check_settings(self, "optim.lr_factors.")
@@ -170,6 +172,12 @@ class OptimConfig:
     )
     z_loss: float = setting(0.0, "adds this x mean (log of the softmax's normalizer)^2 to the objective; published: 1e-4", min=0)
     loss_per: Literal["target", "position"] = setting("target", "the loss is a mean over unmasked targets, or all positions")
+
+    @property
+    def output_lr_factor(self) -> float:
+        """The factor on the unembedding's learning rate. 4 is what the study in results/transfer found best for muP."""
+        given = self.lr_factors.output
+        return given if given is not None else 1.0 if self.rule == "sp" else 4.0
 
     def __post_init__(self) -> None:
         check_settings(self, "optim.")

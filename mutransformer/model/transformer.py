@@ -110,8 +110,8 @@ class Forward:
         if c.qk_norm:
             q, k = (_gained(ops.rms_norm(z, c.norm_eps), g) for z, g in ((q, w.q_norm), (k, w.k_norm)))
         if c.rotary_base:
-            first = None if past is None else past.position
-            q, k = ops.rotary(q, c.rotary_base, first), ops.rotary(k, c.rotary_base, first)
+            first, context = (None, None) if past is None else (past.position, past.cache.k.shape[2])
+            q, k = (ops.rotary(z, c.rotary_base, first, context) for z in (q, k))
         settings = c.logit_scale, c.attention_activation, c.norm_eps
         if past is None:
             o = attention(q, k, v, *settings, segments, self.execution.attention)

@@ -2,11 +2,13 @@
 
 Imports nothing of the rest of the package. For this project's model, what it needs of a weight is in `Parameter`, of the model in
 `Scaling`. For any other model `infer` finds the roles, and `init` and `optimizer` do what follows from them.
+
+What needs JAX is imported when it is first used, so that reports and plans do not start it.
 """
 
-from mutransformer.mup.apply import init, optimizer
-from mutransformer.mup.infer import Factors, Leaf, RoleError, Roles, infer
-from mutransformer.mup.initial_values import init_weights
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from mutransformer.mup.rules import (
     RULES,
     Init,
@@ -22,3 +24,20 @@ from mutransformer.mup.rules import (
     lr_multiplier,
     uses_muon,
 )
+
+if TYPE_CHECKING:
+    from mutransformer.mup.apply import init, optimizer
+    from mutransformer.mup.initial_values import init_weights
+    from mutransformer.mup.roles import Factors, Leaf, RoleError, Roles, infer
+
+_LAZY = {
+    **dict.fromkeys(("init", "optimizer"), "apply"),
+    **dict.fromkeys(("Factors", "Leaf", "RoleError", "Roles", "infer"), "roles"),
+    "init_weights": "initial_values",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

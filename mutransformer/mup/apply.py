@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import optax
 
-from mutransformer.mup.infer import RoleError, Roles, path_of
+from mutransformer.mup.roles import RoleError, Roles, path_of
 
 # Optimizers whose update does not depend on the scale of the gradient, and those whose update is proportional to it.
 _ADAM = (optax.adam, optax.adamw, optax.lion, optax.nadam, optax.nadamw, optax.amsgrad, optax.adabelief, optax.radam)

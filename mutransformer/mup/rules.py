@@ -19,7 +19,8 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 # residual: hidden, and writes to the residual stream. qk_gain: of the norms of queries and keys. outer_...: not in a layer.
 Role = Literal["input", "hidden", "residual", "output", "gain", "qk_gain", "bias", "outer_gain", "outer_bias"]
-Init = Literal["rule", "mup", "sp", "zero"]  # rule: the parametrization's own initial scale; else an override
+# rule: the parametrization's own initial scale; else an override. base: as sp at the base width, falling as mup does from there.
+Init = Literal["rule", "mup", "base", "sp", "zero"]
 
 
 @runtime_checkable
@@ -133,6 +134,8 @@ def _width_rules(hidden: Row, output: Row) -> dict[Role, Row]:
 
 _SQRT, _INVERSE = Powers(fan_in=-0.5), Powers(fan_in=-1.0)
 _NARROWER = Powers(width=-1.0)  # P / M: base width / width
+# sqrt(P) / M: what microsoft/mup's base shapes give an output layer.
+BASE_INIT = Powers(fan_in=-0.5, width=-0.5)
 _MUP = _width_rules(Row(_SQRT, lr=_NARROWER), Row(_INVERSE, lr=_NARROWER))
 _TABLE8 = _width_rules(Row(_SQRT, lr=_NARROWER), Row(Powers(fan_in=-1.0, width=1.0), multiplier=_NARROWER))
 
@@ -166,8 +169,11 @@ RULES: dict[str, Parametrization] = {
 
 def init_std(w: Parameter, scaling: Scaling) -> float:
     """The standard deviation of the initial values; 0 for gains, biases and where an override says zero."""
-    rule = scaling.rule if w.init == "rule" else w.init
-    powers = None if rule == "zero" else RULES[rule].rows[w.role].std
+    if w.init == "base":
+        powers = BASE_INIT
+    else:
+        rule = scaling.rule if w.init == "rule" else w.init
+        powers = None if rule == "zero" else RULES[rule].rows[w.role].std
     return 0.0 if powers is None else powers(float(w.fan_in), scaling)
 
 

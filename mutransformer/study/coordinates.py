@@ -27,9 +27,9 @@ from mutransformer.data.cache.dataset import Corpus
 from mutransformer.model.ops import shift_right
 from mutransformer.model.transformer import Intermediates
 from mutransformer.model.weights import Transformer
+from mutransformer.mup.checks.slopes import KINDS, Coordinate, Kind, SlopeFit, fit_slopes, judge
+from mutransformer.mup.checks.verdict import Verdict
 from mutransformer.sharding.collectives import mean_xy
-from mutransformer.study import Verdict
-from mutransformer.study.slopes import KINDS, Coordinate, Kind, SlopeFit, fit_slopes, judge
 from mutransformer.study.sweep.grid import Axis, VariantConfig
 from mutransformer.study.sweep.parallel_runs import RUNS, ParallelRuns
 from mutransformer.training.program import prepare_data

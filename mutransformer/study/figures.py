@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from mutransformer.errors import ConfigError
-from mutransformer.study.slopes import SlopeFit
+from mutransformer.mup.checks.slopes import SlopeFit
+from mutransformer.mup.checks.transfer import Variant, WidthFit
+from mutransformer.mup.checks.width_ordering import WidthOrdering
 from mutransformer.study.sweep.grid import Axis
-from mutransformer.study.transfer.analysis import Variant, WidthFit
-from mutransformer.study.transfer.width_ordering import WidthOrdering
 
 try:
     import matplotlib

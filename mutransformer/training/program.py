@@ -196,7 +196,7 @@ def scaling_of(config: Config) -> mup.Scaling:
         depth=m.n_layer / (m.n_layer_base or m.n_layer),
         noise_ratio=config.noise_ratio,
         depth_alpha=o.depth_alpha,
-        lr_factors=mup.LrFactors(o.lr_factors.input, o.lr_factors.hidden, o.lr_factors.output),
+        lr_factors=mup.LrFactors(o.lr_factors.input, o.lr_factors.hidden, o.output_lr_factor),
         embed_lr_exponent=o.embed_lr_exponent,
         eps_scaling=o.eps_scaling,
         coupled_decay=o.decay == "coupled",

@@ -5,13 +5,13 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config, flatten
 from mutransformer.errors import ConfigError, check
+from mutransformer.mup.checks.slopes import Axis
 
-Axis = Literal["width", "depth"]
 Point = tuple[float, int]  # (base learning rate, seed)
 T = TypeVar("T", int, float)
 

@@ -26,9 +26,9 @@ from mutransformer.config.schema import Config, flatten
 from mutransformer.data.batches import pipeline
 from mutransformer.data.cache.dataset import Corpus
 from mutransformer.errors import FINISHED, STOPPED, check
+from mutransformer.mup.checks.verdict import count
 from mutransformer.sharding.devices import memory_limit
 from mutransformer.sharding.processes import StopRequest, stop_on_signals
-from mutransformer.study import count
 from mutransformer.study.sweep import records
 from mutransformer.study.sweep.grid import Point, VariantConfig, non_defaults
 from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun, mean_losses

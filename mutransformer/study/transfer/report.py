@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mutransformer.errors import check
-from mutransformer.study import Verdict, count
+from mutransformer.errors import check, translate_errors
+from mutransformer.mup.checks.transfer import Variant, analyze
+from mutransformer.mup.checks.verdict import CheckError, Verdict, count
+from mutransformer.mup.checks.width_ordering import WidthOrdering
 from mutransformer.study.sweep.records import Run, setting_values
-from mutransformer.study.transfer.analysis import Variant, analyze
-from mutransformer.study.transfer.width_ordering import WidthOrdering
 
 PAGE, RATE_FIGURE, STEP_FIGURE = "report.md", "loss_against_rate", "loss_against_step"
 DISTINGUISHES = "this sweep can distinguish a good parametrization from a bad one"
@@ -48,7 +48,8 @@ def write(
     from mutransformer.study import figures  # needs matplotlib, which is an extra
 
     check(0 <= max_drift < math.inf, f"--max-drift {max_drift}: must be 0 or more, in octaves")
-    variants = analyze(runs, controls, rate)
+    with translate_errors("", CheckError):
+        variants = analyze(runs, controls, rate)
     verdicts = judge(variants, runs, max_drift)
     out.mkdir(parents=True, exist_ok=True)
     figures.save(figures.loss_against_rate, variants, path=out / RATE_FIGURE)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mutransformer.study.sweep.records import Run
+from mutransformer.mup.checks.runs import Run
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mutransformer.errors import check
-from mutransformer.study import count
-from mutransformer.study.sweep.records import Run
-from mutransformer.study.transfer.width_ordering import WidthOrdering, compare_widths
+from mutransformer.mup.checks.runs import Run
+from mutransformer.mup.checks.verdict import count, require
+from mutransformer.mup.checks.width_ordering import WidthOrdering, compare_widths
 
 
 @dataclass(frozen=True)
@@ -147,14 +146,14 @@ def analyze(runs: Sequence[Run], controls: Sequence[str] = (), rate: float | Non
     No two runs may have the same key. Controls are the variants of these names, `sp` and those whose names start with `sp `. The
     rate is the log2(LR) at which widths are compared step by step; None: the best one of each variant's narrowest width.
 
-    Raises ConfigError if a control is unknown; a variant has one width only, fewer than three learning rates, runs of unequal
+    Raises CheckError if a control is unknown; a variant has one width only, fewer than three learning rates, runs of unequal
     length, or no run at `rate`; or all variants are controls.
     """
     names = list(dict.fromkeys(run.variant for run in runs))
     for name in controls:
-        check(name in names, f"--control {name}: no such variant; there are: {', '.join(names)}")
+        require(name in names, f"--control {name}: no such variant; there are: {', '.join(names)}")
     control = {name: name in controls or name == "sp" or name.startswith("sp ") for name in names}
-    check(not all(control.values()), f"nothing to judge: {', '.join(names)}: only controls; add a variant that should transfer")
+    require(not all(control.values()), f"nothing to judge: {', '.join(names)}: only controls; add a variant that should transfer")
     ordered = sorted(names, key=lambda name: control[name])
     return [_variant(name, control[name], [run for run in runs if run.variant == name], rate) for name in ordered]
 
@@ -162,13 +161,13 @@ def analyze(runs: Sequence[Run], controls: Sequence[str] = (), rate: float | Non
 def _variant(name: str, control: bool, runs: list[Run], rate: float | None) -> Variant:
     widths, rates = sorted({run.width for run in runs}), sorted({math.log2(run.lr) for run in runs})
     lengths = sorted({run.steps for run in runs})
-    check(len(widths) > 1, f"{name}: one width only ({widths[0]}): nothing to compare")
-    check(len(rates) > 2, f"{name}: {count(len(rates), 'learning rate')}: an optimum needs at least 3")
-    check(len(lengths) == 1, f"{name}: runs of {' and '.join(map(str, lengths))} steps: losses cannot be compared")
+    require(len(widths) > 1, f"{name}: one width only ({widths[0]}): nothing to compare")
+    require(len(rates) > 2, f"{name}: {count(len(rates), 'learning rate')}: an optimum needs at least 3")
+    require(len(lengths) == 1, f"{name}: runs of {' and '.join(map(str, lengths))} steps: losses cannot be compared")
     chosen = next((r for r in rates if rate is not None and math.isclose(rate, r, abs_tol=1e-9)), None)
     listed = ", ".join(f"2^{r:.4g}" for r in rates)
     # A control may have its own grid.
-    check(rate is None or chosen is not None or control, f"--lr 2^{rate}: {name} has no run at it; there are: {listed}")
+    require(rate is None or chosen is not None or control, f"--lr 2^{rate}: {name} has no run at it; there are: {listed}")
     on_grid = _on_grid(runs)
     fits = {width: _fit([run for run in on_grid if run.width == width], rates) for width in widths}
     ordering = compare_widths(runs, widths, fits[widths[0]].best if chosen is None else chosen)

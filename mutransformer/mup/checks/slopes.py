@@ -7,9 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from mutransformer.study import Verdict, count
-from mutransformer.study.sweep.grid import Axis
+from mutransformer.mup.checks.verdict import Verdict, count
 
+Axis = Literal["width", "depth"]
 # size: mean |x|, over layers too. change: mean |x - x at step 0| on the same batch. update: mean |w - w before| of a weight.
 Kind = Literal["size", "change", "update"]
 KINDS: tuple[Kind, ...] = ("size", "change", "update")
