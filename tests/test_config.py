@@ -294,7 +294,7 @@ RANGES: list[tuple[str, str]] = [
     ("model.n_layer_base=2", r"model.n_layer_base = 2: the rule mup does not scale with depth; use optim.rule=completep or"),
     ("model.n_layer_base=0 optim.rule=completep", r"model.n_layer_base = 0: must be at least 1"),
     ("model.unembed_init=sp optim.rule=mup_table8", r"model.unembed_init = sp: the rule mup_table8 scales .* multiplier"),
-    ("optim.batch_base=4096", r"optim.batch_base = 4096: needs optim.rule=completed_p"),
+    ("optim.batch_base=4096", r"optim.batch_base = 4096: needs optim.batch_exponent or optim.rule=completed_p"),
     ("optim.tokens_base=0 optim.rule=completed_p", r"optim.tokens_base = 0: must be at least 1"),
     ("optim.batch_base=16 optim.rule=completed_p", r"optim.beta1 = 0.9: 1 - beta1 grows .* by 256 to more than 1"),
     *((f"mesh.x={value}", rf"mesh.x = {value}: must be at least 1, or -1") for value in (0, -2)),

@@ -152,7 +152,8 @@ def test_the_transformer_inferred_from_shapes_is_the_one_declared(settings: tupl
     """Roles, and the factors on learning rates and initial values. A residual write is a hidden matrix in rules for width."""
     depth = ({"n_layer": 2}, {"n_layer": 3})
     roles = infer(transformer(*settings), depth=depth, layout="in_out").at(width=256)
-    base, wide = (load(["study", f"model.d_model={width}", "model.n_vocab=1000", "optim.lr_factors.output=1", *settings]) for width in (64, 256))
+    shared = ("model.n_vocab=1000", "optim.lr_factors.output=1", *settings)
+    base, wide = (load(["study", f"model.d_model={width}", *shared]) for width in (64, 256))
     factors = roles.factors("mup")
     weights = [jax.tree_util.tree_leaves_with_path(transformer_specs(config.model)) for config in (base, wide)]
     assert len(weights[0]) == len(factors)

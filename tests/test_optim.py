@@ -65,6 +65,13 @@ def test_a_run_shorter_than_the_warm_up_ends_within_it(kind):
     assert got == pytest.approx([0.5 + 0.5 * i / 20 for i in range(10)], rel=1e-6)
 
 
+def test_the_warm_up_as_a_share_of_the_run():
+    """Of 10 steps, 4 by default here."""
+    for share, steps in (("0.4", 4), ("0", 0), ("0.25", 2)):
+        want = shares(f"optim.warmup_steps={steps}", at=range(11))
+        assert shares(f"optim.warmup_fraction={share}", at=range(11)) == pytest.approx(want, abs=1e-7), share
+
+
 def test_the_floor_is_a_share_of_the_peak():
     assert shares("optim.min_lr_ratio=0", at=[0, 4, 10]) == pytest.approx([0, 1, 0], abs=1e-7)
     assert shares("optim.min_lr_ratio=1", at=range(11)) == pytest.approx([1] * 11)

@@ -182,6 +182,37 @@ def test_betas_follow_batch_and_tokens():
     assert betas(full("completep")) == (0.9, 0.95)
 
 
+@pytest.mark.parametrize("rule", ["sp", "mup", "completed_p"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_exponents_of_batch_and_tokens(rule, optimizer):
+    """They multiply every learning rate, with any rule, and replace those of a rule that has its own; nothing else follows them."""
+    args = [*TINY, f"optim.rule={rule}", f"optim.name={optimizer}", "optim.batch_exponent=0.25", "optim.tokens_exponent=0.3"]
+    plain, tuned = load(args), load([*args, "optim.batch_base=64", "optim.tokens_base=320"])  # batch x 2, tokens x 8
+    assert (tuned.batch_ratio, tuned.tokens_ratio) == (B, D)
+    for name, w in named(specs(plain)).items():
+        before, after = scaling_of(plain), scaling_of(tuned)
+        assert mup.lr_multiplier(w, after) == pytest.approx(mup.lr_multiplier(w, before) * B**0.25 / D**0.3, rel=1e-12), name
+        if rule != "completed_p":
+            assert mup.eps_multiplier(w, after) == mup.eps_multiplier(w, before)
+            assert mup.decay_multiplier(w, after) == mup.decay_multiplier(w, before)
+
+
+def test_presets_are_what_their_papers_say():
+    small = load(["small"])
+    longer = ["steps=3200", f"optim.tokens_base={small.steps * small.tokens_per_step}"]
+
+    def rate(*args: str) -> float:
+        return mup.lr_multiplier(named(specs(config := load([*args, "model.n_vocab=64"])))["embed"], scaling_of(config))
+
+    assert rate("small", "presets/delphi", *longer) == pytest.approx(4**-0.3)
+    assert rate("small", "presets/completed_p", *longer) == pytest.approx(4**-0.5)
+    assert load(["small", "presets/delphi"]).optim.warmup(800) == 80 and small.optim.warmup(800) == 100
+    wide = load(["small", "presets/microsoft_mup", "model.d_model=512", "model.n_vocab=64"])
+    unembed = named(specs(wide))["unembed"]
+    assert mup.init_std(unembed, scaling_of(wide)) == pytest.approx(128**0.5 / 512)
+    assert mup.lr_multiplier(unembed, scaling_of(wide)) == 1 / 4
+
+
 def test_independent_decay_follows_batch_and_tokens_alone():
     config = full("completed_p", "optim.decay=independent")
     assert {mup.decay_multiplier(w, scaling_of(config)) for w in named(specs(config)).values()} == {B / D}

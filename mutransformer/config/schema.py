@@ -143,8 +143,10 @@ class OptimConfig:
     name: Literal["adamw", "lion", "muon"] = setting("adamw", "muon: for the matrices of the layers, adamw for the rest")
     rule: Rule = setting("mup", "the parametrization: a table in mutransformer/mup/rules.py")
     depth_alpha: float = setting(1.0, "completep, completed_p: branches x (n_layer / n_layer_base)^-this; 0.5 ... 1", min=0)
-    batch_base: Optional[int] = setting(None, "completed_p: tokens per step when tuned; null: as many as in this run", min=1)
-    tokens_base: Optional[int] = setting(None, "completed_p: total tokens when tuned; null: as many as in this run", min=1)
+    batch_base: Optional[int] = setting(None, "tokens per step when tuned; null: as many as in this run", min=1)
+    tokens_base: Optional[int] = setting(None, "total tokens when tuned; null: as many as in this run", min=1)
+    batch_exponent: Optional[float] = setting(None, "lr x (tokens per step / batch_base)^this; published: 0.5; null: as rule")
+    tokens_exponent: Optional[float] = setting(None, "lr x (tokens_base / total tokens)^this; published: 0.5, 0.3; null: as rule")
     lr: float = setting(2**-6, "peak learning rate at the base width", above=0)
     lr_factors: LrFactorsConfig = setting(LrFactorsConfig)
     embed_lr_exponent: float = setting(0.0, "embedding's rate x (d_model / d_base)^this; published: 0, -0.5 (large vocabulary)")
@@ -162,6 +164,9 @@ class OptimConfig:
     clip_norm: float = setting(1.0, "global norm to which the gradient is clipped; 0: no clipping", min=0)
     schedule: Literal["linear", "cosine", "constant"] = setting("linear", "after the warm-up, down to min_lr_ratio")
     warmup_steps: int = setting(100, "linear warm-up from min_lr_ratio to 1; a shorter run ends within it", min=0)
+    warmup_fraction: Optional[float] = setting(
+        None, "warm-up as a share of the run, in place of warmup_steps", min=0, below=1
+    )
     min_lr_ratio: float = setting(1e-4, "where the schedule starts and ends, relative to lr", min=0, max=1)
     grad_accumulation_steps: int = setting(1, "microbatches per batch, computed one after another", min=1, resume="free")
     grad_sync: Literal["microbatch", "step"] = setting(
@@ -173,6 +178,10 @@ class OptimConfig:
     z_loss: float = setting(0.0, "adds this x mean (log of the softmax's normalizer)^2 to the objective; published: 1e-4", min=0)
     loss_per: Literal["target", "position"] = setting("target", "the loss is a mean over unmasked targets, or all positions")
 
+    def warmup(self, steps: int) -> int:
+        """The number of updates of the warm-up in a run of so many."""
+        return self.warmup_steps if self.warmup_fraction is None else round(self.warmup_fraction * steps)
+
     @property
     def output_lr_factor(self) -> float:
         """The factor on the unembedding's learning rate. 4 is what the study in results/transfer found best for muP."""
@@ -181,9 +190,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "optim.")
-        for key in ("batch_base", "tokens_base"):
+        for key, exponent in (("batch_base", "batch_exponent"), ("tokens_base", "tokens_exponent")):
             value = getattr(self, key)
-            check(value is None or self.rule == "completed_p", f"optim.{key} = {value}: needs optim.rule=completed_p")
+            used = self.rule == "completed_p" or getattr(self, exponent) is not None
+            check(value is None or used, f"optim.{key} = {value}: needs optim.{exponent} or optim.rule=completed_p")
         own_eps = f"optim.eps_scaling = true: the rule {self.rule} has an eps of its own; use mup, abs_mup or mup_table8"
         check(not (self.eps_scaling and self.rule in ("sp", *DEPTH_RULES)), own_eps)
 
@@ -237,8 +247,9 @@ class Config:
         check(why is None, f"model.attention_kernel = {model.attention_kernel}: {why}")
         for key in ("beta1", "beta2"):
             beta = getattr(optim, key)
-            grows = f"1 - {key} grows with batch and falls with tokens, here by {self.noise_ratio:g} to more than 1"
-            fits = optim.rule != "completed_p" or self.noise_ratio * (1 - beta) <= 1
+            ratio = self.batch_ratio / self.tokens_ratio
+            grows = f"1 - {key} grows with batch and falls with tokens, here by {ratio:g} to more than 1"
+            fits = optim.rule != "completed_p" or ratio * (1 - beta) <= 1
             check(fits, f"optim.{key} = {beta}: {grows}; choose a smaller batch, or {key} nearer to 1")
 
     @property
@@ -251,11 +262,15 @@ class Config:
         return self.data.batch_size * self.data.seq_len
 
     @property
-    def noise_ratio(self) -> float:
-        """Tokens per step over optim.batch_base, divided by total tokens over optim.tokens_base."""
-        o, now = self.optim, self.tokens_per_step
-        total = self.steps * now
-        return now / (o.batch_base or now) / (total / (o.tokens_base or total))
+    def batch_ratio(self) -> float:
+        """Tokens per step over optim.batch_base."""
+        return self.tokens_per_step / (self.optim.batch_base or self.tokens_per_step)
+
+    @property
+    def tokens_ratio(self) -> float:
+        """Total tokens over optim.tokens_base."""
+        total = self.steps * self.tokens_per_step
+        return total / (self.optim.tokens_base or total)
 
     def with_vocab(self, n_vocab: int) -> "Config":
         """This config with the tokenizer's size filled in. Raises ConfigError if model.n_vocab is set to less."""

@@ -67,7 +67,10 @@ class Scaling:
     rule: str  # a key of RULES
     width: float = 1.0  # d_model / d_base
     depth: float = 1.0  # n_layer / n_layer_base
-    noise_ratio: float = 1.0  # tokens a step over those of the tuned run, divided by the same for all tokens
+    batch: float = 1.0  # tokens per step / those of the run that was tuned
+    tokens: float = 1.0  # all tokens / those of the run that was tuned
+    batch_exponent: float | None = None  # learning rates x batch^batch_exponent; None: as the rule says
+    tokens_exponent: float | None = None  # learning rates x tokens^-tokens_exponent; None: as the rule says
     depth_alpha: float = 1.0  # residual branches are multiplied by depth^-depth_alpha (completep, completed_p)
     lr_factors: LrFactors = LrFactors()
     embed_lr_exponent: float = 0.0  # the embedding's learning rate is multiplied by width^embed_lr_exponent
@@ -80,6 +83,18 @@ class Scaling:
     @property
     def parametrization(self) -> "Parametrization":
         return RULES[self.rule]
+
+    @property
+    def noise_ratio(self) -> float:
+        """The noise of training relative to the run that was tuned: batch / tokens (Mlodozeniec et al., arXiv 2512.22382)."""
+        return self.batch / self.tokens
+
+    @property
+    def horizon_lr(self) -> float:
+        """The factor on all learning rates for batch size and length of training."""
+        own = self.parametrization.horizon.lr
+        of_batch, of_tokens = (own if given is None else given for given in (self.batch_exponent, self.tokens_exponent))
+        return self.batch**of_batch / self.tokens**of_tokens
 
 
 class Powers(NamedTuple):
@@ -184,20 +199,19 @@ def forward_multiplier(w: Parameter, scaling: Scaling) -> float:
 
 def lr_multiplier(w: Parameter, scaling: Scaling) -> float:
     """The factor on the base learning rate."""
-    return _rule_lr(w, scaling) * scaling.lr_factors.of(w.role)
+    return _rule_lr(w, scaling) * scaling.horizon_lr * scaling.lr_factors.of(w.role)
 
 
 def _rule_lr(w: Parameter, scaling: Scaling) -> float:
+    """The rule's factor for width and depth."""
     powers = _row(w, scaling).lr
-    factor = scaling.noise_ratio**scaling.parametrization.horizon.lr
     if uses_muon(w, scaling):
         assert scaling.muon_lr is not None
         # Updates with a width-independent spectral norm: sqrt(fan_out / fan_in) (Yang et al., arXiv 2310.17813).
         spectral = (w.fan_out / w.fan_in) ** 0.5
-        return factor * scaling.muon_lr * spectral * powers._replace(fan_in=0.0, width=0.0)(1.0, scaling)
-    if w.role == "input":
-        factor *= Powers(width=scaling.embed_lr_exponent)(1.0, scaling)
-    return factor * powers(w.lr_fan_in, scaling)
+        return scaling.muon_lr * spectral * powers._replace(fan_in=0.0, width=0.0)(1.0, scaling)
+    own = Powers(width=scaling.embed_lr_exponent if w.role == "input" else 0.0)
+    return own(1.0, scaling) * powers(w.lr_fan_in, scaling)
 
 
 def eps_multiplier(w: Parameter, scaling: Scaling) -> float:

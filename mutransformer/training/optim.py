@@ -27,7 +27,7 @@ Schedule = Callable[[Any], Array]
 
 def make_schedule(config: OptimConfig, steps: int) -> Schedule:
     """The learning rate as a fraction of its peak, by completed updates: linear warm-up, then decay to min_lr_ratio."""
-    floor, warmup = config.min_lr_ratio, config.warmup_steps
+    floor, warmup = config.min_lr_ratio, config.warmup(steps)
     decay_steps = max(1, steps - warmup)
     after = {
         "linear": optax.linear_schedule(1.0, floor, decay_steps),
