@@ -18,6 +18,8 @@ EFFECTS = {"data", "study", "commands", "cli", "sharding.devices", "sharding.pro
 EFFECTS |= {"training.checkpoint", "training.metrics", "training.loop"}
 ALLOWED = {name: {"pathlib", "pathlib.Path"} for name in ("", "config.schema", "errors", "config.load", "planning.timeline")}
 ALLOWED["planning.compiled.simulate"] = {"os", "time"}
+ALLOWED["mup.checks.coordinates"] = {"pathlib", "pathlib.Path"}
+ALLOWED["mup.checks.rate_sweep"] = {"logging", "time"}
 
 IMPURE_MODULES = {
     *("datetime", "fsspec", "glob", "io", "logging", "os", "pathlib", "random", "requests", "secrets", "shutil", "signal"),
@@ -158,7 +160,8 @@ def heavy(source: str) -> set[str]:
     tree = ast.parse(source)
     at_top = ast.unparse(ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], []))
     libraries = {"jax", "equinox", "optax", "numpy", "grain", "orbax"} & {i.split(".")[0] for i in imported(at_top)}
-    return libraries | {name for name in ours(at_top) - {"sharding.processes"} if name.split(".")[0] not in LIGHT}
+    own = ours(at_top) - {"sharding.processes", "mup.rules", "mup.checks.slopes"}  # these import NumPy at most
+    return libraries | {name for name in own if name.split(".")[0] not in LIGHT}
 
 
 LIGHT_MODULES = [name for name in MODULES if name.split(".")[0] in LIGHT]

@@ -128,7 +128,9 @@ def test_at_the_base_width_nothing_is_scaled():
     assert {n: lr_multiplier(w, scaling_of(make())) for n, w in named(make()).items()} != theirs
 
 
-@pytest.mark.parametrize(("start", "std"), [("rule", 1 / M), ("mup", 1 / M), ("base", P**0.5 / M), ("sp", M**-0.5), ("zero", 0.0)])
+@pytest.mark.parametrize(
+    ("start", "std"), [("rule", 1 / M), ("mup", 1 / M), ("base", P**0.5 / M), ("sp", M**-0.5), ("zero", 0.0)]
+)
 def test_the_unembedding_starts_as_told(start, std):
     config = make(f"model.unembed_init={start}")
     assert init_std(named(config)["unembed"], scaling_of(config)) == pytest.approx(std, rel=1e-14)

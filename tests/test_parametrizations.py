@@ -185,7 +185,7 @@ def test_betas_follow_batch_and_tokens():
 @pytest.mark.parametrize("rule", ["sp", "mup", "completed_p"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_exponents_of_batch_and_tokens(rule, optimizer):
-    """They multiply every learning rate, with any rule, and replace those of a rule that has its own; nothing else follows them."""
+    """They multiply every learning rate, and replace those of a rule that has its own; nothing else follows them."""
     args = [*TINY, f"optim.rule={rule}", f"optim.name={optimizer}", "optim.batch_exponent=0.25", "optim.tokens_exponent=0.3"]
     plain, tuned = load(args), load([*args, "optim.batch_base=64", "optim.tokens_base=320"])  # batch x 2, tokens x 8
     assert (tuned.batch_ratio, tuned.tokens_ratio) == (B, D)

@@ -113,3 +113,16 @@ def test_a_repeated_run_must_have_the_same_losses(change, tmp_path):
     append(two, [dataclasses.replace(run, **change)])
     with pytest.raises(ConfigError, match=f"{two}: mup, width 64, lr 0.015625, seed 3 is repeated .*; the other is in {one}"):
         join([one, two])
+
+
+def test_runs_of_other_depth_steps_or_batch_are_other_runs(tmp_path):
+    run = make_run("mup", 64, -6, 3, 4.0)
+    settings = {"model.n_layer": 2}, {"data.batch_size": 4}, {"data.batch_size": 8}
+    others = [dataclasses.replace(run, settings=run.settings | more, validation_loss=3.0) for more in settings]
+    others.append(dataclasses.replace(run, steps=400, validation_loss=3.0))
+    append(tmp_path / FILE, [run, *others])
+    assert join([tmp_path]) == [run, *others]
+    default = dataclasses.replace(run, settings=run.settings | {"model.n_layer": 6}, validation_loss=3.0)
+    append(tmp_path / FILE, [default])  # the default, written out: the same run
+    with pytest.raises(ConfigError, match="seed 3 is repeated with different losses"):
+        join([tmp_path])

@@ -268,6 +268,25 @@ def test_diverged_runs_and_swept_settings_are_recorded(folder: Path, sweep) -> N
     assert wild.diverged_at is not None and 1 < wild.diverged_at <= 10 and wild.train_loss == [None, None]
 
 
+@pytest.mark.slow
+def test_sweeps_over_steps_and_batch_sizes(folder: Path, sweep, trained, capsys) -> None:
+    common = [*arguments(folder, "model.d_model=32"), "--lrs", "2^-6", "--out", str(folder / "axes")]
+    assert sweep(*common, "--steps", "20,40") == FINISHED
+    assert sweep(*common, "--steps", "40,50") == FINISHED  # one of them is there
+    assert sweep(*common, "--batches", "2,4", "--label", "rows", "steps=20") == FINISHED
+    runs = records.read(folder / "axes")
+    assert [(run.variant, run.steps, records.AXES["batch"].size(run)) for run in runs] == [
+        *(("mup", steps, 8) for steps in (20, 40, 50)),
+        *(("rows", 20, rows) for rows in (2, 4)),
+    ]
+    assert [records.AXES["tokens"].size(run) for run in runs] == [20 * 128, 40 * 128, 50 * 128, 20 * 32, 20 * 64]
+    assert len({run.validation_loss for run in runs}) == 5 and len(trained) == 5
+    names = {path.name for path in (folder / "axes/tensorboard").iterdir()}
+    assert {"mup steps=20 lr=0.015625 seed=0", "rows batch=2 lr=0.015625 seed=0"} <= names
+    assert sweep(*common, "--steps", "20,40", "optim.beta2=0.9") == USAGE_ERROR
+    assert "its runs of mup at steps 20 had other settings: optim.beta2" in capsys.readouterr().err
+
+
 # The grid
 
 
@@ -292,6 +311,14 @@ def test_invalid_rates(text: str) -> None:
     with pytest.raises(ConfigError, match=f"^--lrs {re.escape(text)}: ") as error:
         grid.rates("--lrs", text)
     assert "\n" not in str(error.value)
+
+
+def test_one_rate_is_written_as_in_a_list() -> None:
+    for text in ("2^-6", "2^-6.5", "0.015625", "1e-3"):
+        assert grid.one_rate("--lr", text) == grid.rates("--lrs", f"{text},2^-20")[-1]
+    for text in ("0", "-1", "x", "", "2^-6,2^-5", "2^-6:2^-5:1"):
+        with pytest.raises(ConfigError, match=f"^--lr {re.escape(text)}: "):
+            grid.one_rate("--lr", text)
 
 
 def test_integers() -> None:
@@ -321,11 +348,29 @@ def test_a_config_for_each_combination_and_width() -> None:
     assert [c.config.data.files for c in listed] == [["a", "b"], ["c"]]
 
 
-def test_configs_over_width_or_depth() -> None:
+def test_configs_over_every_axis() -> None:
     width = grid.configs(["optim.rule=sp"], "width", [64, 128])
     assert [(c.name, c.width) for c in width] == [("sp", 64), ("sp", 128)]
     depth = grid.configs(["model.n_layer=3"], "depth", [2, 4], label="deep")
-    assert [(c.name, c.config.model.n_layer) for c in depth] == [("deep", 2), ("deep", 4)]
+    assert [(c.name, c.config.model.n_layer, c.where) for c in depth] == [("deep", 2, "depth 2"), ("deep", 4, "depth 4")]
+    tokens, batch = grid.configs([], "tokens", [100, 200]), grid.configs([], "batch", [4, 8])
+    assert [(c.config.steps, c.size, c.where) for c in tokens] == [(100, 100, "steps 100"), (200, 200, "steps 200")]
+    assert [(c.config.data.batch_size, c.size, c.where) for c in batch] == [(4, 4, "batch 4"), (8, 8, "batch 8")]
+
+
+@pytest.mark.parametrize(
+    ("axis", "rule", "base"),
+    [
+        ("depth", "completep", "model.n_layer_base=2"),
+        ("tokens", "completed_p", "optim.tokens_base=1000"),
+        ("batch", "completed_p", "optim.batch_base=1000"),
+    ],
+)
+def test_a_rule_that_follows_the_axis_must_know_its_base(axis: grid.SweepAxis, rule: str, base: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{base.partition('=')[0]} = null: the rule {rule} then does nothing over --"):
+        grid.check_bases(grid.configs([f"optim.rule={rule}"], axis, [2, 4]))
+    grid.check_bases(grid.configs([f"optim.rule={rule}", base], axis, [2, 4]))
+    grid.check_bases(grid.configs(["optim.rule=mup"], axis, [2, 4]))
 
 
 def test_non_default_settings() -> None:
@@ -377,6 +422,30 @@ def test_mistakes_are_reported_before_jax_starts(name: str, tmp_path: Path, swee
     if name == "width twice":  # the control: a good command does start it
         with pytest.raises(AssertionError, match="JAX was started"):
             sweep(*given)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--steps", "10,20", "--set", "steps=1,2"], "--set steps=1,2: use --steps"),
+        (["--batches", "4,8", "--set", "data.batch_size=1,2"], "--set data.batch_size=1,2: use --batches"),
+        (["--depths", "0,2"], "model.n_layer = 0: must be at least 1"),
+        (
+            ["--depths", "2,4", "optim.rule=completep"],
+            "model.n_layer_base = null: the rule completep then does nothing",
+        ),
+    ],
+)
+def test_mistakes_of_other_axes(args: list[str], message: str, tmp_path: Path, sweep, monkeypatch, capsys) -> None:
+    given = ["--lrs", "0.1", *TINY, *args, "--out", str(tmp_path / "out")]
+    refuse_before_jax(lambda: sweep(*given), message, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("sizes", [[], ["--widths", "32", "--steps", "10"]])
+def test_one_axis_must_be_chosen(sizes: list[str], sweep, capsys) -> None:
+    with pytest.raises(SystemExit) as exit:
+        sweep(*sizes, "--lrs", "0.1")
+    assert exit.value.code == USAGE_ERROR and "--widths" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_created_is_reported_first(folder: Path, sweep, trained, capsys) -> None:

@@ -14,12 +14,16 @@ import pytest
 from sweeps import LOGGED, RATES, WIDTHS, make_run, sweep
 
 from mutransformer.cli import main
-from mutransformer.mup.checks.transfer import Bounds, Variant, analyze, locate, vertex
+from mutransformer.mup.checks.optimum import LEAST, Bounds, locate, vertex
+from mutransformer.mup.checks.transfer import Variant, analyze
+from mutransformer.mup.checks.transfer_verdicts import judge, transfers
 from mutransformer.mup.checks.verdict import CheckError
-from mutransformer.mup.checks.width_ordering import WidthPair, training_losses
+from mutransformer.mup.checks.width_ordering import WidthOrdering, WidthPair, training_losses
 from mutransformer.study import figures
-from mutransformer.study.sweep.records import FILE, Run, append
-from mutransformer.study.transfer.report import judge, page, transfers, write
+from mutransformer.study.sweep.records import AXES, FILE, Run, append
+from mutransformer.study.transfer import curves
+from mutransformer.study.transfer.page import page
+from mutransformer.study.transfer.report import write
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts/transfer_report.py"
@@ -30,9 +34,14 @@ def only(runs: list[Run], **options) -> Variant:
     return variant
 
 
+def ordering(variant: Variant) -> WidthOrdering:
+    assert variant.ordering is not None
+    return variant.ordering
+
+
 def verdicts(runs: list[Run], max_drift: float = 0.5, **options) -> str:
     """The verdict lines, one below the other."""
-    return "\n".join(map(str, judge(analyze(runs, **options), runs, max_drift)))
+    return "\n".join(map(str, judge(analyze(runs, axis=AXES["width"], **options), runs, max_drift)))
 
 
 # Optimum
@@ -87,28 +96,29 @@ def test_a_seed_without_an_optimum_of_its_own_leaves_no_uncertainty():
     variant = only(runs)
     assert variant.fits[64].optimum.low == pytest.approx(np.mean(list(own.values())), abs=1e-9)
     assert variant.fits[64].optimum.stderr is None and variant.drift.stderr is None
-    assert "no ±: a single seed has no optimum" in page([variant], runs, [], 0.5)
+    assert "no ± seeds: a single seed has no optimum" in page([variant], runs, [], 0.5)
+    assert "WARNING mup: no standard error of the drift: a seed has no optimum of its own" in verdicts(runs)
 
 
 def test_one_seed_has_no_uncertainty():
     runs = sweep(seeds=[0])
     variant = only(runs)
     assert {fit.optimum.stderr for fit in variant.fits.values()} == {None} and variant.drift.stderr is None
-    assert "one seed: no uncertainties" in verdicts(runs) and "±" not in verdicts(runs)
+    assert "one seed: no uncertainties" in verdicts(runs) and "(seeds)" not in verdicts(runs)
 
 
 def test_an_optimum_at_the_edge_cannot_pass():
-    low = locate({-9.0: 4.0, -8.0: 4.1, -7.0: 4.4}, [-9.0, -8.0, -7.0])
-    assert low == Bounds(-math.inf, -8.5, loss=None, why="at the lower edge of the grid")
-    high = locate({-9.0: 4.4, -8.0: 4.1, -7.0: 4.0}, [-9.0, -8.0, -7.0])
-    assert high == Bounds(-7.5, math.inf, why="at the upper edge of the grid")
+    low = locate({-9.0: 4.0, -8.0: 4.1, -7.0: 4.4})
+    assert low == Bounds(-math.inf, -8.5, loss=None, why="at the lower edge of its grid, 2^-9")
+    high = locate({-9.0: 4.4, -8.0: 4.1, -7.0: 4.0})
+    assert high == Bounds(-7.5, math.inf, why="at the upper edge of its grid, 2^-7")
 
     same = sweep(optimum=lambda width: -10.2)  # at every width, and yet nobody knows where
     variant = only(same)
     assert variant.same_best and not variant.drift.is_point and variant.drift.low == 0
     assert transfers(variant, 0.5) is None
     assert re.search(
-        r"^FAIL .* is not shown to transfer: the optimum may drift .*64: at the lower edge of the grid, so ≤ -9.50",
+        r"^UNKNOWN mup: cannot tell .* transfers: the optimum may drift .*64: at the lower edge of its grid, 2\^-10, so ≤ -9.50",
         verdicts(same),
     )
 
@@ -119,16 +129,13 @@ def test_the_drift_to_an_edge_is_a_lower_bound():
     assert variant.drift.low == pytest.approx(3.5) and variant.drift.high == math.inf  # from -6 down to -9.5 or less
     assert (variant.signed_drift.low, variant.signed_drift.high) == pytest.approx((-math.inf, -3.5))
     assert "FAIL    mup: the learning rate does not transfer: the optimum drifts at least 3.50 octaves" in verdicts(runs)
-    assert "| 512 | ≤ -9.50 | -10 |" in page([variant], runs, [], 0.5)
+    assert "| 512 | ≤ -9.50 |  |  | -10 |" in page([variant], runs, [], 0.5)
 
 
-def test_a_neighbour_that_diverged_or_is_missing_leaves_bounds():
-    grid = [-8.0, -7.0, -6.0, -5.0]
-    diverged = locate({-8.0: 5.0, -7.0: 4.5, -6.0: 4.0, -5.0: math.inf}, grid)
-    assert diverged == Bounds(-6.5, -5.0, why="its neighbor -5 diverged")
-    missing = locate({-8.0: 5.0, -6.0: 4.0, -5.0: 4.1}, grid)
-    assert missing == Bounds(-7.0, -5.5, why="no run at its neighbor -7")
-    lost = locate(dict.fromkeys(grid, math.inf), grid)
+def test_a_neighbour_that_diverged_leaves_bounds():
+    diverged = locate({-8.0: 5.0, -7.0: 4.5, -6.0: 4.0, -5.0: math.inf})
+    assert diverged == Bounds(-6.5, -5.0, why="its neighbor 2^-5 diverged")
+    lost = locate(dict.fromkeys([-8.0, -7.0, -6.0, -5.0], math.inf))
     assert str(lost) == "unknown" and lost.why == "every run diverged"
 
 
@@ -140,7 +147,7 @@ def test_a_mean_with_a_diverged_seed_diverged():
     assert variant.fits[512].best == -7 and variant.fits[512].penalty(variant.tuned) == math.inf
     text = page([variant], runs, [], 0.5)
     assert "diverged (1 of 3)" in text and "3 seeds, 1 run diverged" in text
-    assert "its neighbor -6 diverged" in verdicts(runs)
+    assert "its neighbor 2^-6 diverged" in verdicts(runs)
 
 
 def test_runs_that_diverged_above_the_optimum_harm_nothing():
@@ -153,18 +160,23 @@ def test_runs_that_diverged_above_the_optimum_harm_nothing():
 def test_a_smallest_width_that_always_diverged():
     runs = sweep(diverges_above=lambda width: -20 if width == 64 else 0)
     variant = only(runs)
-    assert variant.tuned is None and variant.ordering.rate is None
+    assert variant.tuned is None and ordering(variant).rate is None
     assert {fit.penalty(variant.tuned) for fit in variant.fits.values()} == {None}
-    assert verdicts(runs).count("FAIL") == 2
+    assert verdicts(runs).count("UNKNOWN") == 2 and "PASS" not in verdicts(runs)
 
 
 # Verdicts of transfer
 
 
 def test_a_drift_passes_or_fails_by_the_bound():
-    runs = sweep(optimum=lambda width: -6.2 + 0.2 * math.log2(width / 64))
-    assert "FAIL    mup: the learning rate does not transfer: the optimum drifts 0.60 ± 0.00 octaves" in verdicts(runs)
-    assert "PASS    mup: the learning rate transfers: the optimum drifts 0.60 ± 0.00 octaves" in verdicts(runs, max_drift=0.61)
+    runs, grid = sweep(optimum=lambda width: -6.2 + 0.3 * math.log2(width / 64)), math.hypot(LEAST, LEAST)
+    words = f"the optimum drifts 0.90 ± 0.00 (seeds) ± {grid:.2f} (grid) octaves over widths 64 to 512"
+    assert f"FAIL    mup: the learning rate does not transfer: {words}" in verdicts(runs)
+    assert f"FAIL    mup: the learning rate does not transfer: {words}" in verdicts(runs, max_drift=0.9 - 2.1 * grid)
+    for bound in (0.9 - 1.9 * grid, 0.9 + 1.9 * grid):
+        assert f"UNKNOWN mup: cannot tell whether the learning rate transfers: {words}" in verdicts(runs, max_drift=bound)
+        assert "the grid is too coarse: add half-octave rates around the optima" in verdicts(runs, max_drift=bound)
+    assert f"PASS    mup: the learning rate transfers: {words}" in verdicts(runs, max_drift=0.9 + 2.1 * grid)
 
 
 def test_controls_decide_nothing_but_must_fail():
@@ -182,14 +194,13 @@ def test_controls_decide_nothing_but_must_fail():
 
 
 def test_what_weakens_a_verdict_is_told():
-    assert "mup: 3 runs of the grid missing" in verdicts(sweep()[3:])
     runs = sweep()
     runs[5].settings["data.batch_size"] = 4
     assert "mup: its runs differ in more than width, learning rate and seed: data.batch_size" in verdicts(runs)
 
 
 def test_seeds_added_at_one_rate_are_for_the_order_of_widths_only():
-    tuned = analyze(sweep())[0].ordering.rate
+    tuned = ordering(analyze(sweep())[0]).rate
     assert tuned is not None
 
     def added(seeds: tuple[int, ...], shift: float) -> list[Run]:
@@ -198,7 +209,7 @@ def test_seeds_added_at_one_rate_are_for_the_order_of_widths_only():
 
     plain, more = analyze(sweep())[0], analyze(sweep() + added((7, 8), 5.0))[0]
     assert (more.fits, more.drift, more.seeds, more.missing) == (plain.fits, plain.drift, plain.seeds, plain.missing)
-    assert {pair.seeds for pair in plain.ordering.pairs} == {2} and {pair.seeds for pair in more.ordering.pairs} == {4}
+    assert {pair.seeds for pair in ordering(plain).pairs} == {2} and {pair.seeds for pair in ordering(more).pairs} == {4}
     assert f"mup: {more.off_grid} runs with seeds that were run at one or two" in verdicts(sweep() + added((7, 8), 5.0))
     alone = analyze([run for run in sweep() if run.seed == 0])[0]
     assert alone.off_grid == 0 and alone.seeds == [0]
@@ -207,7 +218,7 @@ def test_seeds_added_at_one_rate_are_for_the_order_of_widths_only():
 # Wider is better
 
 
-def curves(width_loss: Callable[[int, int, int], float], seeds=(0, 1, 2), rate: float = -6, **options) -> list[Run]:
+def trained(width_loss: Callable[[int, int, int], float], seeds=(0, 1, 2), rate: float = -6, **options) -> list[Run]:
     """A sweep whose training losses at one rate are width_loss(width, step, seed)."""
     runs = sweep(seeds=seeds, **options)
     for run in runs:
@@ -222,9 +233,10 @@ def falling(width: int, step: int, seed: int) -> float:
 
 
 def test_wider_is_better_where_seeds_share_their_batches():
-    variant = only(curves(falling))
-    assert variant.ordering.better and variant.ordering.held == variant.ordering.compared == 3 * len(LOGGED)
-    for pair in variant.ordering.pairs:
+    variant = only(trained(falling))
+    found = ordering(variant)
+    assert found.better and found.held == found.compared == 3 * len(LOGGED)
+    for pair in found.pairs:
         assert pair.noise == pytest.approx(0, abs=1e-12) and pair.seeds == 3
         assert pair.difference == pytest.approx([-(1 - math.exp(-step / 50)) / 4 for step in LOGGED])
 
@@ -234,8 +246,8 @@ def test_one_crossing_at_one_step_is_caught(seeds):
     def crossing(width: int, step: int, seed: int) -> float:
         return falling(width, step, seed) + (0.3 if (width, step) == (256, 51) else 0)
 
-    runs = curves(crossing, seeds)
-    assert "PASS    mup: wider" in verdicts(curves(falling, seeds))
+    runs = trained(crossing, seeds)
+    assert "PASS    mup: wider" in verdicts(trained(falling, seeds))
     assert re.search(
         r"FAIL    mup: wider is not always better .*: in 59 of 60 .* step 51, width 256 minus 128: \+0.1\d+ nats", verdicts(runs)
     )
@@ -250,21 +262,20 @@ def test_what_noise_explains_is_no_crossing():
     def noisy(size: float):
         return lambda width, step, seed: 5.0 + size * float(np.random.default_rng([width, step, seed]).normal()) - 1e-3 * width
 
-    ordering = only(curves(noisy(0.01))).ordering
+    found = ordering(only(trained(noisy(0.01))))
     # Two widths' seeds, independent: variances add. 20 steps x 2 degrees of freedom give it to a fifth.
-    assert ordering.pairs[0].noise == pytest.approx(0.01 * math.sqrt(2) / math.sqrt(3), rel=0.2)
-    assert ordering.better
-    worse = only(curves(lambda width, step, seed: 5.0 + 0.001 * width + noisy(0.001)(0, step, seed))).ordering
+    assert found.pairs[0].noise == pytest.approx(0.01 * math.sqrt(2) / math.sqrt(3), rel=0.2)
+    assert found.better
+    worse = ordering(only(trained(lambda width, step, seed: 5.0 + 0.001 * width + noisy(0.001)(0, step, seed))))
     assert worse.held == 0
 
 
 def test_a_wider_run_that_diverges_is_worse_and_a_narrower_one_is_not():
     runs = sweep(diverges_above=lambda width: -6.5 if width == 256 else 0)
-    ordering = only(runs).ordering
-    narrow, middle, wide = ordering.pairs
+    narrow, middle, wide = ordering(only(runs)).pairs
     assert narrow.holds.all() and not middle.holds[3:].any() and wide.holds[3:].all()
     assert "wider diverged" in verdicts(runs)
-    both = only(sweep(diverges_above=lambda width: -6.5 if width > 128 else 0)).ordering
+    both = ordering(only(sweep(diverges_above=lambda width: -6.5 if width > 128 else 0)))
     assert both.pairs[2].steps == LOGGED[:3]  # where both diverged there is nothing to compare
 
 
@@ -276,11 +287,13 @@ def test_losses_after_a_divergence_mean_nothing():
 
 
 def test_the_rate_to_compare_at_can_be_chosen():
-    assert only(sweep()).ordering.rate == -6 and only(sweep(), rate=-8.0).ordering.rate == -8
+    assert ordering(only(sweep())).rate == -6 and ordering(only(sweep(), rate=-8.0)).rate == -8
     with pytest.raises(CheckError, match=r"--lr 2\^-8.5: mup has no run at it; there are: 2\^-10, "):
         analyze(sweep(), rate=-8.5)
     absent = [run for run in sweep() if (run.width, run.lr) != (256, 2**-8)]
-    assert re.search(r"FAIL .*wider is not always better .*; no run at width 256", verdicts(absent, rate=-8.0))
+    assert re.search(r"UNKNOWN mup: cannot tell whether wider is better .*; no run at width 256", verdicts(absent, rate=-8.0))
+    worse = [replace(run, train_loss=[9.0] * len(LOGGED)) if run.width == 512 else run for run in absent]
+    assert re.search(r"FAIL    mup: wider is not always better .*; no run at width 256", verdicts(worse, rate=-8.0))
     apart = [run for run in sweep() if run.seed == (run.width == 64)]
     assert "widths 64 and 128 share no seed and step" in verdicts(apart)
 
@@ -290,16 +303,21 @@ def test_the_rate_to_compare_at_can_be_chosen():
 
 def test_the_page_has_what_a_reader_looks_for():
     runs = sweep(noise=0.01) + sweep("sp", lambda width: -5.5 - math.log2(width / 64)) + sweep("a|b model.n_kv_head=1")
-    variants = analyze(runs)
+    variants = analyze(runs, axis=AXES["width"])
     assert [variant.name for variant in variants] == ["mup", "a|b model.n_kv_head=1", "sp"]
     text = page(variants, runs, judge(variants, runs, 0.5), 0.5)
     assert re.match(r"# .*\n\n- \*\*PASS\*\* mup: the learning rate transfers", text)
-    assert "| variant | transfers | drift" in text and "## sp (control)" in text and r"a\|b model.n\_kv\_head=1" in text
+    assert (
+        "| variant | transfers | drift" in text
+        and "## Tuned once against tuned at every size" in text
+        and "## sp (control)" in text
+        and r"a\|b model.n\_kv\_head=1" in text
+    )
     assert re.search(r"\| 64 \| 5\.\d{3} ± 0\.\d{3} \|.* \| \*\*5\.\d{3} ± 0\.\d{3}\*\* \|", text)
     assert "- `data.seq_len` = 128" in text and "- sp: `optim.rule` = sp" in text and "model.d_model" not in text
     assert "\n| variant" not in page(variants[:2], runs, [], 0.5)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert len(tables) == 10
+    assert len(tables) == 12
     for table in tables:  # every row as wide as its head
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
 
@@ -309,7 +327,8 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
     for name in ("one", "two"):
         write(runs, tmp_path / name, 0.5)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == [f"loss_against_{x}.{kind}" for x in ("rate", "step") for kind in ("png", "svg")] + ["report.md"]
+    drawn = [f"{figure}.{kind}" for figure in ("loss_against_rate", "loss_against_step", "transfer") for kind in ("png", "svg")]
+    assert names == sorted([*drawn, "losses.csv", "optima.csv", "report.md", "tables.tex"])
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert (tmp_path / "one" / names[0]).read_bytes().startswith(b"\x89PNG")
@@ -317,9 +336,9 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
 
 def test_figures_show_the_losses_that_matter():
     variants = analyze(sweep() + [make_run("mup", 1024, rate, 0, 400.0 if rate == -3 else 3.0 + abs(rate + 6)) for rate in RATES])
-    low, high = figures.loss_range(variants)
+    low, high = curves.loss_range(variants)
     assert low < 3.0 and 5.0 < high < 10
-    assert figures.loss_range(analyze(sweep(diverges_above=lambda width: -20))) == (0, 1)
+    assert curves.loss_range(analyze(sweep(diverges_above=lambda width: -20))) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +361,7 @@ def test_passing_and_failing_sweeps(tmp_path, capsys, monkeypatch):
     page = (tmp_path / "mup/report/report.md").read_text()
     assert all(line.split(maxsplit=1)[1] in page for line in out.splitlines()[:-1])
     out = tmp_path / "elsewhere"
-    args = [str(tmp_path / "mup"), "--out", str(out), "--max-drift", "0", "--lr", "2^-7"]
+    args = [str(tmp_path / "mup"), "--out", str(out), "--max-drift", "0.05", "--lr", "2^-7"]
     assert main(["report", *args, "--control", "mup"]) == 2
     append(tmp_path / "mup" / FILE, sweep("mup x=1", lambda width: -6.2 + 0.1 * math.log2(width)))
     assert main(["report", *args]) == 1
@@ -376,9 +395,9 @@ def test_mistakes_are_one_line_and_exit_code_2(name, tmp_path, capsys):
 
 
 def test_a_rate_that_is_none(tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["report", str(tmp_path), "--lr", "-1"])
-    assert exit.value.code == 2 and "no learning rate; write 2^-6 or 0.015625" in capsys.readouterr().err
+    for text in ("0", "x", "2^-6,2^-7", "2^-7:2^-6:1"):
+        assert main(["report", str(tmp_path), "--lr", text]) == 2
+        assert re.fullmatch(rf"error: --lr {re.escape(text)}: .*\n", capsys.readouterr().err)
 
 
 def test_without_matplotlib(tmp_path, capsys, monkeypatch):

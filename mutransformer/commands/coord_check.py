@@ -3,14 +3,14 @@
 Example: mutransformer coord-check small --widths 64,128,256,512,1024
 
 Trains models of several widths for a few steps on one batch, and fits the slope of mean |x| against width for every activation,
-its change by training, and every weight's update. The standard parametrization runs beside it as a control that must fail. With
---depths it checks depth: completep and completed_p must stay flat, and grow without their rules for depth.
+its change by training, every weight's update and what weight decay removes of it. A slope fails if it differs from the one that
+muP predicts by more than --max-slope and two standard errors. The standard parametrization runs beside it as a control that must
+fail. With --depths it checks depth: completep and completed_p must stay flat, and grow without their rules for depth.
 
 Exit code: 0 passes; 1 fails, or the control does not; 2 a mistake in the settings or options.
 
-The check starts from these settings, which KEY=VALUE overrides: one row of 32 tokens per seed, since with more tokens than
-features Adam adds up conflicting gradients, which has a slope of its own; a constant learning rate of 2^-8, larger than warm-up
-would give; float32; eps 1e-15, since a fixed eps stops the updates of wide models, whose gradients are small; two layers.
+The check starts from these settings, which KEY=VALUE overrides: 16 rows of 128 tokens for each seed; a constant learning rate of
+2^-8, larger than warm-up would give; float32; two layers.
 """
 
 import math
@@ -21,12 +21,13 @@ from mutransformer.commands import RUN_KEYS, start_jax
 from mutransformer.config.load import is_file
 from mutransformer.config.schema import DEPTH_RULES
 from mutransformer.errors import FAILED, FINISHED, check
+from mutransformer.mup.checks.slopes import MAX_SLOPE
 from mutransformer.sharding import processes
 
 KEYS = (*RUN_KEYS, "optim.rule", "optim.lr", "optim.name", "model.d_base", "model.n_layer", "model.n_layer_base")
 PRESET = [
-    *("data.batch_size=1", "data.seq_len=32", "optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=0.00390625"),
-    *("optim.eps=1e-15", "precision.compute=float32", "model.n_layer=2"),
+    *("data.batch_size=16", "data.seq_len=128", "optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=0.00390625"),
+    *("precision.compute=float32", "model.n_layer=2"),
 ]
 # The control, without the settings that the rule sp refuses.
 STANDARD = ["optim.rule=sp", "optim.eps_scaling=false"]
@@ -35,12 +36,13 @@ STANDARD += [f"{key}=null" for key in ("model.n_layer_base", "optim.batch_base",
 
 def add_arguments(parser: ArgumentParser) -> None:
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--widths", default="64,128,256,512,1024", help="values of model.d_model (default: %(default)s)")
+    sizes.add_argument("--widths", default="64,128,256,512", help="values of model.d_model (default: %(default)s)")
     sizes.add_argument("--depths", help="values of model.n_layer instead: 2,4,8,16,32")
     add = parser.add_argument
     add("--steps", type=int, default=10, help="updates (default: %(default)s)")
     add("--seeds", default="0,1,2", help="seeds of weights and batch (default: %(default)s)")
-    add("--max-slope", type=float, default=0.05, help="largest slope that passes (default: %(default)s)")
+    limit = "largest difference from the predicted slope that passes; exponents are multiples of 1/2 (default: %(default)s)"
+    add("--max-slope", type=float, default=MAX_SLOPE, help=limit)
     add("--no-control", action="store_true", help="do not run the parametrization that must fail")
     add("--out", type=Path, help="folder of the results (default: WORKDIR/NAME-coord)")
 

@@ -2,12 +2,12 @@
 
 Example: mutransformer report runs/small-sweep
 
-Writes one page, report.md, with verdicts, figures and tables, and prints the verdicts. Exit code: 0 all pass; 1 one fails; 2
-there is nothing to judge, or a mistake in the options.
+Writes one page, report.md, with verdicts, figures and tables, the tables also as CSV and LaTeX, and prints the verdicts. Exit
+code: 0 all pass; 1 one fails, or the runs cannot tell (UNKNOWN); 2 there is nothing to judge, or a mistake in the options.
 """
 
 import math
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from mutransformer.errors import FAILED, FINISHED
@@ -19,30 +19,22 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--out", metavar="DIR", type=Path, help="where to write (default: report/ beside the first results file)")
     controls = "variants that should not transfer and decide nothing; besides sp and those whose names start with 'sp '"
     add("--control", nargs="+", action="extend", default=[], metavar="VARIANT", help=controls)
-    add("--max-drift", metavar="OCTAVES", type=float, default=0.5, help="of the optimum over all widths (default: 0.5)")
-    rate = "learning rate, 2^-6 or 0.015625, at which widths are compared step by step (default: the smallest width's best)"
-    add("--lr", metavar="LR", type=log2, dest="rate", help=rate)
+    over = "what grows: the width, or what a sweep over --depths, --steps or --batches varied (default: width)"
+    add("--over", choices=("width", "depth", "tokens", "batch"), default="width", help=over)
+    add("--max-drift", metavar="OCTAVES", type=float, default=0.5, help="of the optimum over all sizes (default: 0.5)")
+    rate = "learning rate, 2^-6.5 or 0.011, at which widths are compared step by step (default: the smallest width's best)"
+    add("--lr", metavar="LR", help=rate)
 
 
 def run(args: Namespace) -> int:
-    from mutransformer.study.sweep import records
+    from mutransformer.mup.checks.verdict import passed
+    from mutransformer.study.sweep import grid, records
     from mutransformer.study.transfer import report
 
+    rate = None if args.lr is None else math.log2(grid.one_rate("--lr", args.lr))
     runs = records.join(args.results)
     beside = args.results[0] if args.results[0].is_dir() else args.results[0].parent
     out = args.out or beside / "report"
-    lines = report.write(runs, out, args.max_drift, args.control, args.rate)
+    lines = report.write(runs, out, args.max_drift, args.control, rate, args.over)
     print(*lines, f"report: {out / report.PAGE}", sep="\n")
-    return FAILED if any(line.outcome == "FAIL" for line in lines) else FINISHED
-
-
-def log2(text: str) -> float:
-    """log2 of a learning rate, written 2^-6 or 0.015625."""
-    base, _, exponent = text.partition("^")
-    try:
-        rate = float(exponent) if exponent and base == "2" else math.log2(float(text))
-    except ValueError:
-        rate = math.nan
-    if not math.isfinite(rate):
-        raise ArgumentTypeError(f"{text}: no learning rate; write 2^-6 or 0.015625")
-    return rate
+    return FINISHED if passed(lines) else FAILED

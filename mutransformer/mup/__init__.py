@@ -27,13 +27,19 @@ from mutransformer.mup.rules import (
 
 if TYPE_CHECKING:
     from mutransformer.mup.apply import init, optimizer
+    from mutransformer.mup.checks.coordinates import CoordinateReport, coord_check
+    from mutransformer.mup.checks.rate_report import TransferReport, transfer_report
+    from mutransformer.mup.checks.rate_sweep import sweep
     from mutransformer.mup.initial_values import init_weights
-    from mutransformer.mup.roles import Factors, Leaf, RoleError, Roles, infer
+    from mutransformer.mup.roles import Factors, Leaf, LeafRole, RoleError, Roles, infer
 
 _LAZY = {
     **dict.fromkeys(("init", "optimizer"), "apply"),
-    **dict.fromkeys(("Factors", "Leaf", "RoleError", "Roles", "infer"), "roles"),
+    **dict.fromkeys(("Factors", "Leaf", "LeafRole", "RoleError", "Roles", "infer"), "roles"),
     "init_weights": "initial_values",
+    **dict.fromkeys(("CoordinateReport", "coord_check"), "checks.coordinates"),
+    **dict.fromkeys(("TransferReport", "transfer_report"), "checks.rate_report"),
+    "sweep": "checks.rate_sweep",
 }
 
 

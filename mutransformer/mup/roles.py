@@ -26,7 +26,8 @@ Initializers = Literal["fan_in", "constant"]
 _OUT_IN = (eqx.nn.Linear, eqx.nn.Conv, eqx.nn.ConvTranspose, eqx.nn.GRUCell, eqx.nn.LSTMCell)
 _NORMS = (eqx.nn.LayerNorm, eqx.nn.RMSNorm, eqx.nn.GroupNorm, eqx.nn.BatchNorm, eqx.nn.PReLU)
 _BIASES = ("bias", "bias_n")
-_ROWS: dict[str, Role] = {"input": "input", "hidden": "hidden", "output": "output", "vector": "gain", "fixed": "gain"}
+# The row of a parametrization for each role.
+ROWS: dict[LeafRole, Role] = {"input": "input", "hidden": "hidden", "output": "output", "vector": "gain", "fixed": "gain"}
 
 
 class RoleError(ValueError):
@@ -50,6 +51,8 @@ class Leaf:
         base: its shape in the base model.
         grows: for each dim, whether it grows with width.
         stacked: for each dim, whether it grows with depth, as the layers of a scan do.
+        outs: the dims of its outputs, empty if they are not known. Dims of neither side stack layers or experts.
+        ins: likewise, of its inputs.
         role: which row of a parametrization applies.
         fan_in: ratio of its fan-in to the base model's; of a bias, that of its layer.
         fan_out: likewise, of its outputs.
@@ -62,6 +65,8 @@ class Leaf:
     base: tuple[int, ...]
     grows: tuple[bool, ...]
     stacked: tuple[bool, ...]
+    outs: tuple[int, ...]
+    ins: tuple[int, ...]
     role: LeafRole
     fan_in: float
     fan_out: float
@@ -73,7 +78,7 @@ class Leaf:
 
         SGD's learning rates are those of the same table: they grow with the fan-out of inputs and vectors.
         """
-        row = RULES[rule].rows[_ROWS[self.role]]
+        row = RULES[rule].rows[ROWS[self.role]]
         own = -0.5 if self.initializers == "fan_in" else 0.0
         init = 1.0
         if row.std is not None:
@@ -82,7 +87,7 @@ class Leaf:
             init = self.fan_in**-own  # a bias that its layer draws with a std of fan-in^-1/2 stays as large as at the base
         lr = _relative(row.lr, self.fan_in)
         if sgd and rule != "sp":
-            lr = {"hidden": 1.0, "output": 1 / self.fan_in}.get(self.role, self.fan_out)
+            lr = {"hidden": self.fan_out / self.fan_in, "output": 1 / self.fan_in}.get(self.role, self.fan_out)
         return Factors(init, lr)
 
 
@@ -225,17 +230,19 @@ def _leaf(
     growing = [i for i in core if grows[i]]
     ratios = {i: shape[i] / base[i] for i in range(len(shape))}
     module, name = parents[-1], path.rpartition(".")[2]
-    outs, ins = _sides(module, name, core, layout)
+    outs, ins = _sides(module, name, core, growing, layout)
 
     def product(dims: list[int]) -> float:
         return math.prod((ratios[i] for i in dims), start=1.0)
 
     def leaf(role: LeafRole, fan_in: float, fan_out: float, why: str, initializers: Initializers = "fan_in") -> Leaf:
-        return Leaf(path, shape, base, grows, stacked, role, fan_in, fan_out, initializers, why)
+        return Leaf(path, shape, base, grows, stacked, tuple(outs), tuple(ins), role, fan_in, fan_out, initializers, why)
 
     vector = isinstance(module, _NORMS) or name in (*_BIASES, "scale") or len(core) <= 1
     if given is None and any(isinstance(p, eqx.nn.Shared) for p in parents) and len(growing) == 1 and not vector:
         raise RoleError(f"{path}: is shared, as input and output maybe; say which: override={{{path!r}: ...}}")
+    if given is None and outs and not vector and not {*outs, *ins}.issuperset(growing):
+        raise RoleError(f"{path} of shape {shape}: a dim that stacks layers or experts grows with width; give an override")
     role, why = given or "fixed", "as told by override"
     if given is None and vector:
         role, why = "vector", "a gain or bias"
@@ -268,14 +275,16 @@ def _leaf(
     return leaf(role, product(inner), product(outer), why)
 
 
-def _sides(module: Any, name: str, core: list[int], layout: Layout | None) -> tuple[list[int], list[int]]:
+def _sides(module: Any, name: str, core: list[int], growing: list[int], layout: Layout | None) -> tuple[list[int], list[int]]:
     """The dims of outputs and of inputs; both empty if that is not known."""
     if len(core) < 2:
         return [], []
     if name == "kernel":  # as Flax names and lays them out
         return core[-1:], core[:-1]
     if isinstance(module, _OUT_IN):
-        return core[:1], core[1:]
-    if layout is None or len(core) > 2:  # of three dims one may be a stack of layers or experts
+        own = core[-2 - getattr(module, "num_spatial_dims", 0) :]  # dims before them stack what eqx.filter_vmap made
+        return own[:1], own[1:]
+    pair = core if len(core) == 2 else growing  # of three dims one may be a stack of layers or experts
+    if layout is None or len(pair) != 2:
         return [], []
-    return (core[:1], core[1:]) if layout == "out_in" else (core[1:], core[:1])
+    return (pair[:1], pair[1:]) if layout == "out_in" else (pair[1:], pair[:1])

@@ -1,8 +1,9 @@
 """The coordinate check: how large activations are, and how far training moves them and the weights, at every width or depth.
 
 In a parametrization that transfers, mean |x| of every activation, and of its change since the start, is independent of width
-after a few steps (Yang et al., arXiv 2203.03466, appendix D.1; depth: Dey et al., arXiv 2505.01618). Reported as CSV, figures,
-TensorBoard files, a table of slopes, and verdicts.
+after a few steps (Yang et al., arXiv 2203.03466, appendix D.1; depth: Dey et al., arXiv 2505.01618). An update of a hidden or
+output weight is smaller by the factor by which its fan-in is larger. Reported as CSV, figures, TensorBoard files, a table of
+slopes, and verdicts.
 """
 
 import csv
@@ -22,19 +23,27 @@ from rich.console import Console
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
+from mutransformer.config.schema import Config
 from mutransformer.data.batches import pipeline
 from mutransformer.data.cache.dataset import Corpus
 from mutransformer.model.ops import shift_right
 from mutransformer.model.transformer import Intermediates
 from mutransformer.model.weights import Transformer
-from mutransformer.mup.checks.slopes import KINDS, Coordinate, Kind, SlopeFit, fit_slopes, judge
+from mutransformer.mup.checks.slopes import KINDS, Axis, Coordinate, Expected, Kind, SlopeFit, fit_slopes, judge
 from mutransformer.mup.checks.verdict import Verdict
 from mutransformer.sharding.collectives import mean_xy
-from mutransformer.study.sweep.grid import Axis, VariantConfig
+from mutransformer.sharding.spec import Weight
+from mutransformer.study.sweep.grid import VariantConfig
 from mutransformer.study.sweep.parallel_runs import RUNS, ParallelRuns
-from mutransformer.training.program import prepare_data
+from mutransformer.training.optim import Optimizer
+from mutransformer.training.program import TrainState, prepare_data
 
 TABLE = "coordinates.csv"
+# The slopes over width of muP's updates under Adam and Lion, by role. They are written down here, not derived from RULES, which
+# are what is checked. Muon's updates of M x M matrices have M equal singular values of one size: entries of M^-1/2.
+UPDATES: dict[str, float] = {"input": 0.0, "hidden": -1.0, "residual": -1.0, "output": -1.0}
+MUON = -0.5
+MULTIPLIED = ("mup_table8", "completep")  # their output weight is constant, and its products are multiplied by P / M
 Configs = Sequence[VariantConfig]  # one for each width or depth
 
 _log = logging.getLogger(__name__)
@@ -52,25 +61,48 @@ def coordinate_check(
 
     folder.mkdir(parents=True, exist_ok=True)  # fails before measuring, not after
     found: list[Coordinate] = []
+    expected: Expected | None = None  # of the subject, which comes first
     for variant in (*subject, *control):
         at = variant.config.model.d_model if axis == "width" else variant.config.model.n_layer
-        found += measure(variant, at, seeds, steps, prepare_data(variant.config))
+        coordinates, specs = measure(variant, at, seeds, steps, prepare_data(variant.config))
+        expected = expected or expected_slopes(variant.config, specs)
+        found += coordinates
         _log.info("measured %s at %s %d", variant.name, axis, at)
+    assert expected is not None
     write_csv(found, folder / TABLE)
     fits = fit_slopes(found)
     name, control_name = subject[0].name, control[0].name if control else None
-    images = {kind: folder / f"coordinates_{kind}.png" for kind in KINDS}
+    images = {kind: folder / f"coordinates_{kind}.png" for kind in KINDS if any(fit.kind == kind for fit in fits)}
     for kind, path in images.items():
         figures.save(figures.coordinates, [fit for fit in fits if fit.kind == kind], name, control_name, axis, path=path)
     _write_tensorboard(fits, folder / "tensorboard", images)
     _print_slopes(fits, axis, steps)
-    return judge(fits, name, control_name, axis, max_slope)
+    return judge(fits, expected, name, control_name, axis, max_slope)
 
 
-def measure(variant: VariantConfig, at: int, seeds: Sequence[int], steps: int, corpus: Corpus) -> list[Coordinate]:
+def expected_slopes(config: Config, specs: Transformer[Weight]) -> Expected:
+    """The slopes of muP for a model, whatever its own rule is.
+
+    The logits start as sums of M products of M^-1/2 that are independent, so they fall as M^-1/2 with muP's unembedding, unless
+    model.unembed_init=sp, which keeps them.
+    """
+    optim, by_path = config.optim, _by_path(specs)
+    update = {path: UPDATES.get(w.role, 0.0) for path, w in by_path.items()}
+    update |= {path: 0.0 for path, w in by_path.items() if w.role == "output" and optim.rule in MULTIPLIED}
+    if optim.name == "muon":
+        update |= {path: MUON for path, w in by_path.items() if w.role in ("hidden", "residual")}
+    vectors = frozenset(path for path, w in by_path.items() if not w.is_matrix)
+    standard = "sp" in (config.model.unembed_init, *[optim.rule] * (config.model.unembed_init == "rule"))
+    return Expected({} if standard else {"logits": -0.5}, update, vectors=vectors)
+
+
+def measure(
+    variant: VariantConfig, at: int, seeds: Sequence[int], steps: int, corpus: Corpus
+) -> tuple[list[Coordinate], Transformer[Weight]]:
     """Trains on one batch, the same at every step, and measures the model before the first update and after each.
 
-    `at` is the variant's width or depth, to be recorded. Each seed has its own weights and batch.
+    `at` is the variant's width or depth, to be recorded. Each seed has its own weights and batch. Returns the numbers, and the
+    specs of the weights.
     """
     config, n_vocab = variant.config, corpus.tokenizer.n_vocab
     filled = [*seeds, *[seeds[-1]] * (-len(seeds) % len(jax.devices()))]
@@ -90,6 +122,7 @@ def measure(variant: VariantConfig, at: int, seeds: Sequence[int], steps: int, c
 
     sizes_and_changes = jax.jit(runs.map(of_run, (runs.pspecs, runs.pspecs), RUNS))
     updates = jax.jit(partial(jax.tree.map, lambda a, b: jnp.mean(jnp.abs(b - a), axis=tuple(range(1, a.ndim)))))
+    decay = jax.jit(jax.vmap(partial(_decay, runs.program.optimizer)))
     state = runs.init()
     start: Any = jax.tree.map(jnp.copy, state.params)
     found: list[Coordinate] = []
@@ -99,17 +132,30 @@ def measure(variant: VariantConfig, at: int, seeds: Sequence[int], steps: int, c
             by_seed = zip(seeds, np.asarray(by_run).tolist(), strict=False)
             found.extend(Coordinate(variant.name, at, seed, step, kind, name, value) for seed, value in by_seed)
 
+    if config.optim.weight_decay:
+        record(0, "decay", _by_path(decay(state)))
     for step in range(steps + 1):
         if step:
             before = jax.tree.map(jnp.copy, state.params)
             state, _ = runs.step(state, batches)
-            moved = jax.tree_util.tree_leaves_with_path(updates(before, state.params))
-            record(step, "update", {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in moved})
+            record(step, "update", _by_path(updates(before, state.params)))
         size, change = sizes_and_changes((start, state.params), placed, runs.hyper.data)
         record(step, "size", size)
         if step:
             record(step, "change", change)
-    return found
+    return found, runs.program.specs
+
+
+def _decay(optimizer: Optimizer, state: TrainState[Array]) -> Transformer[Array]:
+    """The share of each weight that an update removes whose gradient is zero."""
+    ones: Any = jax.tree.map(jnp.ones_like, state.params)
+    removed, _ = optimizer.transformation().update(jax.tree.map(jnp.zeros_like, ones), state.opt, ones)
+    return jax.tree.map(lambda u: jnp.mean(jnp.abs(u)), removed)
+
+
+def _by_path(tree: Transformer[Any]) -> dict[str, Any]:
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
 
 
 def _mean_abs(x: Array) -> Array:

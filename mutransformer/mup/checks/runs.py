@@ -1,6 +1,7 @@
 """One training run of a sweep, whatever the model."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -42,3 +43,42 @@ class Run:
     def loss(self) -> float:
         """The validation loss, infinite if the run diverged."""
         return math.inf if self.validation_loss is None or self.status == "diverged" else self.validation_loss
+
+
+@dataclass(frozen=True)
+class ScalingAxis:
+    """What grows from model to model, and over which the best learning rate should stay or move as a rule says."""
+
+    name: str  # "width"
+    size: Callable[[Run], int]
+    settings: frozenset[str] = frozenset()  # keys of Run.settings that may differ between the runs of one variant
+    wider_is_better: bool = False  # whether a larger model must have the lower training loss at every step
+
+    def label(self, size: int) -> str:
+        """A size in words: "width 64", "131k tokens"."""
+        return f"{short(size)} {self.name}" if self.name == "tokens" else f"{self.name} {size}"
+
+    @property
+    def plural(self) -> str:
+        return {"tokens": "numbers of tokens", "batch": "batch sizes"}.get(self.name, f"{self.name}s")
+
+    def span(self, sizes: Sequence[int]) -> str:
+        """The range of ascending sizes in words: "widths 64 to 512"."""
+        return f"{self.plural} {short(sizes[0])} to {short(sizes[-1])}"
+
+
+WIDTH = ScalingAxis("width", lambda run: run.width, wider_is_better=True)
+
+
+def short(size: int) -> str:
+    """A size in at most four digits where that loses nothing that matters: 64, 4096, 131k, 2.62M."""
+    for factor, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if size >= max(factor, 10**4):
+            return f"{size / factor:.3g}{letter}"
+    return str(size)
+
+
+def setting_values(runs: Sequence[Run], keys: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The distinct values, as text, of these settings; without keys: of all that are not at their default in every run."""
+    keys = keys or sorted({key for run in runs for key in run.settings})
+    return {key: list(dict.fromkeys(str(run.settings.get(key, "default")) for run in runs)) for key in keys}

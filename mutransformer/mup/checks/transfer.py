@@ -1,6 +1,7 @@
-"""The numbers of a transfer report: each width's best learning rate, and how far it drifts over the widths. Pure.
+"""The numbers of a transfer report: each size's best learning rate, and how far it drifts as the model grows. Pure.
 
-Learning rates are given as log2, losses in nats per token, infinite where a run diverged, and drifts in octaves (factors of two).
+Sizes are widths, or whatever else an axis counts. Learning rates are given as log2, losses in nats per token, infinite where a
+run diverged, and drifts in octaves (factors of two).
 """
 
 import math
@@ -10,36 +11,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mutransformer.mup.checks.runs import Run
+from mutransformer.mup.checks.optimum import Bounds, argmin, combine, locate, standard_error
+from mutransformer.mup.checks.runs import WIDTH, Run, ScalingAxis
 from mutransformer.mup.checks.verdict import count, require
 from mutransformer.mup.checks.width_ordering import WidthOrdering, compare_widths
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """Where a number in log2(LR) lies; a point if low == high, infinite where there is no bound."""
-
-    low: float
-    high: float
-    stderr: float | None = None
-    loss: float | None = None  # of an optimum: of the parabola at its vertex; None without one
-    why: str = ""  # of an optimum: why no parabola could be fitted, as "at the lower edge of the grid"
-
-    @property
-    def is_point(self) -> bool:
-        return self.low == self.high
-
-    def __str__(self) -> str:
-        if self.is_point:
-            return f"{self.low:.2f}" + ("" if self.stderr is None else f" ± {self.stderr:.2f}")
-        if math.isinf(self.low):
-            return "unknown" if math.isinf(self.high) else f"≤ {self.high:.2f}"
-        return f"≥ {self.low:.2f}" if math.isinf(self.high) else f"{self.low:.2f} to {self.high:.2f}"
-
-
-@dataclass(frozen=True)
 class Cell:
-    """The runs of one variant, width and learning rate: validation loss by seed, infinite where diverged."""
+    """The runs of one variant, size and learning rate: validation loss by seed, infinite where diverged."""
 
     losses: dict[int, float]
 
@@ -65,22 +45,36 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class WidthFit:
-    """The learning rates of one width."""
+class SizeFit:
+    """The learning rates of one size."""
 
     cells: dict[float, Cell]  # by rate, ascending
-    best: float | None  # the rate with the lowest mean loss; None: every rate diverged
-    optimum: Bounds  # of the mean losses, with a standard error unless there is one seed or one without an optimum
+    losses: dict[float, float]  # by rate: the mean over seeds, see `mean_losses`
+    best: float | None  # the rate with the lowest of these; None: every rate diverged
+    optimum: Bounds  # of these, with a standard error unless there is one seed or one without an optimum
     seed_optima: dict[int, float | None]  # of each seed's own losses; None where no parabola could be fitted
 
     @property
     def best_loss(self) -> float:
         """The lowest mean loss of the grid."""
-        return math.inf if self.best is None else self.cells[self.best].mean
+        return math.inf if self.best is None else self.losses[self.best]
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted(set[int]().union(*(cell.losses for cell in self.cells.values())))
 
     def penalty(self, rate: float | None) -> float | None:
         """The mean loss at a rate minus the lowest; infinite if it diverged there, None if there is no run or no lowest."""
-        return None if self.best is None or rate not in self.cells else self.cells[rate].mean - self.best_loss
+        return None if self.best is None or rate not in self.losses else self.losses[rate] - self.best_loss
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Runs that are missing at one size and learning rate, as log2."""
+
+    size: int
+    rate: float
+    seeds: list[int]
 
 
 @dataclass(frozen=True)
@@ -89,15 +83,24 @@ class Variant:
 
     name: str
     control: bool  # it should not transfer, and decides nothing
-    rates: list[float]  # ascending
-    seeds: list[int]  # that were run over the grid of rates; the comparison of widths may use more
-    fits: dict[int, WidthFit]  # by width, ascending
-    ordering: WidthOrdering
-    off_grid: int  # the number of runs with other seeds
+    axis: ScalingAxis
+    fits: dict[int, SizeFit]  # by size, ascending; each has its own grid of rates and its own seeds
+    ordering: WidthOrdering | None  # None: not judged over this axis
+    off_grid: int  # the number of runs with seeds that only the comparison of widths uses
 
     @property
-    def widths(self) -> list[int]:
+    def sizes(self) -> list[int]:
         return list(self.fits)
+
+    @property
+    def rates(self) -> list[float]:
+        """Those of any size, ascending."""
+        return sorted({rate for fit in self.fits.values() for rate in fit.cells})
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those of any size, ascending."""
+        return sorted({seed for fit in self.fits.values() for seed in fit.seeds})
 
     @property
     def title(self) -> str:
@@ -105,49 +108,63 @@ class Variant:
 
     @property
     def tuned(self) -> float | None:
-        """The best rate of the narrowest width."""
-        return self.fits[self.widths[0]].best
+        """The best rate of the smallest size."""
+        return self.fits[self.sizes[0]].best
 
     @property
     def same_best(self) -> bool:
-        """Whether the best rate of the grid is the same at every width, the criterion of Lingle (arXiv 2404.05728)."""
+        """Whether the best rate of the grid is the same at every size, the criterion of Lingle (arXiv 2404.05728)."""
         return self.tuned is not None and all(fit.best == self.tuned for fit in self.fits.values())
 
     @property
     def drift(self) -> Bounds:
-        """The largest optimum of all widths minus the smallest: a point, or a lower bound if some optimum is not found."""
+        """The largest optimum of all sizes minus the smallest: a point, or a lower bound if some optimum is not found."""
         fits = self.fits.values()
         highest, lowest = max(fits, key=lambda fit: fit.optimum.low), min(fits, key=lambda fit: fit.optimum.high)
-        octaves = max(0.0, highest.optimum.low - lowest.optimum.high)
-        found = all(fit.optimum.is_point for fit in fits)
-        return Bounds(octaves, octaves, _paired_stderr(highest, lowest)) if found else Bounds(octaves, math.inf)
+        if all(fit.optimum.is_point for fit in fits):
+            return _difference(highest, lowest)
+        return Bounds(max(0.0, highest.optimum.low - lowest.optimum.high), math.inf)
 
     @property
     def signed_drift(self) -> Bounds:
-        """The widest width's optimum minus the narrowest's."""
-        narrow, wide = self.fits[self.widths[0]], self.fits[self.widths[-1]]
-        a, b = narrow.optimum, wide.optimum
-        return Bounds(b.low - a.high, b.high - a.low, _paired_stderr(wide, narrow) if a.is_point and b.is_point else None)
+        """The largest size's optimum minus the smallest's."""
+        small, large = self.fits[self.sizes[0]], self.fits[self.sizes[-1]]
+        a, b = small.optimum, large.optimum
+        return _difference(large, small) if a.is_point and b.is_point else Bounds(b.low - a.high, b.high - a.low)
 
     @property
-    def missing(self) -> int:
-        """The number of runs that a full grid of widths, rates and seeds would have in addition."""
-        present = sum(len(cell.losses) for fit in self.fits.values() for cell in fit.cells.values())
-        return len(self.fits) * len(self.rates) * len(self.seeds) - present
+    def missing(self) -> list[Gap]:
+        """The runs that the grid lacks, by size and rate.
+
+        At each size these are the rates that it has, with all of its seeds, and the rates within its range that most sizes have.
+        A narrower grid of rates, or fewer seeds, than at another size is no gap.
+        """
+        common = Counter(rate for fit in self.fits.values() for rate in fit.cells)
+        gaps = []
+        for size, fit in self.fits.items():
+            rates = list(fit.cells)
+            within = {rate for rate, n in common.items() if 2 * n > len(self.fits) and rates[0] < rate < rates[-1]}
+            for rate in sorted(within.union(rates)):
+                absent = [seed for seed in fit.seeds if rate not in fit.cells or seed not in fit.cells[rate].losses]
+                gaps += [Gap(size, rate, absent)] if absent else []
+        return gaps
 
     @property
     def diverged(self) -> int:
         return sum(cell.diverged for fit in self.fits.values() for cell in fit.cells.values())
 
 
-def analyze(runs: Sequence[Run], controls: Sequence[str] = (), rate: float | None = None) -> list[Variant]:
+def analyze(
+    runs: Sequence[Run], controls: Sequence[str] = (), rate: float | None = None, axis: ScalingAxis = WIDTH
+) -> list[Variant]:
     """The numbers of each variant, controls last.
 
-    No two runs may have the same key. Controls are the variants of these names, `sp` and those whose names start with `sp `. The
-    rate is the log2(LR) at which widths are compared step by step; None: the best one of each variant's narrowest width.
+    Controls are the variants of these names, `sp` and those whose names start with `sp `. The rate is the log2(LR) at which
+    widths are compared step by step; None: the best one of each variant's narrowest width.
 
-    Raises CheckError if a control is unknown; a variant has one width only, fewer than three learning rates, runs of unequal
-    length, or no run at `rate`; or all variants are controls.
+    Raises CheckError if a control is unknown; a variant has one size only, fewer than three learning rates, two runs of the same
+    size, learning rate and seed, runs of unequal length where the axis is not their length, or no run at `rate`; or all variants
+    are controls.
     """
     names = list(dict.fromkeys(run.variant for run in runs))
     for name in controls:
@@ -155,99 +172,90 @@ def analyze(runs: Sequence[Run], controls: Sequence[str] = (), rate: float | Non
     control = {name: name in controls or name == "sp" or name.startswith("sp ") for name in names}
     require(not all(control.values()), f"nothing to judge: {', '.join(names)}: only controls; add a variant that should transfer")
     ordered = sorted(names, key=lambda name: control[name])
-    return [_variant(name, control[name], [run for run in runs if run.variant == name], rate) for name in ordered]
+    return [_variant(name, control[name], [run for run in runs if run.variant == name], rate, axis) for name in ordered]
 
 
-def _variant(name: str, control: bool, runs: list[Run], rate: float | None) -> Variant:
-    widths, rates = sorted({run.width for run in runs}), sorted({math.log2(run.lr) for run in runs})
-    lengths = sorted({run.steps for run in runs})
-    require(len(widths) > 1, f"{name}: one width only ({widths[0]}): nothing to compare")
+def _variant(name: str, control: bool, runs: list[Run], rate: float | None, axis: ScalingAxis) -> Variant:
+    by_size: dict[int, list[Run]] = {size: [] for size in sorted({axis.size(run) for run in runs})}
+    for run in runs:
+        by_size[axis.size(run)].append(run)
+    sizes, rates = list(by_size), sorted({math.log2(run.lr) for run in runs})
+    require(len(sizes) > 1, f"{name}: one {axis.name} only ({sizes[0]}): nothing to compare")
     require(len(rates) > 2, f"{name}: {count(len(rates), 'learning rate')}: an optimum needs at least 3")
-    require(len(lengths) == 1, f"{name}: runs of {' and '.join(map(str, lengths))} steps: losses cannot be compared")
+    for lengths in (
+        [{run.steps for run in runs}] if axis.wider_is_better else [{run.steps for run in of} for of in by_size.values()]
+    ):
+        require(len(lengths) == 1, f"{name}: runs of {' and '.join(map(str, sorted(lengths)))} steps: losses cannot be compared")
+    for size, of in by_size.items():
+        (lr, seed), n = Counter((run.lr, run.seed) for run in of).most_common(1)[0]
+        where = f"{axis.label(size)}, learning rate 2^{math.log2(lr):.4g}, seed {seed}"
+        require(n == 1, f"{name}: {n} runs of {where}: they differ in something else; name them apart, or choose another --over")
     chosen = next((r for r in rates if rate is not None and math.isclose(rate, r, abs_tol=1e-9)), None)
     listed = ", ".join(f"2^{r:.4g}" for r in rates)
     # A control may have its own grid.
     require(rate is None or chosen is not None or control, f"--lr 2^{rate}: {name} has no run at it; there are: {listed}")
-    on_grid = _on_grid(runs)
-    fits = {width: _fit([run for run in on_grid if run.width == width], rates) for width in widths}
-    ordering = compare_widths(runs, widths, fits[widths[0]].best if chosen is None else chosen)
-    return Variant(name, control, rates, sorted({run.seed for run in on_grid}), fits, ordering, len(runs) - len(on_grid))
+    on_grid = {size: _on_grid(of) for size, of in by_size.items()}
+    fits = {size: _fit(of) for size, of in on_grid.items()}
+    at = fits[sizes[0]].best if chosen is None else chosen
+    ordering = compare_widths(runs, sizes, at) if axis.wider_is_better else None
+    return Variant(name, control, axis, fits, ordering, len(runs) - sum(map(len, on_grid.values())))
 
 
 def _on_grid(runs: Sequence[Run]) -> list[Run]:
-    """The runs without those seeds that a width has at fewer than three rates while it has others at more.
+    """The runs of one size without those of seeds at fewer than three rates, if there are seeds at more.
 
-    Such seeds were added to compare widths step by step with less noise; the mean at their rate would be over other seeds than
-    at the neighboring rates.
+    Such seeds were added to compare widths step by step with less noise.
     """
-    n_rates = Counter((run.width, run.seed) for run in runs)
-    most = {width: max(n for (other, _), n in n_rates.items() if other == width) for width, _ in n_rates}
-    return [run for run in runs if n_rates[run.width, run.seed] >= min(3, most[run.width])]
+    n_rates = Counter(run.seed for run in runs)
+    return [run for run in runs if n_rates[run.seed] >= min(3, max(n_rates.values()))]
 
 
-def _fit(runs: Sequence[Run], grid: Sequence[float]) -> WidthFit:
+def _fit(runs: Sequence[Run]) -> SizeFit:
     cells: dict[float, Cell] = {}
     for run in sorted(runs, key=lambda run: run.lr):
         cells.setdefault(math.log2(run.lr), Cell({})).losses[run.seed] = run.loss
+    losses = mean_losses(cells)
+    seeds = {run.seed for run in runs}
+    # Seeds are compared on the rates that all have: their optima by unequal grids would differ by more than noise.
+    shared = [rate for rate, cell in cells.items() if cell.losses.keys() == seeds]
     seed_optima: dict[int, float | None] = {}
-    for seed in sorted({run.seed for run in runs}):
-        at = locate({rate: cell.losses[seed] for rate, cell in cells.items() if seed in cell.losses}, grid)
+    for seed in sorted(seeds):
+        rates = shared if len(shared) > 2 else [rate for rate, cell in cells.items() if seed in cell.losses]
+        at = locate({rate: cells[rate].losses[seed] for rate in rates})
         seed_optima[seed] = at.low if at.is_point else None
-    means = {rate: cell.mean for rate, cell in cells.items()}
-    optimum = replace(locate(means, grid), stderr=_stderr(list(seed_optima.values())))
-    return WidthFit(cells, argmin(means), optimum, seed_optima)
+    optimum = replace(locate(losses), stderr=standard_error(list(seed_optima.values())))
+    return SizeFit(cells, losses, argmin(losses), optimum, seed_optima)
 
 
-def _stderr(by_seed: Sequence[float | None]) -> float | None:
-    # A seed without a value cannot be left out: those that remain would agree too well.
-    values = [value for value in by_seed if value is not None]
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) == len(by_seed) > 1 else None
+def mean_losses(cells: Mapping[float, Cell]) -> dict[float, float]:
+    """The mean loss at each rate, over all seeds of the size; infinite where one diverged.
 
-
-def _paired_stderr(a: WidthFit, b: WidthFit) -> float | None:
-    """The standard error of the difference of two optima, paired by seed."""
-    pairs = [(a.seed_optima[seed], b.seed_optima[seed]) for seed in sorted(a.seed_optima.keys() & b.seed_optima.keys())]
-    return _stderr([None if x is None or y is None else x - y for x, y in pairs])
-
-
-def argmin(losses: Mapping[float, float]) -> float | None:
-    """The rate with the lowest finite loss, the lower of two equals; None if there is none."""
-    return min((rate for rate in sorted(losses) if math.isfinite(losses[rate])), key=lambda rate: losses[rate], default=None)
-
-
-def locate(losses: Mapping[float, float], grid: Sequence[float]) -> Bounds:
-    """The optimum of one width: a point if a parabola could be fitted.
-
-    Where a neighbor of the lowest loss is missing or diverged there are only bounds. A neighbor with a higher loss bounds the
-    optimum by the midpoint of the two, as for any curve symmetric about its minimum; one that diverged bounds it by itself.
-    Losses are by log2(LR); the grid is every log2(LR) expected, ascending.
+    Where a rate lacks seeds, a plain mean would mix the rate's effect with that of its seeds. The mean is then that of the model
+    loss = f(rate) + g(seed), by least squares over the runs there are. A rate that shares no seed with the others is left out.
     """
-    best = argmin(losses)
-    if best is None:
-        return Bounds(-math.inf, math.inf, why="every run diverged")
-    below, above = [x for x in grid if x < best], [x for x in grid if x > best]
-    why: list[str] = []
-    for edge, neighbor in (("lower", below[-1:]), ("upper", above[:1])):
-        if not neighbor:
-            why.append(f"at the {edge} edge of the grid")
-        elif neighbor[0] not in losses:
-            why.append(f"no run at its neighbor {neighbor[0]:.4g}")
-        elif math.isinf(losses[neighbor[0]]):
-            why.append(f"its neighbor {neighbor[0]:.4g} diverged")
-    left = max((x for x in below if x in losses), default=-math.inf)
-    right = min((x for x in above if x in losses), default=math.inf)
-    if why:
-        low, high = ((best + x) / 2 if math.isfinite(losses.get(x, math.inf)) else x for x in (left, right))
-        return Bounds(low, high, why="; ".join(why))
-    at, loss = vertex((left, best, right), (losses[left], losses[best], losses[right]))
-    return Bounds(at, at, loss=loss)
+    finite = {rate: cell.losses for rate, cell in cells.items() if not cell.diverged}
+    if len({frozenset(losses) for losses in finite.values()}) < 2:
+        return {rate: cell.mean for rate, cell in cells.items()}
+    groups: list[tuple[list[float], set[int]]] = []  # rates that are connected by seeds
+    for rate, losses in finite.items():
+        joined = [group for group in groups if group[1] & losses.keys()]
+        groups = [group for group in groups if group not in joined]
+        groups.append((sum((rates for rates, _ in joined), [rate]), set(losses).union(*(seeds for _, seeds in joined))))
+    rates, seeds = (sorted(part) for part in max(groups, key=lambda group: sum(len(finite[rate]) for rate in group[0])))
+    points = [(rates.index(rate), seeds.index(seed), loss) for rate in rates for seed, loss in finite[rate].items()]
+    design = np.zeros((len(points) + 1, len(rates) + len(seeds)))
+    for row, (i, j, _) in enumerate(points):
+        design[row, i] = design[row, len(rates) + j] = 1
+    design[-1, len(rates) :] = 1  # the seeds' effects add up to zero
+    found = np.linalg.lstsq(design, np.array([*(loss for *_, loss in points), 0.0]), rcond=None)[0]
+    adjusted = dict(zip(rates, found.tolist(), strict=False))
+    return {rate: adjusted.get(rate, math.inf) for rate, cell in cells.items() if rate in adjusted or cell.diverged}
 
 
-def vertex(x: tuple[float, float, float], y: tuple[float, float, float]) -> tuple[float, float]:
-    """The vertex (place, height) of the parabola through three points, of which the middle one is the lowest."""
-    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
-    curvature = (right - left) / (x[2] - x[0])  # of y = ... + curvature x^2: positive, unless all three are equal
-    if curvature <= 0:
-        return x[1], y[1]
-    at = (x[0] + x[1]) / 2 - left / (2 * curvature)
-    return at, y[1] + (at - x[1]) * (left + curvature * (at - x[0]))
+def _difference(a: SizeFit, b: SizeFit) -> Bounds:
+    """The optimum of one size minus that of another, both points; seeds are paired where they are the same."""
+    pairs = [(a.seed_optima[seed], b.seed_optima[seed]) for seed in sorted(a.seed_optima.keys() & b.seed_optima.keys())]
+    stderr = standard_error([None if x is None or y is None else x - y for x, y in pairs])
+    if stderr is None and a.optimum.stderr is not None and b.optimum.stderr is not None:
+        stderr = math.hypot(a.optimum.stderr, b.optimum.stderr)
+    return replace(combine([(1.0, a.optimum), (-1.0, b.optimum)]), stderr=stderr)

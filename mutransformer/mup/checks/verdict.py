@@ -1,5 +1,6 @@
 """What a check concludes, and the error of a check that cannot be made."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,13 +17,19 @@ def require(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of a result. Only PASS and FAIL decide the exit code."""
+    """One line of a result. UNKNOWN: what was measured cannot tell. `passed` says which of them decide."""
 
-    outcome: Literal["PASS", "FAIL", "CONTROL", "WARNING"]
+    outcome: Literal["PASS", "FAIL", "UNKNOWN", "CONTROL", "WARNING"]
     text: str
 
     def __str__(self) -> str:
         return f"{self.outcome:<7} {self.text}"
+
+
+def passed(verdicts: Iterable[Verdict]) -> bool:
+    """Whether something passes, and nothing fails or is unknown."""
+    outcomes = {verdict.outcome for verdict in verdicts}
+    return "PASS" in outcomes and not outcomes & {"FAIL", "UNKNOWN"}
 
 
 def count(n: int, noun: str) -> str:

@@ -53,9 +53,9 @@ class WidthOrdering:
         return sum(int(pair.holds.sum()) for pair in self.pairs)
 
     @property
-    def better(self) -> bool:
-        """Whether wider is better at every logged step, for every pair."""
-        return not self.why and self.compared == self.held
+    def better(self) -> bool | None:
+        """Whether wider is better at every logged step, for every pair; None if it is wherever there was something to compare."""
+        return False if self.held < self.compared else None if self.why else True
 
 
 def compare_widths(runs: Sequence[Run], widths: Sequence[int], rate: float | None) -> WidthOrdering:

@@ -2,20 +2,48 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from beartype.door import is_bearable
 
+from mutransformer.config.schema import Config, flatten
 from mutransformer.errors import ConfigError, check, translate_errors
-from mutransformer.mup.checks.runs import Run
+from mutransformer.mup.checks.runs import Run, ScalingAxis
+from mutransformer.study.sweep.grid import KEYS, SweepAxis
 
 FILE = "runs.jsonl"  # in a sweep's folder
-VARIED = {"model.d_model", "optim.lr", "seed", "name", "workdir"}  # settings that a sweep varies, or that say where it is
+DEFAULTS = flatten(Config())
+SHARED = {"optim.lr", "seed", "name", "workdir"}  # settings that every sweep varies, or that say where it is
 
 HINTS = get_type_hints(Run, include_extras=True)
+
+
+def setting_of(run: Run, key: str) -> Any:
+    """A setting of a run, recorded or the default."""
+    return run.settings.get(key, DEFAULTS[key])
+
+
+def _tokens(run: Run) -> int:
+    return run.steps * setting_of(run, "data.batch_size") * setting_of(run, "data.seq_len")
+
+
+_COUNT: dict[SweepAxis, Callable[[Run], int]] = {
+    "width": lambda run: run.width,
+    "depth": lambda run: setting_of(run, "model.n_layer"),
+    "tokens": _tokens,
+    "batch": lambda run: setting_of(run, "data.batch_size"),
+}
+AXES: dict[SweepAxis, ScalingAxis] = {
+    name: ScalingAxis(name, size, frozenset(SHARED | {KEYS[name]}), name == "width") for name, size in _COUNT.items()
+}
+
+
+def identity(run: Run) -> tuple[Any, ...]:
+    """What tells a run from all others of a study: its key, depth, steps and batch size."""
+    return *run.key, setting_of(run, "model.n_layer"), run.steps, setting_of(run, "data.batch_size")
 
 
 def append(path: Path, runs: Iterable[Run]) -> None:
@@ -55,20 +83,14 @@ def join(paths: Iterable[Path]) -> list[Run]:
 
     Raises ConfigError as `read` does, and if a repeated run has other losses, with the run and both files.
     """
-    found: dict[tuple[str, int, float, int], tuple[Run, Path]] = {}
+    found: dict[tuple[Any, ...], tuple[Run, Path]] = {}
     for path in paths:
         for run in read(path):
-            first, where = found.setdefault(run.key, (run, path))
+            first, where = found.setdefault(identity(run), (run, path))
             same = replace(run, seconds=first.seconds, settings=first.settings) == first
             text = f"{path}: {run.variant}, width {run.width}, lr {run.lr}, seed {run.seed} is repeated with different losses"
             check(same, text if where == path else f"{text}; the other is in {where}")
     return [run for run, _ in found.values()]
-
-
-def setting_values(runs: Sequence[Run], keys: Sequence[str] | None = None) -> dict[str, list[str]]:
-    """The distinct values, as text, of these settings; None: of all that are not at their default in every run, but VARIED."""
-    keys = sorted({key for run in runs for key in run.settings} - VARIED) if keys is None else keys
-    return {key: list(dict.fromkeys(str(run.settings.get(key, "default")) for run in runs)) for key in keys}
 
 
 def _parse(line: str, where: str, last: bool) -> Run:

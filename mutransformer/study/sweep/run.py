@@ -32,6 +32,7 @@ from mutransformer.sharding.processes import StopRequest, stop_on_signals
 from mutransformer.study.sweep import records
 from mutransformer.study.sweep.grid import Point, VariantConfig, non_defaults
 from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun, mean_losses
+from mutransformer.study.sweep.records import AXES
 from mutransformer.training.program import prepare_data
 
 SNAPSHOT_SECONDS = 300.0  # between snapshots of runs in progress
@@ -71,21 +72,26 @@ def sweep(variants: Sequence[VariantConfig], points: Sequence[Point], folder: Pa
                     records.append(path, runs)
                 best = min(runs, key=lambda run: run.loss)
                 diverged = sum(run.status == "diverged" for run in runs)
-                text = "%s width %d: best validation loss %.4f at lr 2^%g; %d of %d diverged"
-                _log.info(text, variant.name, variant.width, best.loss, math.log2(best.lr), diverged, len(runs))
+                text = "%s %s: best validation loss %.4f at lr 2^%g; %d of %d diverged"
+                _log.info(text, variant.name, variant.where, best.loss, math.log2(best.lr), diverged, len(runs))
     return FINISHED
 
 
 def _missing(variant: VariantConfig, points: Sequence[Point], done: Sequence[records.Run], path: Path) -> list[Point]:
     """The points of a config that are not done. Raises ConfigError if its runs in the file had other settings."""
-    runs = [run for run in done if (run.variant, run.width) == (variant.name, variant.width)]
+    runs = [run for run in done if run.variant == variant.name and _size(run, variant) == variant.size]
     ours = non_defaults(variant.config)
     for run in runs:
         keys = (ours.keys() | run.settings.keys()) - PER_RUN
         differing = sorted(key for key in keys if ours.get(key) != run.settings.get(key))
-        text = f"{path}: its runs of {run.variant} at width {run.width} had other settings: {', '.join(differing)}"
+        text = f"{path}: its runs of {run.variant} at {variant.where} had other settings: {', '.join(differing)}"
         check(not differing, f"{text}; choose another --out or --label")
     return [point for point in points if point not in {(run.lr, run.seed) for run in runs}]
+
+
+def _size(run: records.Run, variant: VariantConfig) -> int:
+    """Of a recorded run, what VariantConfig.size is of a config."""
+    return run.steps if variant.axis == "tokens" else AXES[variant.axis].size(run)
 
 
 def _groups(config: Config, corpus: Corpus, points: list[Point], memory: int | None) -> Iterator[tuple[RunGroup, list[Point]]]:
@@ -129,7 +135,7 @@ def _train(
             state = group.init()
         writers = []
         for lr, seed in points if config.log.tensorboard and jax.process_index() == 0 else ():
-            name = f"{variant.name} width={variant.width} lr={lr:.6g} seed={seed}".replace("/", "_")
+            name = f"{variant.name} {variant.where.replace(' ', '=')} lr={lr:.6g} seed={seed}".replace("/", "_")
             path, suffix = str(folder / "tensorboard" / name), f".{step}"
             # What an interrupted process wrote beyond this step is dropped.
             writer = SummaryWriter(path, purge_step=step + 1, filename_suffix=suffix, flush_secs=30)
@@ -138,7 +144,7 @@ def _train(
         for source in sources:
             stack.enter_context(closing(source)).set_state({"next_index": step})
         where = f"{count(len(points), 'run')} {group.layout} on {count(len(jax.devices()), 'device')}"
-        _log.info("%s width %d: %s%s", variant.name, variant.width, where, f", resuming after step {step}" if step else "")
+        _log.info("%s %s: %s%s", variant.name, variant.where, where, f", resuming after step {step}" if step else "")
         unread, saved = list[Array](), time.perf_counter()
         first: tuple[int, float] | None = None  # the first logged step and its time: leaves out compilation
         while step < config.steps:
@@ -188,7 +194,7 @@ def _progress(
 ) -> str:
     """The run with the lowest mean loss over the last n steps, and the speed since an earlier (step, time)."""
     config, means = variant.config, np.where(np.isfinite(losses).all(axis=0), losses.mean(axis=0), np.inf)
-    text, best = f"{variant.name} width {variant.width}: step {step}/{config.steps}", int(np.argmin(means))
+    text, best = f"{variant.name} {variant.where}: step {step}/{config.steps}", int(np.argmin(means))
     if np.isfinite(means[best]):
         text += f"  best loss {means[best]:.4f} at lr 2^{math.log2(points[best][0]):g}"
     if since is not None:
