@@ -40,9 +40,10 @@ from mutransformer.training.program import TrainState, prepare_data
 
 TABLE = "coordinates.csv"
 # The slopes over width of muP's updates under Adam and Lion, by role. They are written down here, not derived from RULES, which
-# are what is checked. Muon's updates of M x M matrices have M equal singular values of one size: entries of M^-1/2.
+# are what is checked. Muon's updates have singular values of one size: entries of M^-1/2 if there are M of them, and of 1 / M
+# if there are as many at each width, as where a batch has fewer tokens than the model has features. Expected is the middle.
 UPDATES: dict[str, float] = {"input": 0.0, "hidden": -1.0, "residual": -1.0, "output": -1.0}
-MUON = -0.5
+MUON = -0.75
 MULTIPLIED = ("mup_table8", "completep")  # their output weight is constant, and its products are multiplied by P / M
 Configs = Sequence[VariantConfig]  # one for each width or depth
 
@@ -122,6 +123,7 @@ def measure(
 
     sizes_and_changes = jax.jit(runs.map(of_run, (runs.pspecs, runs.pspecs), RUNS))
     updates = jax.jit(partial(jax.tree.map, lambda a, b: jnp.mean(jnp.abs(b - a), axis=tuple(range(1, a.ndim)))))
+    keep = jax.jit(partial(jax.tree.map, lambda w, share: w * (1 - share.reshape(-1, *[1] * (w.ndim - 1)))))
     decay = jax.jit(jax.vmap(partial(_decay, runs.program.optimizer)))
     state = runs.init()
     start: Any = jax.tree.map(jnp.copy, state.params)
@@ -132,13 +134,16 @@ def measure(
             by_seed = zip(seeds, np.asarray(by_run).tolist(), strict=False)
             found.extend(Coordinate(variant.name, at, seed, step, kind, name, value) for seed, value in by_seed)
 
-    if config.optim.weight_decay:
-        record(0, "decay", _by_path(decay(state)))
+    shares: Any = decay(state) if config.optim.weight_decay else None
+    if shares is not None:
+        record(0, "decay", _by_path(shares))
     for step in range(steps + 1):
         if step:
             before = jax.tree.map(jnp.copy, state.params)
             state, _ = runs.step(state, batches)
-            record(step, "update", _by_path(updates(before, state.params)))
+            # What decay removes is measured by itself. Here it would hide the gradient's part.
+            kept = before if shares is None else keep(before, shares)
+            record(step, "update", _by_path(updates(kept, state.params)))
         size, change = sizes_and_changes((start, state.params), placed, runs.hyper.data)
         record(step, "size", size)
         if step:

@@ -25,6 +25,7 @@ ACTIVATIONS = (
 )
 MAX_SLOPE = 0.25  # the largest difference from an expected slope that passes
 STANDARD_ERRORS = 2.0  # of a slope, that are allowed for
+ZERO_UPDATES = 3  # that a weight may have at first: behind unembedding, residual projection and queries that start at zero
 # Over a factor r of sizes: some activation's change must grow in the control by r^this; over depth the final residual stream may
 # differ by r^the second, and must grow in the control by r^the third.
 GROWTH, DEPTH_RATIO, DEPTH_GROWTH = 0.5, 1 / 3, 5 / 6
@@ -135,18 +136,19 @@ class Deviation(NamedTuple):
 def deviations(fits: Sequence[SlopeFit], expected: Expected) -> list[Deviation]:
     """What is judged of one variant over width, from the furthest from its expected slope to the nearest.
 
-    Sizes at all steps, unless they are zero at every width, as of queries with model.q_init=zero. Changes from the second update
-    on: the first may be zero. Updates, of which the first may be zero as well.
+    Sizes before training and from the second update on, unless they are zero at every width, as of queries with
+    model.q_init=zero. Changes from the second update on: that of the first varies most with the seed. Updates, of which the
+    first may be zero, as behind weights that start at zero.
     """
     by_key = {(fit.kind, fit.name, fit.step): fit for fit in fits}
     found = []
     for fit in fits:
         zero = not any(fit.means)
-        if fit.kind == "size" and not zero:
+        if fit.kind == "size" and fit.step != 1 and not zero:
             found.append(Deviation(fit, _expected_size(fit, by_key, expected)))
         elif fit.kind == "change" and fit.step >= 2:
             found.append(Deviation(fit, 0.0))
-        elif fit.kind == "update" and (fit.step >= 2 or not zero):
+        elif fit.kind == "update" and (fit.step > ZERO_UPDATES or not zero):
             found.append(Deviation(fit, expected.update.get(fit.name, 0.0)))
         elif fit.kind == "decay" and not zero:
             found.append(Deviation(fit, 0.0))
