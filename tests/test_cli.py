@@ -84,7 +84,7 @@ def test_the_reference_of_the_settings(ends):
         (["nothing"], "nothing: no such command; see mutransformer --help"),
         (["--nothing"], "unrecognized arguments: --nothing; see mutransformer --help"),
         (["train", "--nothing"], "unrecognized arguments: --nothing; see mutransformer train --help"),
-        (["sweep"], "the following arguments are required: --widths, --lrs; see mutransformer sweep --help"),
+        (["sweep"], "the following arguments are required: --lrs; see mutransformer sweep --help"),
         (["inspect-data", "--rows", "x"], "argument --rows: invalid int value: 'x'; see mutransformer inspect-data --help"),
     ],
 )
@@ -226,7 +226,7 @@ def test_a_script_is_the_command(script, monkeypatch):
 def test_there_is_no_other_way_in():
     assert PROJECT["project"]["scripts"] == {"mutransformer": "mutransformer.cli:main"}
     others = {path.stem for path in (ROOT / "scripts").glob("*.py")} - SCRIPTS.keys()
-    assert others == {"benchmark_data", "scale_report"}
+    assert others == {"benchmark_data", "coord_check_power", "scale_report"}
 
 
 @pytest.mark.parametrize("start", [["-m", "mutransformer.cli", "train"], [str(ROOT / "scripts/train.py")]])

@@ -319,6 +319,7 @@ def text(seed: int) -> Array:
     return jax.random.randint(jax.random.key(seed), (33,), 0, 30)
 
 
+@pytest.mark.slow
 def test_an_embedding_declared_hidden_fails() -> None:
     told = partial(mup.coord_check, language_model, next_token, text, [64, 256], base={"width": 64}, steps=2, seeds=2)
     assert told().passed

@@ -324,7 +324,8 @@ def slopes_that_are_off(kind: str, rule: str, atol: float) -> set[str]:
     return off
 
 
-@pytest.mark.parametrize("kind", ["adam", pytest.param("sgd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_slopes_within_the_tolerance_of_cellarium_ml(kind: str) -> None:
     """cellarium-ml, tests/test_mup.py: log-log slopes over width, at each of three steps, +-0.1.
 

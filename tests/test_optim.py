@@ -106,7 +106,7 @@ def by_hand(config: Config, params: dict[str, np.ndarray], grads: list[dict[str,
                 m[name] = c.beta2 * m[name] + (1 - c.beta2) * g
             decayed = w.is_matrix or c.decay_vectors
             shrink = c.weight_decay * decayed * p
-            rate = c.lr * slow
+            rate = c.lr * slow * (4 if w.role == "output" and c.rule != "sp" else 1)  # the default of lr_factors.output
             params[name] = p - share * (rate * direction + (rate * shrink if c.decay == "coupled" else shrink))
     return params
 
@@ -183,7 +183,7 @@ def test_every_weight_has_its_own_rate():
         for n, w in zip(sizes, jax.tree.leaves(specs(config)), strict=True)
     }
     assert {n: float(s[0]) for n, s in sizes.items()} == pytest.approx(rates, rel=1e-6)
-    assert len(set(rates.values())) == 3  # 1, 1 / d_model and 1 / d_ff
+    assert len(set(rates.values())) == 4  # 1, 1 / d_model, 1 / d_ff and, of the unembedding, 4 / d_model
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion"])
