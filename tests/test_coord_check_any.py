@@ -260,7 +260,7 @@ def test_an_mlp_passes_and_its_control_grows(report: mup.CoordinateReport, tmp_p
     assert lines[:3] == [str(on_rule), str(on_control), ""]
     assert lines[3].split("  ")[0] == "slope over width" and lines[3].endswith("step 3")
     assert len(lines) == 4 + 2 * (3 + 3 + 6)
-    report.write_csv(tmp_path / "numbers.csv")
+    (tmp_path / "numbers.csv").write_text(report.csv())
     with (tmp_path / "numbers.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["value"]) for row in rows] == pytest.approx([c.value for c in report.coordinates], rel=1e-5)

@@ -16,6 +16,7 @@ from sweeps import RATES, sweep
 from mutransformer import mup
 from mutransformer.mup.checks.rate_sweep import LOGGED
 from mutransformer.mup.checks.verdict import CheckError
+from mutransformer.mup.roles import RoleError
 from mutransformer.mup.rules import LrFactors
 
 STEPS, SEEDS, LRS = 20, (3, 5), (2.0**-8, 2.0**-6)
@@ -44,7 +45,7 @@ def loss(model: Permuted, batch: Pair) -> Array:
     return jnp.mean((jax.vmap(model.mlp)(x[:, model.order]) - y) ** 2)
 
 
-swept = partial(mup.sweep, Permuted, base={"width": 8}, steps=STEPS)
+swept = partial(mup.sweep, Permuted, base={"width": 8}, steps=STEPS, rules=("mup",))
 
 
 def alone(width: int, lr: float, seed: int, rule: str) -> tuple[list[float], Permuted]:
@@ -90,6 +91,15 @@ def test_without_validation_the_last_training_losses_count_and_a_list_serves_as_
     assert r.train_loss == s.train_loss and r.validation_loss == pytest.approx(r.train_loss[-1])
 
 
+def test_the_standard_parametrization_is_trained_beside() -> None:
+    """As the control of a transfer report; a label tells sweeps with other settings apart, and keeps the control one."""
+    once = partial(mup.sweep, Permuted, loss, batch, [8, 16], [2.0**-7], base={"width": 8}, steps=2)
+    plain, named = once(), once(label="slow", settings={"weight_decay": 0.1})
+    assert [(run.variant, run.width) for run in plain] == [("mup", 8), ("mup", 16), ("sp", 8), ("sp", 16)]
+    assert [run.variant for run in named] == ["mup slow"] * 2 + ["sp slow"] * 2
+    assert plain[1].loss != plain[3].loss
+
+
 def test_divergence_is_recorded() -> None:
     explosive = lambda model, data: loss(model, data) * jnp.exp(jnp.sum(model.mlp.layers[1].weight ** 2))  # noqa: E731
     runs = swept(explosive, batch, [8, 16], [2.0**-9, 2.0**4])
@@ -100,7 +110,7 @@ def test_divergence_is_recorded() -> None:
 
 
 def test_misuse_is_an_error() -> None:
-    with pytest.raises(CheckError, match="^no width differs from the base's, width=8: give other$"):
+    with pytest.raises(RoleError, match="^no width differs from the base's, width=8: give other$"):
         swept(loss, batch, [8], LRS)
     with pytest.raises(CheckError, match=r"^seeds \[1, 1\]: must be different"):
         swept(loss, batch, [8, 16], LRS, seeds=[1, 1])

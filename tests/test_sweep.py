@@ -371,6 +371,11 @@ def test_a_rule_that_follows_the_axis_must_know_its_base(axis: grid.SweepAxis, r
         grid.check_bases(grid.configs([f"optim.rule={rule}"], axis, [2, 4]))
     grid.check_bases(grid.configs([f"optim.rule={rule}", base], axis, [2, 4]))
     grid.check_bases(grid.configs(["optim.rule=mup"], axis, [2, 4]))
+    if axis != "depth":  # a rule of the run's own
+        own = f"optim.{axis}_exponent=0.3"
+        with pytest.raises(ConfigError, match=f"= null: optim.{axis}_exponent then does nothing over --"):
+            grid.check_bases(grid.configs([own], axis, [2, 4]))
+        grid.check_bases(grid.configs([own, base], axis, [2, 4]))
 
 
 def test_non_default_settings() -> None:

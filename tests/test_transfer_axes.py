@@ -42,7 +42,7 @@ def test_three_rates_at_one_width_cannot_pass() -> None:
     four, three = (without(sweep(), 512, *[r for r in RATES if r not in kept]) for kept in ((-8, -7, -6, -5), (-7, -6, -5)))
     assert "PASS    mup: the learning rate transfers" in verdicts(four)
     found = verdicts(three)
-    assert "UNKNOWN mup: cannot tell whether the learning rate transfers" in found and "PASS    mup: the" not in found
+    assert "UNKNOWN mup: undetermined whether the learning rate transfers" in found and "PASS    mup: the" not in found
     assert "only 3 learning rates at width 512, 4 are needed" in found
     assert transfers(analyze(three)[0], 10.0) is None  # whatever the bound
     drifting = without(sweep(optimum=lambda width: -6.2 + math.log2(width / 64) / 1.5), 512, -10, -9, -8, -7, -6)
@@ -59,7 +59,9 @@ def test_runs_that_ended_within_their_warm_up_tell_nothing() -> None:
     assert found.count("64 runs of 200 steps ended within the warm-up of 200 steps; set optim.warmup_steps to less") == 2
     default = [replace(run, steps=100) for run in sweep()]  # the default warm-up is 100 steps
     assert "ended within the warm-up of 100 steps" in verdicts(default)
-    assert "CONTROL mup may or may not transfer" in verdicts(warming(200) + sweep("other"), controls=["mup"])
+    share = [replace(run, settings=run.settings | {"optim.warmup_fraction": 0.1}) for run in default]
+    assert not ended_in_warm_up(share)
+    assert "CONTROL mup is undetermined" in verdicts(warming(200) + sweep("other"), controls=["mup"])
 
 
 def test_what_is_unknown_does_not_pass(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

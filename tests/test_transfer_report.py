@@ -118,7 +118,7 @@ def test_an_optimum_at_the_edge_cannot_pass():
     assert variant.same_best and not variant.drift.is_point and variant.drift.low == 0
     assert transfers(variant, 0.5) is None
     assert re.search(
-        r"^UNKNOWN mup: cannot tell .* transfers: the optimum may drift .*64: at the lower edge of its grid, 2\^-10, so ≤ -9.50",
+        r"^UNKNOWN mup: undetermined .* transfers: the optimum may drift .*64: at the lower edge of its grid, 2\^-10, so ≤ -9.50",
         verdicts(same),
     )
 
@@ -174,7 +174,7 @@ def test_a_drift_passes_or_fails_by_the_bound():
     assert f"FAIL    mup: the learning rate does not transfer: {words}" in verdicts(runs)
     assert f"FAIL    mup: the learning rate does not transfer: {words}" in verdicts(runs, max_drift=0.9 - 2.1 * grid)
     for bound in (0.9 - 1.9 * grid, 0.9 + 1.9 * grid):
-        assert f"UNKNOWN mup: cannot tell whether the learning rate transfers: {words}" in verdicts(runs, max_drift=bound)
+        assert f"UNKNOWN mup: undetermined whether the learning rate transfers: {words}" in verdicts(runs, max_drift=bound)
         assert "the grid is too coarse: add half-octave rates around the optima" in verdicts(runs, max_drift=bound)
     assert f"PASS    mup: the learning rate transfers: {words}" in verdicts(runs, max_drift=0.9 + 2.1 * grid)
 
@@ -291,7 +291,7 @@ def test_the_rate_to_compare_at_can_be_chosen():
     with pytest.raises(CheckError, match=r"--lr 2\^-8.5: mup has no run at it; there are: 2\^-10, "):
         analyze(sweep(), rate=-8.5)
     absent = [run for run in sweep() if (run.width, run.lr) != (256, 2**-8)]
-    assert re.search(r"UNKNOWN mup: cannot tell whether wider is better .*; no run at width 256", verdicts(absent, rate=-8.0))
+    assert re.search(r"UNKNOWN mup: undetermined whether wider is better .*; no run at width 256", verdicts(absent, rate=-8.0))
     worse = [replace(run, train_loss=[9.0] * len(LOGGED)) if run.width == 512 else run for run in absent]
     assert re.search(r"FAIL    mup: wider is not always better .*; no run at width 256", verdicts(worse, rate=-8.0))
     apart = [run for run in sweep() if run.seed == (run.width == 64)]

@@ -84,9 +84,7 @@ def check() -> mup.CoordinateReport:
 
 
 def transfer() -> mup.TransferReport:
-    runs = []
-    for rule in ("mup", "sp"):
-        runs += mup.sweep(Mixture, loss, batch, WIDTHS, LRS, base=BASE, steps=120, seeds=(0, 1), rule=rule)
+    runs = mup.sweep(Mixture, loss, batch, WIDTHS, LRS, base=BASE, steps=120, seeds=(0, 1))
     return mup.transfer_report(runs, max_drift=1.0)
 
 

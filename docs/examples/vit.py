@@ -75,9 +75,7 @@ def check() -> mup.CoordinateReport:
 
 
 def transfer() -> mup.TransferReport:
-    runs = []
-    for rule in ("mup", "sp"):
-        runs += mup.sweep(Vit, loss, batch, WIDTHS, LRS, base=BASE, steps=100, seeds=(0, 1), rule=rule, override=OVERRIDE)
+    runs = mup.sweep(Vit, loss, batch, WIDTHS, LRS, base=BASE, steps=100, seeds=(0, 1), override=OVERRIDE)
     return mup.transfer_report(runs, max_drift=1.0)
 
 

@@ -3,7 +3,8 @@
 Example: mutransformer report runs/small-sweep
 
 Writes one page, report.md, with verdicts, figures and tables, the tables also as CSV and LaTeX, and prints the verdicts. Exit
-code: 0 all pass; 1 one fails, or the runs cannot tell (UNKNOWN); 2 there is nothing to judge, or a mistake in the options.
+code: 0 all pass; 1 one fails, or is UNKNOWN, which the runs do not determine; 2 there is nothing to judge, or a mistake in the
+options.
 """
 
 import math

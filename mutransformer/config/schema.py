@@ -182,7 +182,7 @@ class OptimConfig:
 
     @property
     def output_lr_factor(self) -> float:
-        """The factor on the unembedding's learning rate. 4 is what the study in results/transfer found best for muP."""
+        """The factor on the unembedding's learning rate. What 4 gains, and where, is in docs/mup.md, "What was found"."""
         given = self.lr_factors.output
         return given if given is not None else 1.0 if self.rule == "sp" else 4.0
 

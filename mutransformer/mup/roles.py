@@ -8,8 +8,9 @@ ratio of a weight's fan-in to that of the base model, with the exponents of `RUL
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mutransformer.mup.rules import ONE, RULES, Powers, Role
+from mutransformer.mup.text import aligned
 
 # vector: gains and biases. fixed: no dim of it grows with width.
 LeafRole = Literal["input", "hidden", "output", "vector", "fixed"]
@@ -122,8 +124,7 @@ class Roles:
             marks = ["*" if g else "L" if s else "" for g, s in zip(leaf.grows, leaf.stacked, strict=True)]
             shape = " ".join(f"{n}{mark}" for n, mark in zip(leaf.shape, marks, strict=True))
             rows.append((path, shape, leaf.role, *(f"{factor:.4g}" for factor in each), leaf.why))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return aligned(rows)
 
 
 def infer(
@@ -182,6 +183,21 @@ def infer(
         return Roles({**leaves, **chosen}, at)
 
     return at({})
+
+
+def infer_over(
+    make_model: Callable[..., Any], base: Mapping[str, Any], widths: Iterable[Any], further: Mapping[str, Any]
+) -> Roles:
+    """The roles of a model that takes a `key`, for a study of some widths, one of which is `other` unless `further` has it.
+
+    The first argument in base is the width; `further` are arguments of infer. Raises RoleError as infer, and if no width differs
+    from the base's.
+    """
+    (name, width), *_ = base.items()
+    other = next((each for each in widths if each != width), None)
+    if other is None and "other" not in further:
+        raise RoleError(f"no width differs from the base's, {name}={width}: give other")
+    return infer(partial(make_model, key=jax.random.key(0)), base, **{"other": {name: other}, **further})
 
 
 def _relative(powers: Powers, ratio: float) -> float:

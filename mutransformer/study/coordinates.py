@@ -6,11 +6,9 @@ output weight is smaller by the factor by which its fan-in is larger. Reported a
 slopes, and verdicts.
 """
 
-import csv
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import astuple, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from rich.console import Console
-from rich.table import Table
 from tensorboardX import SummaryWriter
 
 from mutransformer.config.schema import Config
@@ -29,8 +25,21 @@ from mutransformer.data.cache.dataset import Corpus
 from mutransformer.model.ops import shift_right
 from mutransformer.model.transformer import Intermediates
 from mutransformer.model.weights import Transformer
-from mutransformer.mup.checks.slopes import KINDS, Axis, Coordinate, Expected, Kind, SlopeFit, fit_slopes, judge
+from mutransformer.mup.checks.slopes import (
+    KINDS,
+    UPDATES,
+    Axis,
+    Coordinate,
+    Expected,
+    Kind,
+    SlopeFit,
+    csv_text,
+    fit_slopes,
+    judge,
+    slope_table,
+)
 from mutransformer.mup.checks.verdict import Verdict
+from mutransformer.mup.roles import path_of
 from mutransformer.sharding.collectives import mean_xy
 from mutransformer.sharding.spec import Weight
 from mutransformer.study.sweep.grid import VariantConfig
@@ -39,10 +48,8 @@ from mutransformer.training.optim import Optimizer
 from mutransformer.training.program import TrainState, prepare_data
 
 TABLE = "coordinates.csv"
-# The slopes over width of muP's updates under Adam and Lion, by role. They are written down here, not derived from RULES, which
-# are what is checked. Muon's updates have singular values of one size: entries of M^-1/2 if there are M of them, and of 1 / M
-# if there are as many at each width, as where a batch has fewer tokens than the model has features. Expected is the middle.
-UPDATES: dict[str, float] = {"input": 0.0, "hidden": -1.0, "residual": -1.0, "output": -1.0}
+# Muon's updates have singular values of one size: entries of M^-1/2 if there are M of them, and of 1 / M if there are as many at
+# each width, as where a batch has fewer tokens than the model has features. Expected is the middle.
 MUON = -0.75
 MULTIPLIED = ("mup_table8", "completep")  # their output weight is constant, and its products are multiplied by P / M
 Configs = Sequence[VariantConfig]  # one for each width or depth
@@ -70,14 +77,14 @@ def coordinate_check(
         found += coordinates
         _log.info("measured %s at %s %d", variant.name, axis, at)
     assert expected is not None
-    write_csv(found, folder / TABLE)
+    (folder / TABLE).write_text(csv_text(found), encoding="utf-8")
     fits = fit_slopes(found)
     name, control_name = subject[0].name, control[0].name if control else None
     images = {kind: folder / f"coordinates_{kind}.png" for kind in KINDS if any(fit.kind == kind for fit in fits)}
     for kind, path in images.items():
         figures.save(figures.coordinates, [fit for fit in fits if fit.kind == kind], name, control_name, axis, path=path)
     _write_tensorboard(fits, folder / "tensorboard", images)
-    _print_slopes(fits, axis, steps)
+    print(slope_table(fits, axis))
     return judge(fits, expected, name, control_name, axis, max_slope)
 
 
@@ -134,16 +141,16 @@ def measure(
             by_seed = zip(seeds, np.asarray(by_run).tolist(), strict=False)
             found.extend(Coordinate(variant.name, at, seed, step, kind, name, value) for seed, value in by_seed)
 
-    shares: Any = decay(state) if config.optim.weight_decay else None
-    if shares is not None:
-        record(0, "decay", _by_path(shares))
     for step in range(steps + 1):
         if step:
-            before = jax.tree.map(jnp.copy, state.params)
+            before: Any = jax.tree.map(jnp.copy, state.params)
+            if config.optim.weight_decay:
+                # What decay removes is measured by itself. In the update it would hide the gradient's part.
+                shares = decay(state)
+                record(step, "decay", _by_path(shares))
+                before = keep(before, shares)
             state, _ = runs.step(state, batches)
-            # What decay removes is measured by itself. Here it would hide the gradient's part.
-            kept = before if shares is None else keep(before, shares)
-            record(step, "update", _by_path(updates(kept, state.params)))
+            record(step, "update", _by_path(updates(before, state.params)))
         size, change = sizes_and_changes((start, state.params), placed, runs.hyper.data)
         record(step, "size", size)
         if step:
@@ -152,37 +159,19 @@ def measure(
 
 
 def _decay(optimizer: Optimizer, state: TrainState[Array]) -> Transformer[Array]:
-    """The share of each weight that an update removes whose gradient is zero."""
-    ones: Any = jax.tree.map(jnp.ones_like, state.params)
-    removed, _ = optimizer.transformation().update(jax.tree.map(jnp.zeros_like, ones), state.opt, ones)
-    return jax.tree.map(lambda u: jnp.mean(jnp.abs(u)), removed)
+    """The share of each weight that decay removes in the next update: how the update depends on the weights themselves."""
+    zeros, ones = (jax.tree.map(like, state.params) for like in (jnp.zeros_like, jnp.ones_like))
+    update = optimizer.transformation().update
+    of_zeros, of_ones = (update(zeros, state.opt, weights)[0] for weights in (zeros, ones))
+    return jax.tree.map(lambda a, b: jnp.mean(a - b), of_zeros, of_ones)
 
 
 def _by_path(tree: Transformer[Any]) -> dict[str, Any]:
-    found = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _mean_abs(x: Array) -> Array:
     return mean_xy(jnp.mean(jnp.abs(x.astype(jnp.float32))))
-
-
-def write_csv(coordinates: Sequence[Coordinate], path: Path) -> None:
-    """One line for each, below a line of column names."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(field.name for field in fields(Coordinate))
-        writer.writerows((*astuple(c)[:-1], f"{c.value:.6g}") for c in coordinates)
-
-
-def _print_slopes(fits: Sequence[SlopeFit], axis: Axis, steps: int) -> None:
-    """Prints slopes and their spread over seeds: a row for each variant, kind and name, a column for a few of the steps."""
-    shown = sorted({0, 1, 2, steps // 2, steps} & set(range(steps + 1)))
-    cells = {(fit.variant, fit.kind, fit.name, fit.step): str(fit) for fit in fits}
-    table = Table(f"slope over {axis}", "", "", *(f"step {step}" for step in shown), box=None, pad_edge=False)
-    for row in dict.fromkeys(key[:-1] for key in cells):
-        table.add_row(*row, *(cells.get((*row, step), "") for step in shown))
-    Console(width=200, markup=False, highlight=False).print(table)
 
 
 def _write_tensorboard(fits: Sequence[SlopeFit], folder: Path, images: Mapping[str, Path]) -> None:

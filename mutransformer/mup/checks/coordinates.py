@@ -5,12 +5,10 @@ of every activation, and of its change since the start, is independent of width 
 runs beside it and must fail. Activations are what `intermediates.products` finds in the loss.
 """
 
-import csv
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -24,13 +22,22 @@ from optax.contrib import muon
 from mutransformer.mup.apply import init
 from mutransformer.mup.apply import optimizer as make_optimizer
 from mutransformer.mup.checks.intermediates import Product, is_data, products
-from mutransformer.mup.checks.slopes import MAX_SLOPE, Coordinate, Expected, Kind, SlopeFit, fit_slopes, judge
+from mutransformer.mup.checks.slopes import (
+    MAX_SLOPE,
+    UPDATES,
+    Coordinate,
+    Expected,
+    Kind,
+    SlopeFit,
+    csv_text,
+    fit_slopes,
+    judge,
+    slope_table,
+)
 from mutransformer.mup.checks.verdict import Verdict, passed, require
-from mutransformer.mup.roles import LeafRole, Roles, infer, path_of
+from mutransformer.mup.roles import Roles, infer_over, path_of
 
 _CONTROL = "sp"
-# By role: how muP's updates scale with a weight's fan-in, under Adam. Not derived from RULES, which are what is checked.
-_UPDATES: dict[LeafRole, float] = {"input": 0.0, "hidden": -1.0, "output": -1.0, "vector": 0.0, "fixed": 0.0}
 
 
 @dataclass(frozen=True)
@@ -54,23 +61,12 @@ class CoordinateReport:
         """Whether the slopes are as expected, and the control's changes grow."""
         return passed(self.verdicts)
 
-    def write_csv(self, path: str | Path) -> None:
-        """Writes every measured number, one to a line, below a line of column names."""
-        with Path(path).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(field.name for field in fields(Coordinate))
-            writer.writerows((*astuple(c)[:-1], f"{c.value:.6g}") for c in self.coordinates)
+    def csv(self) -> str:
+        """Every measured number, one to a line, below a line of column names."""
+        return csv_text(self.coordinates)
 
     def __str__(self) -> str:
-        last = max(fit.step for fit in self.fits)
-        shown = sorted({0, 1, 2, last // 2, last})
-        cells = {(fit.variant, fit.kind, fit.name, fit.step): str(fit) for fit in self.fits}
-        rows: list[tuple[str, ...]] = [("slope over width", "", "", *(f"step {step}" for step in shown))]
-        for row in dict.fromkeys(key[:-1] for key in cells):
-            rows.append((*row, *(cells.get((*row, step), "") for step in shown)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*map(str, self.verdicts), "", *table])
+        return "\n".join([*map(str, self.verdicts), "", slope_table(self.fits, "width")])
 
 
 def coord_check(
@@ -127,8 +123,7 @@ def coord_check(
 
     data, static = _batches(batch, seeds)
     of = lambda model, data: loss(model, eqx.combine(data, static))  # noqa: E731
-    given: dict[str, Any] = {"other": {name: next(size for size in sizes if size != base_width)}, **inference}
-    at_base = infer(partial(make_model, key=jax.random.key(0)), base, **given)
+    at_base = infer_over(make_model, base, sizes, inference)
     roles = {size: at_base.at(**{name: size}) for size in sizes}
     makes = {size: partial(make_model, **{**base, name: size}) for size in sizes}
     first = jax.tree.map(lambda x: x[0], data)
@@ -180,7 +175,8 @@ def _expected(roles: Mapping[int, Roles], found: Mapping[int, Mapping[str, Produ
         differing = sorted(found[size].keys() ^ narrow.keys())
         require(not differing, f"loss: {', '.join(differing)}: computed at one of the widths {sizes[0]} and {size} only")
     leaves = {path: [roles[size].leaves[path] for size in sizes] for path in roles[sizes[0]].leaves}
-    update = {path: _UPDATES[each[0].role] * _exponent(sizes, [leaf.fan_in for leaf in each]) for path, each in leaves.items()}
+    by_fan_in = {path: _exponent(sizes, [leaf.fan_in for leaf in each]) for path, each in leaves.items()}
+    update = {path: UPDATES.get(each[0].role, 0.0) * by_fan_in[path] for path, each in leaves.items()}
     growth = {path: _exponent(sizes, [math.prod(leaf.shape) for leaf in each]) for path, each in leaves.items()}
     outputs = {name: each.weights for name, each in narrow.items() if each.array.shape == wide[name].array.shape}
     fan_in = {name: max((growth[path] for path in weights), default=0.0) for name, weights in outputs.items()}

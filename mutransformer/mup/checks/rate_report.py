@@ -7,6 +7,7 @@ from mutransformer.mup.checks.runs import Run
 from mutransformer.mup.checks.transfer import Variant, analyze
 from mutransformer.mup.checks.transfer_verdicts import drift_in_words, judge
 from mutransformer.mup.checks.verdict import Verdict, passed, require
+from mutransformer.mup.text import aligned
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,4 @@ def _section(variant: Variant) -> str:
         losses = [f"{fit.cells[rate]}{'*' * (rate == fit.best)}" if rate in fit.cells else "" for rate in variant.rates]
         penalty = fit.penalty(variant.tuned)
         rows.append([str(width), *losses, str(fit.optimum), "unknown" if penalty is None else f"{penalty:.4f}"])
-    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=True)).rstrip() for row in rows]
-    return "\n".join([variant.title, *lines, drift_in_words(variant)])
+    return "\n".join([variant.title, aligned(rows), drift_in_words(variant)])

@@ -4,6 +4,7 @@ The runs of one width are one program, compiled once. On accelerators they are v
 another within the program: its matrix products are fast for two factors, not for stacks of them.
 """
 
+import itertools
 import logging
 import math
 import time
@@ -21,7 +22,7 @@ import optax
 from mutransformer.mup import apply
 from mutransformer.mup.checks.runs import Run
 from mutransformer.mup.checks.verdict import count, require
-from mutransformer.mup.roles import Roles, infer
+from mutransformer.mup.roles import Roles, infer_over
 
 LOGGED = 16  # train losses are means over this many parts of a run
 LAST = 0.1  # without validation batches a run's loss is the mean of this last share of its training losses
@@ -42,14 +43,14 @@ def sweep(
     seeds: Sequence[int] = (0,),
     optimizer: Callable[..., optax.GradientTransformation] = optax.adamw,
     settings: Mapping[str, Any] | None = None,
-    rule: str = "mup",
-    variant: str | None = None,
+    rules: Sequence[str] = ("mup", "sp"),
+    label: str | None = None,
     schedule: Schedule | None = None,
     validation: Sequence[Any] = (),
     sequential: bool | None = None,
     **inference: Any,
 ) -> list[Run]:
-    """Trains a model at every learning rate and seed at each width, on the default device.
+    """Trains a model by each rule, at every learning rate and seed at each width, on the default device.
 
     Args:
         make_model: returns the model for the arguments of `base` and `key`. Called outside jit, once for each width and seed.
@@ -63,8 +64,8 @@ def sweep(
         seeds: of initial values and batches. Equal seeds see the same batches at every width.
         optimizer: as mup.optimizer takes it.
         settings: further arguments of mup.optimizer, as weight_decay, factors, or b2.
-        rule: a key of RULES without forward multipliers.
-        variant: the name of these runs; None: the rule.
+        rules: keys of RULES without forward multipliers. The standard parametrization is the control of a transfer report.
+        label: follows the rule in the name of the runs, to tell them from those with other settings.
         schedule: the learning rate as a fraction of its peak, by updates completed; None: linear warm-up over the first tenth of
             the steps, then constant.
         validation: batches. A run's loss is the mean over them after the last update. Without them it is the mean of the last
@@ -74,41 +75,36 @@ def sweep(
             unless given.
 
     Returns:
-        A Run for each width, learning rate and seed, in this order. Each is diverged whose loss was not finite at some step.
+        A Run for each rule, width, learning rate and seed, in this order. One whose loss was not finite at some step is diverged.
 
     Raises:
-        CheckError: no width differs from the base, a list is empty or has a number twice, or there are too few batches.
-        RoleError: as infer, init and mup.optimizer.
+        CheckError: a list is empty or has a value twice, or there are too few batches.
+        RoleError: no width differs from the base; and as infer, init and mup.optimizer.
     """
-    (name, base_width), *_ = base.items()
-    for what, items in (("widths", widths), ("lrs", lrs), ("seeds", seeds)):
+    name = next(iter(base))
+    for what, items in (("widths", widths), ("lrs", lrs), ("seeds", seeds), ("rules", rules)):
         require(len(items) > 0 and len(set(items)) == len(items), f"{what} {list(items)}: must be different, and one at least")
     require(steps > 0 and all(lr > 0 for lr in lrs), "steps and lrs must be above 0")
-    others = [width for width in widths if width != base_width]
-    require("other" in inference or others != [], f"no width differs from the base's, {name}={base_width}: give other")
-    options: dict[str, Any] = {"other": {name: next(iter(others), None)}} | inference
-    roles = infer(partial(make_model, key=jax.random.key(0)), base, **options)
+    roles = infer_over(make_model, base, widths, inference)
     source = batches if callable(batches) else _listed(batches, steps)
     ramp = max(1, steps // 10)
     rates = schedule or (lambda n: jnp.minimum(1.0, (n + 1) / ramp))
     alone = jax.default_backend() == "cpu" if sequential is None else sequential
+    points = [(lr, seed) for lr in lrs for seed in seeds]
     runs = []
-    for width in widths:
-        start = time.monotonic()
+    for rule, width in itertools.product(rules, widths):
+        start, variant = time.monotonic(), f"{rule} {label}" if label else rule
         here = roles.at(**{name: width})
         make = partial(make_model, **{**base, name: width})
         tx = partial(_optimizer, here, optimizer, rates, rule, dict(settings or {}))
         losses, final = _train(make, here, loss, source, lrs, seeds, steps, tx, rule, validation, alone)
-        seconds = (time.monotonic() - start) / len(losses)
-        points = [(lr, seed) for lr in lrs for seed in seeds]
-        found = [
-            _run(variant or rule, width, lr, seed, losses[i], float(final[i]), seconds) for i, (lr, seed) in enumerate(points)
-        ]
-        best = min(found, key=lambda run: run.loss)
+        how = {"every": math.ceil(steps / LOGGED), "seconds": (time.monotonic() - start) / len(points), "settings": {}}
+        numbers = zip(points, losses, final.tolist(), strict=True)
+        found = [Run.of(variant, width, float(lr), seed, of, last, **how) for (lr, seed), of, last in numbers]
+        best, diverged = min(found, key=lambda run: run.loss), sum(run.status == "diverged" for run in found)
         text = "%s %s %d: %s in %.1f s, lowest loss %.4f at 2^%.4g, %d diverged"
-        bad = sum(run.status == "diverged" for run in found)
-        named, spent = count(len(found), "run"), seconds * len(found)
-        _log.info(text, variant or rule, name, width, named, spent, best.loss, math.log2(best.lr), bad)
+        spent = time.monotonic() - start
+        _log.info(text, variant, name, width, count(len(found), "run"), spent, best.loss, math.log2(best.lr), diverged)
         runs += found
     return runs
 
@@ -197,25 +193,3 @@ def _train(
 
 def _stack(trees: Sequence[Any], xp: Any = jnp) -> Any:
     return jax.tree.map(lambda *leaves: xp.stack(leaves), *trees)
-
-
-def _run(variant: str, width: int, lr: float, seed: int, losses: np.ndarray, final: float, seconds: float) -> Run:
-    steps = len(losses)
-    length = math.ceil(steps / LOGGED)
-    logged = [*range(length, steps, length), steps]
-    means = [float(losses[a:b].mean()) for a, b in zip([0, *logged], logged, strict=False)]
-    wrong = np.flatnonzero(~np.isfinite(losses))
-    return Run(
-        variant=variant,
-        width=width,
-        lr=float(lr),
-        seed=seed,
-        status="diverged" if wrong.size or not math.isfinite(final) else "finished",
-        steps=steps,
-        diverged_at=int(wrong[0]) + 1 if wrong.size else None,
-        logged=logged,
-        train_loss=[mean if math.isfinite(mean) else None for mean in means],
-        validation_loss=final if math.isfinite(final) else None,
-        seconds=seconds,
-        settings={},
-    )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from beartype.door import is_bearable
 from beartype.vale import Is
 
@@ -33,6 +34,25 @@ class Run:
     validation_loss: Finite | None  # after the last update
     seconds: Finite  # wall-clock time of the runs trained at once / their number, compilation included
     settings: dict[str, Any]  # dotted keys whose values are not the defaults
+
+    @classmethod
+    def of(
+        cls, variant: str, width: int, lr: float, seed: int, losses: np.ndarray, final: float, every: int, **further: Any
+    ) -> "Run":
+        """A run from its training losses [steps], logged every so many steps and at the last, and the loss at its end."""
+        steps, wrong = len(losses), np.flatnonzero(~np.isfinite(losses))
+        logged = [*range(every, steps, every), steps]
+        means = [float(np.mean(losses[a:b], dtype=np.float64)) for a, b in zip([0, *logged], logged, strict=False)]
+        return cls(
+            *(variant, width, lr, seed),
+            status="diverged" if wrong.size or not math.isfinite(final) else "finished",
+            steps=steps,
+            diverged_at=int(wrong[0]) + 1 if wrong.size else None,
+            logged=logged,
+            train_loss=[round(mean, 6) if math.isfinite(mean) else None for mean in means],
+            validation_loss=round(final, 6) if math.isfinite(final) else None,
+            **further,
+        )
 
     @property
     def key(self) -> tuple[str, int, float, int]:

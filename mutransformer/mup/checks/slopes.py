@@ -4,14 +4,17 @@ The exponents of a parametrization are multiples of 1/2, so that a wrong one sho
 fails if it differs from the expected one by more than half of that, two standard errors allowed for.
 """
 
+import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from mutransformer.mup.checks.verdict import Verdict, count
+from mutransformer.mup.text import aligned
 
 Axis = Literal["width", "depth"]
 # size: mean |x|, over layers too. change: mean |x - x at step 0| on the same batch. update: mean |w - w before| of a weight.
@@ -23,6 +26,9 @@ ACTIVATIONS = (
     *("residual", "query", "key", "value", "rotated_query", "rotated_key", "attention_logits", "attention_output"),
     *("attention_branch", "feed_forward_hidden", "feed_forward_activation", "feed_forward_branch", "final", "logits"),
 )
+# How muP's updates under Adam and Lion scale with a weight's fan-in, by role; 0 for the others. Written down here, not derived
+# from RULES, which are what is checked.
+UPDATES = {"input": 0.0, "hidden": -1.0, "residual": -1.0, "output": -1.0}
 MAX_SLOPE = 0.25  # the largest difference from an expected slope that passes
 STANDARD_ERRORS = 2.0  # of a slope, that are allowed for
 ZERO_UPDATES = 3  # that a weight may have at first: behind unembedding, residual projection and queries that start at zero
@@ -109,6 +115,25 @@ def fit_slopes(coordinates: Sequence[Coordinate]) -> list[SlopeFit]:
     return [replace(fit, stderr=pooled.get((fit.variant, fit.kind, fit.name), 0.0)) for fit, _ in fits]
 
 
+def slope_table(fits: Sequence[SlopeFit], axis: Axis) -> str:
+    """Slopes and their spread over seeds: a row for each variant, kind and name, a column for a few of the steps."""
+    last = max(fit.step for fit in fits)
+    shown = sorted({0, 1, 2, last // 2, last})
+    cells = {(fit.variant, fit.kind, fit.name, fit.step): str(fit) for fit in fits}
+    head = (f"slope over {axis}", "", "", *(f"step {step}" for step in shown))
+    rows = [(*row, *(cells.get((*row, step), "") for step in shown)) for row in dict.fromkeys(key[:-1] for key in cells)]
+    return aligned([head, *rows])
+
+
+def csv_text(coordinates: Sequence[Coordinate]) -> str:
+    """One line for each, below a line of column names."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in fields(Coordinate))
+    writer.writerows((*astuple(c)[:-1], f"{c.value:.6g}") for c in coordinates)
+    return text.getvalue()
+
+
 def _slope(at: Sequence[int], values: np.ndarray) -> float:
     positive = np.isfinite(values).all() and (values > 0).all()
     return float(np.polyfit(np.log(at), np.log(values), 1)[0]) if positive else math.nan
@@ -183,8 +208,9 @@ def judge(
     subjects, controls = ([fit for fit in fits if fit.variant == variant] for variant in (subject, control))
     flat = _as_expected(deviations(subjects, expected), max_slope) if axis == "width" else _flat_over_depth(subjects)
     no_control = Verdict("WARNING", "no control: nothing shows that this check can fail")
-    shrunk = [fit.name for fit in subjects if fit.kind == "decay" and fit.name in expected.vectors and any(fit.means)]
-    decays = f"{subject}: weight decay shrinks gains or biases, which have no scale to lose: {', '.join(shrunk)}"
+    decaying = (fit.name for fit in subjects if fit.kind == "decay" and fit.name in expected.vectors and any(fit.means))
+    shrunk = list(dict.fromkeys(decaying))
+    decays = f"{subject}: weight decay also shrinks gains and biases: {', '.join(shrunk)}"
     return [flat, *[Verdict("WARNING", decays)] * bool(shrunk), no_control if control is None else _grows(controls, axis)]
 
 

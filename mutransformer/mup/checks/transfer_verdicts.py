@@ -10,7 +10,7 @@ from mutransformer.mup.checks.verdict import Verdict, count
 from mutransformer.mup.checks.width_ordering import WidthOrdering
 
 DISTINGUISHES = "this sweep can distinguish a good parametrization from a bad one"
-UNKNOWN = "cannot tell whether the learning rate transfers"
+UNKNOWN = "undetermined whether the learning rate transfers"
 MIN_RATES = 4  # at each size, for a drift that is small to count: three always have a parabola, and nothing tests it
 LISTED = 6  # missing runs that a warning names
 
@@ -21,7 +21,7 @@ def judge(
     """Verdicts on each variant that `analyze` gives for these runs, the behavior of controls, and warnings.
 
     On transfer, and over widths on whether wider is better. max_drift is in octaves. `doubts` are, by variant, reasons why its
-    runs cannot tell anything: its verdicts are then UNKNOWN.
+    runs determine nothing: its verdicts are then UNKNOWN.
     """
     verdicts, against = [], doubts or {}
     for variant in variants:
@@ -30,7 +30,11 @@ def judge(
         words = [f"{drift_in_words(variant)} (at most {max_drift:g} allowed)", *reasons, exponent_in_words(variant)]
         text = "; ".join(filter(None, words))
         if variant.control:
-            known = {True: "transfers, unexpectedly", False: "does not transfer, as expected", None: "may or may not transfer"}
+            known = {
+                True: "transfers, unexpectedly",
+                False: "does not transfer, as expected",
+                None: "is undetermined",
+            }
             verdicts.append(Verdict("CONTROL", f"{name} {known[answer]}: {text}"))
             continue
         known = {True: "the learning rate transfers", False: "the learning rate does not transfer", None: UNKNOWN}
@@ -50,7 +54,7 @@ def _verdict(answer: bool | None, text: str) -> Verdict:
 
 
 def transfers(variant: Variant, max_drift: float) -> bool | None:
-    """Whether the optima of all sizes lie within max_drift octaves; None if the sweep cannot tell.
+    """Whether the optima of all sizes lie within max_drift octaves; None if the runs do not determine it.
 
     True only if the drift plus twice its uncertainty is at most max_drift and every size has enough rates; False only if the
     drift minus twice its uncertainty is more.
@@ -120,8 +124,8 @@ def drift_in_words(variant: Variant) -> str:
 def ordering_in_words(ordering: WidthOrdering) -> str:
     """Whether wider is better, in how many comparisons, and the one in which the wider is worst relative to the noise."""
     if ordering.rate is None:
-        return f"wider is better: cannot tell: {ordering.why}"
-    known = {True: "wider is better", False: "wider is not always better", None: "cannot tell whether wider is better"}
+        return f"undetermined whether wider is better: {ordering.why}"
+    known = {True: "wider is better", False: "wider is not always better", None: "undetermined whether wider is better"}
     words = f"{known[ordering.better]} at learning rate 2^{ordering.rate:.4g}"
     parts = [f"{words}: in {ordering.held} of {ordering.compared} comparisons"]
     if compared := [pair for pair in ordering.pairs if pair.steps]:

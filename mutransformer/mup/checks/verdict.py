@@ -17,7 +17,7 @@ def require(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of a result. UNKNOWN: what was measured cannot tell. `passed` says which of them decide."""
+    """One line of a result. UNKNOWN: what was measured does not determine it. `passed` says which of them decide."""
 
     outcome: Literal["PASS", "FAIL", "UNKNOWN", "CONTROL", "WARNING"]
     text: str

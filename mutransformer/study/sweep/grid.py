@@ -81,10 +81,12 @@ def check_bases(variants: Sequence[VariantConfig]) -> None:
     """Raises ConfigError if the rule follows the axis and does not know the size at which the learning rate was tuned."""
     for variant in variants:
         key, optim = BASES.get(variant.axis), variant.config.optim
-        if key is not None and optim.rule in (DEPTH_RULES if variant.axis == "depth" else ("completed_p",)):
+        own = {"tokens": optim.tokens_exponent, "batch": optim.batch_exponent}.get(variant.axis)
+        if key is not None and (own or optim.rule in (DEPTH_RULES if variant.axis == "depth" else ("completed_p",))):
             known = flatten(variant.config)[key] is not None
             unit = {"tokens": "total tokens", "batch": "tokens per step"}.get(variant.axis, "the depth")
-            text = f"{key} = null: the rule {optim.rule} then does nothing over {SIZES[variant.axis]}"
+            rule = f"optim.{variant.axis}_exponent" if own else f"the rule {optim.rule}"
+            text = f"{key} = null: {rule} then does nothing over {SIZES[variant.axis]}"
             check(known, f"{text}; set it to {unit} at the size at which the rate is tuned")
 
 

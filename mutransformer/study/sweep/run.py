@@ -170,7 +170,9 @@ def _train(
         batches = pipeline.eval_batches(corpus.splits["validation"], config.data, config.eval.batches, *share, n_vocab)
         validation = mean_losses(group, state, list(batches))
         seconds = (time.perf_counter() - began) / len(points)
-        runs = [_record(variant, p, losses[:, i], float(validation[i]), seconds) for i, p in enumerate(points)]
+        how = {"every": config.log.every, "seconds": round(seconds, 2), "settings": non_defaults(config)}
+        numbers = zip(points, losses[:, : len(points)].T, validation.tolist(), strict=False)
+        runs = [records.Run.of(variant.name, variant.width, *point, of, last, **how) for point, of, last in numbers]
         for writer, run in zip(writers, runs, strict=False):
             if run.validation_loss is not None:
                 settings = flatten(config) | {"variant": run.variant, "optim.lr": run.lr, "seed": run.seed}
@@ -202,23 +204,3 @@ def _progress(
         text += f"  {len(points) * config.tokens_per_step / seconds / 1000:,.1f}k tok/s over all runs"
         text += f"  eta {seconds * (config.steps - step):.0f} s"
     return text
-
-
-def _record(
-    variant: VariantConfig, point: Point, losses: Float[np.ndarray, " steps"], validation: float, seconds: float
-) -> records.Run:
-    steps, every = variant.config.steps, variant.config.log.every
-    logged = [*range(every, steps, every), steps]
-    means = [float(np.mean(losses[a:b], dtype=np.float64)) for a, b in zip([0, *logged], logged, strict=False)]
-    wrong = np.flatnonzero(~np.isfinite(losses))
-    return records.Run(
-        *(variant.name, variant.width, *point),
-        status="diverged" if wrong.size or not math.isfinite(validation) else "finished",
-        steps=steps,
-        diverged_at=int(wrong[0]) + 1 if wrong.size else None,
-        logged=logged,
-        train_loss=[round(mean, 6) if math.isfinite(mean) else None for mean in means],
-        validation_loss=round(validation, 6) if math.isfinite(validation) else None,
-        seconds=round(seconds, 2),
-        settings=non_defaults(variant.config),
-    )

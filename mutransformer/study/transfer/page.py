@@ -33,8 +33,8 @@ DEFINITIONS = """\
   alone gives a positive value. *Signed*: the largest size's optimum minus the smallest's.
 - **Transfers**: every optimum was found from at least {min_rates} rates, and the drift plus twice its uncertainty (seeds
   and grid, added in squares) is at most {max_drift:g} octaves. *Does not transfer*: the drift minus twice its uncertainty is
-  more than that. Else the runs cannot tell: UNKNOWN, which does not pass. *Same best of the grid* is a coarser criterion, that
-  of Lingle (arXiv 2404.05728): the best learning rate of the grid is the same at every size.
+  more than that. Otherwise the runs do not determine it: UNKNOWN, which does not pass. *Same best of the grid* is a coarser
+  criterion, that of Lingle (arXiv 2404.05728): the best learning rate of the grid is the same at every size.
 - **Zero-shot penalty**: a size's loss at the learning rate that is best for the smallest size, minus the size's own lowest
   loss of the grid: the cost of tuning on the smallest size.
 - **Control**: a parametrization that should not transfer. It does not affect the result, but if it transfers as well,

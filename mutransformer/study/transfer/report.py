@@ -54,7 +54,8 @@ def ended_in_warm_up(runs: Sequence[Run]) -> dict[str, list[str]]:
     """By variant, that runs ended before their learning rate had reached its full value: they say nothing about it."""
     found: dict[str, list[Run]] = {}
     for run in runs:
-        if setting_of(run, "optim.warmup_steps") >= run.steps:
+        by_share = setting_of(run, "optim.warmup_fraction") is not None  # less than the run, whatever its length
+        if not by_share and setting_of(run, "optim.warmup_steps") >= run.steps:
             found.setdefault(run.variant, []).append(run)
     doubts = {}
     for name, early in found.items():
