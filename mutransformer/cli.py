@@ -17,8 +17,10 @@ import mutransformer
 from mutransformer.config.load import describe, load, shipped_configs, to_yaml
 from mutransformer.config.schema import all_settings
 from mutransformer.config.setting import to_text
-from mutransformer.errors import FAILED, FINISHED, INTERRUPTED, USAGE_ERROR, ConfigError
+from mutransformer.errors import FAILED, FINISHED, INTERRUPTED, STOPPED, USAGE_ERROR, ConfigError
+from mutransformer.output import lasting_output
 from mutransformer.sharding.processes import announce_failure
+from mutransformer.sharding.stopping import Stopped
 
 COMMANDS = ("train", "evaluate", "generate", "sweep", "report", "coord-check", "plan", "prepare-data", "inspect-data")
 COMMANDS += ("train-tokenizer", "benchmark")
@@ -30,14 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit for --help and --version, and for a mistake in the options.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    return run_cli(lambda: _run(args[0], args[1:]) if args and args[0] in COMMANDS else _top_level(args))
+    with lasting_output():
+        return run_cli(lambda: _run(args[0], args[1:]) if args and args[0] in COMMANDS else _top_level(args))
 
 
 def run_cli(run: Callable[[], int]) -> int:
     """The exit code of a function. An exception that is no fault of the program becomes one line on standard error, and a code:
 
     USAGE_ERROR for a ConfigError or a file that cannot be read or written; FAILED for a loss that is not finite or a device that
-    is out of memory; INTERRUPTED for Ctrl-C outside of training.
+    is out of memory; STOPPED for a signal before there was a step to save; INTERRUPTED for a second Ctrl-C, and for one that
+    nothing waits for.
     """
     try:
         with announce_failure():
@@ -48,7 +52,10 @@ def run_cli(run: Callable[[], int]) -> int:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, USAGE_ERROR)
     except FloatingPointError as error:
         return _fail(error, FAILED)
-    except KeyboardInterrupt:  # before there is anything to save, or for the second time
+    except Stopped as error:
+        print(f"stopped by {error}, before the first step; the same command starts again", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:  # in a command that has nothing to save, or for the second time
         return _fail("interrupted", INTERRUPTED)
     except RuntimeError as error:  # JAX's, recognized by its text: JAX may not be imported
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():

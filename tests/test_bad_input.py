@@ -243,7 +243,8 @@ def finished(tmp_path_factory):
     config, state = program.config, program.init_state()
     with closing(Checkpoints(config)) as checkpoints:
         data = fingerprint(corpus.splits["train"], config.data, config.seed)
-        checkpoints.save(dataclasses.replace(state, step=state.step + config.steps), {"next_index": config.steps}, data, loss=5.5)
+        checkpoints.save(dataclasses.replace(state, step=state.step + config.steps), {"next_index": config.steps}, data)
+        checkpoints.record_loss(config.steps, 5.5)
         checkpoints.wait()
     return folder
 
@@ -307,7 +308,7 @@ def corrupt_step(run: Path, what: str) -> None:
 
 CORRUPTION = {
     "an empty checkpoint": r"checkpoints: every checkpoint here is corrupt",
-    "a file instead of the checkpoints": r"checkpoints: not a folder, checkpoints need a folder there",
+    "a file instead of the checkpoints": r"checkpoints: not a folder, the run needs one there",
     "an emptied state": r"checkpoints: every checkpoint here is corrupt",
     "a state that lacks a file": r"checkpoints: every checkpoint here is corrupt",
     "a state cut in half": r"checkpoints: every checkpoint here is corrupt",
@@ -370,7 +371,7 @@ def test_work_directory_that_cannot_be_written(blocked, settings, tmp_path, trai
     path = tmp_path / blocked
     path.parent.mkdir(exist_ok=True)
     path.touch()
-    check_refused(train(*settings), rf"{path}/.*: .*Not a directory")
+    check_refused(train(*settings), rf"{path}: not a folder, the run needs one there")
     assert path.read_bytes() == b""
 
 

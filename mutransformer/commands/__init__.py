@@ -5,6 +5,7 @@ add_arguments(parser) if it has options, and KEYS, the settings that its help li
 it has checked its arguments.
 """
 
+import logging
 from collections.abc import Sequence
 
 from mutransformer.config.load import load
@@ -29,3 +30,5 @@ def start_jax(config: Config) -> None:
     from mutransformer.training import metrics
 
     metrics.setup_logging()
+    for advice in config.advice():
+        logging.getLogger(__name__).warning("%s", advice)

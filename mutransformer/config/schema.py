@@ -250,6 +250,15 @@ class Config:
             fits = optim.rule != "completed_p" or ratio * (1 - beta) <= 1
             check(fits, f"optim.{key} = {beta}: {grows}; choose a smaller batch, or {key} nearer to 1")
 
+    def advice(self) -> list[str]:
+        """What is allowed, but hardly meant: a line each."""
+        warmup, steps = self.optim.warmup(self.steps), self.steps
+        if warmup < steps:
+            return []
+        reached = self.optim.min_lr_ratio + (1 - self.optim.min_lr_ratio) * steps / max(1, warmup)
+        text = f"the run of {steps} steps ends within its warm-up of {warmup}, at {reached:.2g} x optim.lr"
+        return [f"{text}; set optim.warmup_steps or optim.warmup_fraction"]
+
     @property
     def rundir(self) -> Path:
         """The folder of all that the run writes: checkpoints, TensorBoard events, metrics, the resolved config."""

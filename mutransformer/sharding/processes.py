@@ -1,24 +1,25 @@
-"""The processes of a run: joining them with jax.distributed, comparing what they have, and stopping on signals."""
+"""The processes of a run: joining them with jax.distributed, and comparing what they have."""
 
 import itertools
 import json
 import logging
 import os
-import signal
 import socket
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from mutransformer.config.run import DistributedConfig
 from mutransformer.errors import ConfigError, first_line, translate_errors
+from mutransformer.sharding.stopping import Stopped
 
 _PATIENCE = 24 * 3600  # seconds: one host may have to tokenize everything while others wait; JAX notices a dead host much earlier
 _FAILED = "mutransformer/failed"  # the folder of keys by which processes announce that they failed
+_STOPPED = "stopped: "  # begins what is announced of a process that was asked to stop
 _calls = itertools.count()  # of assert_equal_across_processes: no key of the service is written twice
 
 
@@ -54,16 +55,18 @@ def all_processes() -> Processes:
 
 @contextmanager
 def announce_failure() -> Iterator[None]:
-    """If the body fails, ends the processes that wait for this one in assert_equal_across_processes."""
+    """If the body fails or is stopped, ends the processes that wait for this one in assert_equal_across_processes."""
     try:
         yield
-    except (Exception, KeyboardInterrupt, SystemExit) as error:
+    except (Exception, KeyboardInterrupt, SystemExit, Stopped) as error:
         if sys.modules.get("jax"):
             import jax
             from jax._src import distributed  # the key-value store has no public interface
 
             if client := distributed.global_state.client:
                 failure = f"process {jax.process_index()} failed: {first_line(error)}"
+                if isinstance(error, Stopped):
+                    failure = f"{_STOPPED}{error}"
                 with suppress(RuntimeError):  # the coordinator has ended already, and with it every process that waits
                     client.key_value_set(f"{_FAILED}/{jax.process_index()}", failure)
         raise
@@ -88,39 +91,6 @@ def prepare_jax(config: DistributedConfig) -> None:
     keep_freed_memory()
 
 
-@dataclass
-class StopRequest:
-    """Whether a signal has asked the program to stop early."""
-
-    requested: bool = False
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turns SIGTERM and Ctrl-C into a request to stop; a second Ctrl-C ends the process at once.
-
-    With several processes the signals are left to JAX, which makes all processes stop at the same step.
-    """
-    import jax
-
-    request = StopRequest()
-    if jax.process_count() > 1:
-        yield request
-        return
-
-    def on_signal(number: int, _: Any) -> None:
-        request.requested = True
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def join_processes(config: DistributedConfig) -> None:
     """Joins the other processes of the run if there are any. Raises ConfigError if they are not reached in time, or not found."""
     coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -141,7 +111,7 @@ def assert_equal_across_processes(what: str, parts: Mapping[str, str]) -> None:
 
     It uses JAX's coordination service, since a collective of the devices times out long before a slow process may have its data.
     `what` names what is compared, for the message. With a single process it returns at once. Raises ConfigError if processes
-    disagree (raised on all), one failed, or one did not arrive within 24 h.
+    disagree (raised on all), one failed, or one did not arrive within 24 h; Stopped if one was asked to stop.
     """
     import jax
 
@@ -161,7 +131,10 @@ def assert_equal_across_processes(what: str, parts: Mapping[str, str]) -> None:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
             if failures := client.key_value_dir_get(_FAILED):
-                raise ConfigError(f"{what}: {failures[0][1]}")
+                reason = failures[0][1]
+                if reason.startswith(_STOPPED):
+                    raise Stopped(reason.removeprefix(_STOPPED))
+                raise ConfigError(f"{what}: {reason}")
             if time.monotonic() > until:
                 raise ConfigError(f"{what}: process {process} of {n} is not ready after {_PATIENCE // 3600} hours")
 
@@ -171,10 +144,16 @@ def assert_equal_across_processes(what: str, parts: Mapping[str, str]) -> None:
         other = parts_of(process)
         differ = [name for name in first if first[name] != other.get(name)]
         if differ:
+            ours, theirs = _short(first[differ[0]]), _short(other.get(differ[0], "none"))
             raise ConfigError(
-                f"{what} differs between process 0 and {process}: {', '.join(differ)} (process 0 has "
-                f"{differ[0]} {first[differ[0]][:8]}, process {process} {other.get(differ[0], 'none')[:8]}); they must agree"
+                f"{what} differs between process 0 and {process}: {', '.join(differ)} (process 0 has {differ[0]} {ours}, "
+                f"process {process} {theirs}); they must agree"
             )
+
+
+def _short(value: str) -> str:
+    """A value for a message: a checksum by its first digits."""
+    return value[:8] if len(value) == 64 else textwrap.shorten(value, 60, placeholder="...")
 
 
 def _wait_for(coordinator: str, timeout: int) -> None:

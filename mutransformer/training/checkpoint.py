@@ -1,16 +1,17 @@
 """What a run saves and resumes from: state, data position and resolved config, as one atomic Orbax checkpoint.
 
 Orbax publishes a checkpoint atomically, but does not notice what happens to it on disk afterwards, such as a flipped bit. So each
-checkpoint carries SHA-256 checksums of its files. A corrupt one is logged, renamed, and the previous one loaded.
+checkpoint carries its step and SHA-256 checksums of its files, and nothing of it is used before they are compared. A corrupt one
+is logged, renamed, and the previous one loaded. Validation losses are kept beside the checkpoints: a step is saved before it is
+evaluated.
 """
 
 import hashlib
 import json
 import logging
 import os
+import shutil
 import time
-from contextlib import AbstractContextManager
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from mutransformer.config.load import check_not_renamed
 from mutransformer.config.schema import Config, flatten, may_change_on_resume
 from mutransformer.errors import ConfigError, check, first_line, translate_errors
 from mutransformer.training.program import TrainState
+from mutransformer.training.run_folder import RunFolder
 
 ITEMS = ("state", "run")  # the folders in a checkpoint
-CHECKSUMS = "sha256.json"  # in a checkpoint: the checksum of each of its other files
+CHECKSUMS = "sha256.json"  # in a checkpoint: its step, and the checksum of each of its other files
 NOT_CHECKED = (CHECKSUMS, "_CHECKPOINT_METADATA")  # Orbax writes times into the latter at the very end
+LOSSES = "validation_losses.json"  # beside the checkpoints: {step: loss}
 
 _log = logging.getLogger(__name__)
-_loss_of = itemgetter("loss")
 
 
 class Checkpoints:
@@ -41,23 +42,23 @@ class Checkpoints:
         """read_only: create and remove nothing. Raises ConfigError if the folder cannot be created or read."""
         self._config, self._read_only = config, read_only
         self.directory = (config.rundir / "checkpoints").absolute()
-        keep: list[Any] = [LatestN(config.checkpoint.keep)]
-        if n := config.checkpoint.keep_best:
-            keep.append(BestN(get_metric_fn=_loss_of, reverse=True, n=n, keep_checkpoints_without_metrics=False))
+        self._files = RunFolder(self.directory)
+        self._failure: str | None = None  # of the latest save
         exists = self.directory.is_dir()
         check(exists or not read_only, f"{self.directory}: no checkpoints here")
         check(exists or not os.path.lexists(self.directory), f"{self.directory}: not a folder, checkpoints need a folder there")
+        self._manager = self._open()
+        self._losses = _read_losses(self.directory / LOSSES)
+
+    def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(keep),
-            best_fn=_loss_of,  # without best_fn Orbax keeps losses in memory only
-            best_mode="min",
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-            create=not read_only,
+            cleanup_tmp_directories=not self._read_only,
+            read_only=self._read_only,
+            create=not self._read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         with translate_errors(f"{self.directory}: cannot be used for checkpoints", (OSError, ValueError)):
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            return ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
         """The step (updates completed) of the latest intact checkpoint; None if there are no checkpoints.
@@ -82,8 +83,8 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The intact checkpoint with the lowest validation loss; None if none was evaluated. Corrupt ones are logged."""
-        losses = {step: loss for step in self._manager.all_steps() if (loss := self.loss(step)) is not None}
-        return self._first_intact(sorted(losses, key=losses.__getitem__))[0]
+        evaluated = [step for step in self._manager.all_steps() if self.loss(step) is not None]
+        return self._first_intact(sorted(evaluated, key=self._losses.__getitem__))[0]
 
     def chosen(self) -> int:
         """The checkpoint that eval.checkpoint names. Raises ConfigError if there is none."""
@@ -94,7 +95,18 @@ class Checkpoints:
 
     def loss(self, step: int) -> float | None:
         """The validation loss at a checkpoint, if it was evaluated."""
-        return (self._manager.metrics(step) or {}).get("loss")
+        return self._losses.get(step)
+
+    def record_loss(self, step: int, loss: float) -> None:
+        """Notes the validation loss of a step, which decides on the best checkpoints."""
+        kept = {*self._manager.all_steps(), step}
+        self._losses = {at: of for at, of in {**self._losses, step: loss}.items() if at in kept}
+        if jax.process_index() == 0:
+            try:
+                self._files.write(LOSSES, json.dumps(self._losses).encode())
+            except OSError as error:
+                text = "%s: the validation loss of step %d cannot be written: %s"
+                _log.warning(text, self.directory, step, first_line(error))
 
     def check_same(self, step: int, data: dict[str, Any]) -> None:
         """Refuses a checkpoint of another model, optimizer or data. data: the fingerprint of this run's.
@@ -129,37 +141,66 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))
         return restored["state"], self._run(step)["position"]
 
-    def save(self, state: TrainState[Array], position: dict[str, Any], data: dict[str, Any], loss: float | None) -> None:
+    def save(self, state: TrainState[Array], position: dict[str, Any], data: dict[str, Any]) -> None:
         """Starts saving in the background; does nothing if the step is saved already. The state is copied before this returns.
 
-        data: its fingerprint. loss: on validation, if this step was evaluated; decides which checkpoints are the best. Raises
-        ConfigError if this save or the previous one failed.
+        data: its fingerprint. Removes the checkpoints that neither checkpoint.keep nor keep_best keeps. A failure is logged, and
+        does not end a run of one process: the next save may succeed, and wait() tells if none did. Of several processes it
+        raises ConfigError, since the others do not know of it.
         """
+        self._settle()
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         run = {"config": flatten(self._config), "data": data, "position": position}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
-        with self._saving():
-            self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
+        try:
+            self._prune()
+            self._failure = None
+            self._manager.save(step, args=args)
+        except (OSError, ValueError) as error:
+            self._failed(error)
 
     def poll(self) -> None:
-        """Raises ConfigError if a background save has failed."""
-        with self._saving():
+        """Logs a background save that has failed, as save() does."""
+        try:
             self._manager.check_for_errors()
-
-    def stop_requested(self, step: int) -> bool:
-        """Whether the scheduler of a multi-process job sent SIGTERM to a process; all processes agree on the step."""
-        return self._manager.reached_preemption(step)
+        except (OSError, ValueError) as error:
+            self._failed(error)
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises ConfigError if saving failed."""
-        with self._saving():
+        """Returns when everything is on disk. Raises ConfigError if the latest save failed."""
+        self._settle()
+        check(self._failure is None, f"{self._failure}")
+        self._prune()
+
+    def _settle(self) -> None:
+        """Waits for the save that is under way; logs it if it failed."""
+        try:
             self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self._failure = f"{self.directory}: saving a checkpoint failed: {first_line(error)}; {_free(self.directory)}"
+        check(jax.process_count() == 1, self._failure)
+        _log.warning("%s; the run goes on, and tries again when the next checkpoint is due", self._failure)
+        self._manager = self._open()  # the one that failed counts the step as saved
+
+    def _prune(self) -> None:
+        """Removes all checkpoints but the latest and the best, as many as the config says."""
+        c, steps = self._config.checkpoint, sorted(self._manager.all_steps())
+        evaluated = sorted((step for step in steps if step in self._losses), key=self._losses.__getitem__)
+        for step in set(steps) - {*steps[-c.keep :], *evaluated[: c.keep_best]}:
+            self._manager.delete(step)
 
     def close(self) -> None:
         """Ends the background work. Call wait() first to surface pending errors."""
         self._manager.close()
+
+    def settings(self, step: int) -> dict[str, Any]:
+        """The settings, by dotted key, of the run that saved a checkpoint."""
+        return self._run(step)["config"]
 
     def _run(self, step: int) -> dict[str, Any]:
         """What is saved beside the state: config, data fingerprint, position."""
@@ -169,9 +210,6 @@ class Checkpoints:
             assert isinstance(run["config"], dict) and isinstance(run["data"], dict)
             assert isinstance(run["position"]["next_index"], int)
         return run
-
-    def _saving(self) -> AbstractContextManager[None]:
-        return translate_errors(f"{self.directory}: saving a checkpoint failed", (OSError, ValueError))
 
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
@@ -189,7 +227,9 @@ class Checkpoints:
         """Called by Orbax, in its thread, when all files of a checkpoint are written and before it gets its final name."""
         if jax.process_index() == 0:
             for folder in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder)), encoding="utf-8")
+                step = int(folder.name.partition(".")[0])
+                seal = {"step": step, "files": _checksums(folder)}
+                (folder / CHECKSUMS).write_text(json.dumps(seal), encoding="utf-8")
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -204,13 +244,36 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 def _corruption(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None if it is intact."""
+    if folder.is_symlink():
+        return "is a link"
     missing = [item for item in ITEMS if not (folder / item).is_dir()]
     if missing:
         return f"lacks {', '.join(missing)}"
     try:
-        expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        seal = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        expected, step = seal["files"], seal["step"]
         actual = _checksums(folder)
         differing = sorted(name for name in expected if actual.get(name) != expected[name])
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{CHECKSUMS}: {first_line(error)}"
+    if differing:
+        return f"{differing[0]}: checksum mismatch"
+    return None if step == int(folder.name) else f"is of step {step}"
+
+
+def _read_losses(path: Path) -> dict[int, float]:
+    """The validation losses by step; none, with a warning, if the file is damaged."""
+    try:
+        return {int(step): float(loss) for step, loss in json.loads(path.read_text(encoding="utf-8")).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        _log.warning("%s cannot be read, so the best checkpoint is not known: %s", path, first_line(error))
+        return {}
+
+
+def _free(directory: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(directory).free / 1e9:.2f} GB are free there"
+    except OSError as error:
         return first_line(error)
-    return f"{differing[0]}: checksum mismatch" if differing else None

@@ -16,16 +16,13 @@ from mutransformer.data.batches.rows import Batch
 from mutransformer.data.cache.dataset import Corpus, TokenSplit
 from mutransformer.model.weights import Transformer
 from mutransformer.sharding.mesh import data_share, put_batch
+from mutransformer.sharding.stopping import Stopped
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.program import Program
 from mutransformer.training.step import make_eval_step
 
 AHEAD = 4  # batches in flight: enough to keep the device busy, few enough to hold in memory
 COUNTED = 1 << 26  # tokens of a split in which n-grams are counted, at most: a gigabyte of memory
-
-
-class Interrupted(Exception):
-    """The run was asked to stop during an evaluation, which then has no result."""
 
 
 class Scored(NamedTuple):
@@ -43,7 +40,7 @@ def evaluate(
 ) -> Scored:
     """The mean loss over the targets of the batches, of which each process passes its own rows. split: for its bytes per token.
 
-    Raises Interrupted if stop(), polled between batches, is true.
+    Raises Stopped if stop(), polled before each batch, is true.
     """
     sums, in_flight = list[tuple[float, int]](), deque[tuple[Array, Array]]()
 
@@ -53,7 +50,7 @@ def evaluate(
 
     for batch in batches:
         if stop():
-            raise Interrupted
+            raise Stopped
         in_flight.append(eval_step(params, put_batch(batch, mesh)))
         if len(in_flight) > AHEAD:
             read()

@@ -1,9 +1,9 @@
 """A training run: resume or start, loop, close; and profiler traces of a window of its steps."""
 
+import logging
 import math
-import shutil
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,44 +14,76 @@ from jax import Array
 from mutransformer import __version__
 from mutransformer.config.load import to_yaml
 from mutransformer.config.run import ProfileConfig
+from mutransformer.config.schema import Config
 from mutransformer.data.batches import pipeline
 from mutransformer.data.batches.pipeline import Batches
 from mutransformer.data.cache.dataset import Corpus
-from mutransformer.errors import FINISHED, STOPPED, check
+from mutransformer.errors import FINISHED, STOPPED, check, translate_errors
+from mutransformer.mup.checks.runs import has_diverged
 from mutransformer.sharding.mesh import data_share, put_batch
-from mutransformer.sharding.processes import StopRequest, stop_on_signals
+from mutransformer.sharding.stopping import Stopped, StopRequest, stop_on_signals
 from mutransformer.training.checkpoint import Checkpoints
-from mutransformer.training.evaluate import Interrupted, evaluate
-from mutransformer.training.metrics import Metrics, NonFiniteLoss
-from mutransformer.training.program import Program, TrainState
+from mutransformer.training.evaluate import evaluate
+from mutransformer.training.metrics import Diverged, Metrics, NonFiniteLoss
+from mutransformer.training.preflight import (
+    check_before_data,
+    check_before_training,
+    final_result,
+    warn_of_another_schedule,
+)
+from mutransformer.training.program import Program, TrainState, build_with_data
+from mutransformer.training.run_folder import RunFolder, owned_by_all
 from mutransformer.training.step import make_eval_step, make_train_step
 
+_log = logging.getLogger(__name__)
 
-def train(program: Program, corpus: Corpus) -> int:
-    """Trains until `steps` updates are completed, or until asked to stop.
+
+def run(config: Config, stop: StopRequest) -> int:
+    """Prepares the data of a run and trains it, as train() does. Raises Stopped if asked to before there is a step to save."""
+    with stop.at_once():
+        check_before_data(config)
+        program, corpus = build_with_data(config)
+    return train(program, corpus, stop)
+
+
+def train(program: Program, corpus: Corpus, stop: StopRequest | None = None) -> int:
+    """Trains until `steps` updates are completed, or until asked to stop. stop: None: by the signals of stop_on_signals.
 
     Returns the exit code: FINISHED, or STOPPED with a checkpoint of the last step.
 
     Raises:
-        ConfigError: a setting does not fit the data or the checkpoints.
+        ConfigError: a setting does not fit the data, the checkpoints or the disk; the folder is in use, or was removed.
         NonFiniteLoss: the loss or the weights became NaN or infinite; the latest checkpoint is from before.
+        Diverged: the final loss is that of a model that knows less than none.
     """
-    config = program.config
-    fingerprint = pipeline.fingerprint(corpus.splits["train"], config.data, config.seed)
+    with ExitStack() as stack:
+        stop = stop or stack.enter_context(stop_on_signals())
+        folder = stack.enter_context(owned_by_all(program.config.rundir))
+        return _train(program, corpus, stop, folder)
+
+
+def _train(program: Program, corpus: Corpus, stop: StopRequest, folder: RunFolder) -> int:
+    config, split = program.config, corpus.splits["train"]
+    fingerprint = pipeline.fingerprint(split, config.data, config.seed)
     share = data_share(program.mesh)
-    batches = pipeline.train_batches(corpus.splits["train"], config.data, config.seed, *share, program.vocabulary.n_vocab)
+    batches = pipeline.train_batches(split, config.data, config.seed, *share, program.vocabulary.n_vocab)
     with closing(Checkpoints(config)) as checkpoints, closing(batches):
         start = checkpoints.latest() or 0
+        check_before_training(program, corpus, start)
         if start:
             check(config.checkpoint.resume, f"checkpoint.resume = false: {config.rundir} holds a run; choose another name=...")
             checkpoints.check_same(start, fingerprint)
+            if start == config.steps and (result := final_result(folder.path, start)) is not None:
+                _log.info("%s: finished, step %d/%d, validation loss %.5g", folder.path, start, start, result)
+                return FINISHED
             state, position = checkpoints.restore(start, program.state)
+            warn_of_another_schedule(program, checkpoints.settings(start), start)
             batches.set_state(position)
         else:
             state = program.init_state()
-        with stop_on_signals() as stop, Metrics(config, program.flops_per_token, program.mesh.size, start) as log:
-            trainer = Trainer(program, corpus, checkpoints, batches, log, stop, fingerprint, state, start)
-            _write_run_files(program, corpus)
+        with Metrics(config, program.flops_per_token, program.mesh.size, start) as log:
+            trainer = Trainer(program, corpus, checkpoints, batches, log, stop, folder, fingerprint, state, start)
+            _write_run_files(program, corpus, folder)
             log.note(_heading(program, corpus, start))
             final = trainer.run()
             log.flush()
@@ -60,7 +92,12 @@ def train(program: Program, corpus: Corpus) -> int:
             log.close(final or {})
             if final is None:
                 log.note(f"Stopped at step {trainer.step}; checkpoint saved. Run the same command again to resume.")
-    return STOPPED if final is None else FINISHED
+                return STOPPED
+    loss, uniform = final["validation_whole/loss"], math.log(program.vocabulary.n_vocab)
+    if has_diverged(uniform, loss):
+        equal = f"that of equal probabilities for all {program.vocabulary.n_vocab} ids is {uniform:.3g}"
+        raise Diverged(f"the run diverged: its final validation loss is {loss:.5g}, and {equal}; lower optim.lr")
+    return FINISHED
 
 
 @dataclass
@@ -73,67 +110,70 @@ class Trainer:
     batches: Batches
     log: Metrics
     stop: StopRequest
+    folder: RunFolder
     fingerprint: dict[str, object]  # of the data
     state: TrainState[Array]
     step: int  # updates completed
-    loss: float | None = None  # on validation at this step, if it was evaluated
 
     def __post_init__(self) -> None:
         self._train_step, self._eval_step = make_train_step(self.program), make_eval_step(self.program)
 
     def run(self) -> dict[str, float] | None:
-        """All remaining steps, then the final evaluation. Returns its results by tag, or None if asked to stop."""
+        """All remaining steps, then the final evaluation. Returns its results by tag, or None if asked to stop.
+
+        A step is saved before it is evaluated: what can fail comes last.
+        """
         config = self.program.config
         with closing(Profile(config.profile, config.rundir / "tensorboard", wait_for=lambda: self.state.step)) as profile:
             try:
                 if self.step and self.checkpoints.loss(self.step) is None:  # stopped before this step was evaluated
                     self.validate_if_due()
-                while self.step < config.steps and not self.stop.requested:
+                while self.step < config.steps:
                     profile.step(self.step)
                     self.update()
-                    if self.stop.requested:
+                    if self.stop.poll():
                         return None
-                    self.loss = self.validate_if_due()
-                    if _due(self.step, config.checkpoint.every):
+                    if _due(self.step, config.checkpoint.every) or self.step == config.steps:
                         with self.log.pause():
                             self.save()
-                if self.stop.requested:
-                    return None
+                    self.validate_if_due()
                 with self.log.pause():
                     return self.evaluate("validation_whole", config.eval.final_batches)
-            except Interrupted:  # within an evaluation: the state is complete, and is saved as after any other step
+            except Stopped:  # while it waited for a batch, or evaluated: the state is complete
                 return None
 
     def update(self) -> None:
-        self.state, scalars = self._train_step(self.state, put_batch(next(self.batches), self.program.mesh))
-        self.step, self.loss = self.step + 1, None
+        """One update. Raises Stopped if asked to stop before it has its batch."""
+        with self.stop.at_once():  # a batch may never come
+            batch = next(self.batches)
+        self.state, scalars = self._train_step(self.state, put_batch(batch, self.program.mesh))
+        self.step += 1
         self.log.record(self.step, scalars)
         self.checkpoints.poll()
-        if jax.process_count() > 1:  # the job's scheduler sends SIGTERM to one process; all agree on the step to stop at
-            self.stop.requested = self.checkpoints.stop_requested(self.step)
 
-    def validate_if_due(self) -> float | None:
-        """The validation loss, if this step is to be evaluated."""
+    def validate_if_due(self) -> None:
+        """Evaluates this step, if it is to be. Raises Stopped if asked to stop meanwhile."""
         config = self.program.config
         if not (_due(self.step, config.eval.every) or self.step == config.steps):
-            return None
+            return
         with self.log.pause():
             results = self.evaluate("validation", config.eval.batches)
         self.log.scalars(self.step, results)
         loss = results["validation/loss"]
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"step {self.step}: the validation loss is {loss}")
-        return loss
+        self.checkpoints.record_loss(self.step, loss)
 
     def evaluate(self, group: str, n_batches: int | None) -> dict[str, float]:
         """Results on the validation split by tag, group/name."""
         split, data, mesh = self.corpus.splits["validation"], self.program.config.data, self.program.mesh
         rows = pipeline.eval_batches(split, data, n_batches, *data_share(mesh), self.program.vocabulary.n_vocab)
-        scored = evaluate(self._eval_step, self.state.params, rows, mesh, split, stop=lambda: self.stop.requested)
+        scored = evaluate(self._eval_step, self.state.params, rows, mesh, split, stop=self.stop.poll)
         return {f"{group}/{key}": value for key, value in scored.results.items()}
 
     def save(self) -> None:
-        self.checkpoints.save(self.state, self.batches.get_state(), self.fingerprint, self.loss)
+        self.folder.check_present()
+        self.checkpoints.save(self.state, self.batches.get_state(), self.fingerprint)
 
 
 class Profile:
@@ -169,13 +209,13 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _write_run_files(program: Program, corpus: Corpus) -> None:
+def _write_run_files(program: Program, corpus: Corpus, folder: RunFolder) -> None:
     """The resolved config and the tokenizer, beside the checkpoints."""
     if jax.process_index() == 0:
-        rundir = program.config.rundir
-        (rundir / "config.yaml").write_text(to_yaml(program.config), encoding="utf-8")
-        for name, path in corpus.tokenizer.files().items():
-            shutil.copyfile(path, rundir / name)
+        with translate_errors(f"{folder.path}: cannot hold a run", OSError):
+            folder.write("config.yaml", to_yaml(program.config).encode())
+            for name, path in corpus.tokenizer.files().items():
+                folder.write(name, Path(path).read_bytes())
 
 
 def _heading(program: Program, corpus: Corpus, start: int) -> str:

@@ -1,31 +1,26 @@
-"""The outputs of a run: console, metrics.jsonl, TensorBoard, Weights & Biases.
+"""What a run reports while it trains: its scalars, on the console and in the sinks of mutransformer.training.sinks.
 
 Scalars arrive while the device still computes them and are read one step late, so the loop never waits. Only process 0 writes.
 """
 
 import contextlib
-import json
 import logging
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from importlib import import_module
-from pathlib import Path
-from typing import Any, SupportsFloat
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, SupportsFloat, TypeVar
 
 import jax
 import rich
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from tensorboardX import SummaryWriter
-from tensorboardX.summary import hparams
 
-from mutransformer.config.load import to_yaml
-from mutransformer.config.schema import Config, flatten
-from mutransformer.errors import ConfigError
+from mutransformer.config.schema import Config
+from mutransformer.errors import ConfigError, first_line
 from mutransformer.sharding.devices import memory_in_use, peak_flops
+from mutransformer.training import sinks
+from mutransformer.training.run_folder import RunFolder
+from mutransformer.training.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
 
 _TAGS = {"loss": "train/loss", "learning_rate": "optim/learning_rate"}
 _TAGS |= {f"{name}_norm": f"norm/{name}" for name in ("gradient", "parameter", "update")}
@@ -34,8 +29,17 @@ _LINE |= {"speed/mfu": "mfu {:.1%}"}
 _BAR = {"train/loss": "loss {:.4f}", "validation/loss": "val {:.4f}"}
 
 
+S = TypeVar("S", bound=Sink)
+
+_log = logging.getLogger(__name__)
+
+
 class NonFiniteLoss(FloatingPointError):
     """The loss of a step, or the weights after it, are NaN or infinite."""
+
+
+class Diverged(FloatingPointError):
+    """The final loss is finite, but that of a model that has learned nothing, or worse."""
 
 
 def setup_logging() -> None:
@@ -43,7 +47,8 @@ def setup_logging() -> None:
     logger = logging.getLogger("mutransformer")
     logger.setLevel(logging.INFO)
     logger.propagate = False  # libraries add handlers to the root logger
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about options that are set on purpose
+    # Orbax warns about options that are set on purpose, and prints the traceback of every error that it raises later.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
         logger.addHandler(_ConsoleHandler())
 
@@ -66,7 +71,7 @@ class Metrics:
         self._pending: tuple[int, Mapping[str, SupportsFloat], float | None] | None = None
         self._mark: tuple[int, float] | None = None  # the last logged step and the time of its end
         self._step, self._latest = start_step, dict[str, float]()
-        self._sinks: list[_WeightsAndBiases | _JsonLines | _TensorBoard] = []
+        self._sinks: list[Sink] = []
         self._writes = jax.process_index() == 0
         self._console = rich.get_console() if self._writes else Console(quiet=True)
         columns = BarColumn(bar_width=None), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
@@ -74,11 +79,13 @@ class Metrics:
         self._task = self._bar.add_task(f"{self._at(start_step)}  compiling", total=config.steps, completed=start_step)
         if self._writes:
             config.rundir.mkdir(parents=True, exist_ok=True)
+            folder, earlier = RunFolder(config.rundir), list[dict[str, Any]]()
             if config.log.wandb is not None:  # first: the package may be missing
-                self._sinks.append(_WeightsAndBiases(config, start_step))
-            self._sinks.append(_JsonLines(config.rundir / "metrics.jsonl", start_step))
+                self._open("Weights & Biases", lambda: WeightsAndBiases(config, folder, start_step))
+            if lines := self._open(sinks.FILE, lambda: JsonLines(folder, start_step)):
+                earlier = lines.lines
             if config.log.tensorboard:
-                self._sinks.append(_TensorBoard(config, start_step))
+                self._open("TensorBoard's events", lambda: TensorBoard(config, folder, earlier))
 
     def __enter__(self) -> "Metrics":
         if self._writes and self._console.is_interactive:
@@ -184,8 +191,14 @@ class Metrics:
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         self._step = step
         self._latest.update(values)
-        for sink in self._sinks:
-            sink.write(step, values)
+        for sink in list(self._sinks):
+            try:
+                sink.write(step, values)
+            except Exception as error:  # whatever it is: training does not depend on it
+                self._sinks.remove(sink)
+                _give_up(sink.name, error)
+                with contextlib.suppress(Exception):
+                    sink.close({})
 
     def _text(self, step: int, values: Mapping[str, float], formats: Mapping[str, str]) -> str:
         parts = [self._at(step), *(text.format(values[tag]) for tag, text in formats.items() if tag in values)]
@@ -198,87 +211,29 @@ class Metrics:
         return f"{step:>{len(str(self._config.steps))}}/{self._config.steps}"
 
     def _release(self, final: Mapping[str, float]) -> None:
-        with contextlib.ExitStack() as stack:  # closes the others if one fails
-            for sink in self._sinks:
-                stack.callback(sink.close, final)
-            self._sinks = []
-            if self._bar.live.is_started:
-                self._bar.stop()
+        opened, self._sinks = self._sinks, []
+        for sink in opened:
+            try:
+                sink.close(final)
+            except Exception as error:  # the run has ended; its checkpoint must not depend on it
+                _give_up(sink.name, error)
+        if self._bar.live.is_started:
+            self._bar.stop()
 
-
-class _JsonLines:
-    """metrics.jsonl: one line per step, steps ascending. Later values of the same step are added to its line."""
-
-    def __init__(self, path: Path, start_step: int) -> None:
-        complete = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""  # a killed process may leave half a line
-        kept = [line + b"\n" for line in complete.splitlines() if _step_of(line) <= start_step]
-        new = path.with_suffix(".new")
-        new.write_bytes(b"".join(kept))
-        os.replace(new, path)
-        self._file = path.open("r+b")
-        self._at = sum(map(len, kept[:-1]))  # where the last line starts
-        self._line: dict[str, Any] = json.loads(kept[-1]) if kept else {}
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        legal = {tag: value if math.isfinite(value) else str(value) for tag, value in values.items()}
-        if self._line.get("step") != step:
-            self._at, self._line = self._file.seek(0, os.SEEK_END), {}
-        self._line |= {"step": step, "time": time.time(), **legal}
-        self._file.seek(self._at)
-        self._file.write(json.dumps(self._line).encode() + b"\n")
-        self._file.truncate()
-        self._file.flush()
-
-    def close(self, final: Mapping[str, float]) -> None:
-        self._file.close()
-
-
-def _step_of(line: bytes) -> float:
-    """The step of a line of metrics.jsonl; infinite if it is no such line."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-class _TensorBoard:
-    def __init__(self, config: Config, start_step: int) -> None:
-        folder, own = str(config.rundir / "tensorboard"), f".{start_step}"  # unique among runs that start in the same second
-        self._writer = SummaryWriter(folder, purge_step=start_step + 1, flush_secs=10, filename_suffix=own)
-        self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", start_step)
-        self._settings = {key: value for key, value in flatten(config).items() if isinstance(value, bool | int | float | str)}
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-
-    def close(self, final: Mapping[str, float]) -> None:
-        if final:  # not add_hparams, which would create a second run in a subfolder; the values are those of the tags' curves
-            for summary in hparams(self._settings, dict(final)):
-                self._writer._get_file_writer().add_summary(summary)
-        self._writer.close()
-
-
-class _WeightsAndBiases:
-    def __init__(self, config: Config, start_step: int) -> None:
+    def _open(self, name: str, make: Callable[[], S]) -> S | None:
+        """Opens a sink; None if it cannot be opened."""
         try:
-            wandb = import_module("wandb")
-        except ModuleNotFoundError:
-            raise ConfigError(f"log.wandb = {config.log.wandb}: needs a package: pip install 'mutransformer[wandb]'") from None
-        kept = config.rundir / "wandb-id"
-        if start_step == 0 or not kept.exists():
-            kept.write_text(os.urandom(8).hex())
-        run_id, folder = kept.read_text(), str(config.rundir)
-        self._run = wandb.init(
-            project=config.log.wandb, name=config.name, id=run_id, resume="allow", dir=folder, config=asdict(config)
-        )
+            self._sinks.append(sink := make())
+        except ConfigError:
+            raise
+        except Exception as error:
+            _give_up(name, error)
+            return None
+        return sink
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
 
-    def close(self, final: Mapping[str, float]) -> None:
-        self._run.summary.update(dict(final))
-        self._run.finish(exit_code=int(not final))  # no results: the run did not finish
+def _give_up(name: str, error: Exception) -> None:
+    _log.warning("%s cannot be written: %s; training goes on without", name, first_line(error))
 
 
 class _ConsoleHandler(logging.Handler):

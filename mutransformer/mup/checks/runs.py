@@ -26,7 +26,7 @@ class Run:
     width: Count  # model.d_model
     lr: Rate  # the base learning rate, optim.lr
     seed: Integer  # of weights and data order
-    status: Literal["finished", "diverged"]  # diverged: a loss is not finite
+    status: Literal["finished", "diverged"]  # diverged: a loss is not finite, or the last one as has_diverged() says
     steps: Count  # updates planned; a diverged run continues, but its later losses are meaningless
     diverged_at: Integer | None  # the first step whose loss is not finite
     logged: Steps  # step numbers, ascending, at most `steps`
@@ -45,7 +45,7 @@ class Run:
         means = [float(np.mean(losses[a:b], dtype=np.float64)) for a, b in zip([0, *logged], logged, strict=False)]
         return cls(
             *(variant, width, lr, seed),
-            status="diverged" if wrong.size or not math.isfinite(final) else "finished",
+            status="diverged" if wrong.size or has_diverged(float(losses[0]), final) else "finished",
             steps=steps,
             diverged_at=int(wrong[0]) + 1 if wrong.size else None,
             logged=logged,
@@ -63,6 +63,11 @@ class Run:
     def loss(self) -> float:
         """The validation loss, infinite if the run diverged."""
         return math.inf if self.validation_loss is None or self.status == "diverged" else self.validation_loss
+
+
+def has_diverged(first: float, last: float) -> bool:
+    """Whether a loss that began at `first` and ended at `last` rose by twice what it was, and at least by 2, or is not finite."""
+    return not last <= first + 2 * max(1.0, abs(first))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 from jaxtyping import Float
-from tensorboardX import SummaryWriter
 
 from mutransformer.config.schema import Config, flatten
 from mutransformer.data.batches import pipeline
 from mutransformer.data.cache.dataset import Corpus
-from mutransformer.errors import FINISHED, STOPPED, check
+from mutransformer.errors import FINISHED, STOPPED, check, first_line
 from mutransformer.mup.checks.verdict import count
 from mutransformer.sharding.devices import memory_limit
-from mutransformer.sharding.processes import StopRequest, stop_on_signals
+from mutransformer.sharding.stopping import StopRequest, stop_on_signals
 from mutransformer.study.sweep import records
 from mutransformer.study.sweep.grid import Point, VariantConfig, non_defaults
 from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun, mean_losses
 from mutransformer.study.sweep.records import AXES
 from mutransformer.training.program import prepare_data
+from mutransformer.training.sinks import EventFile
 
 SNAPSHOT_SECONDS = 300.0  # between snapshots of runs in progress
 PER_RUN = {"optim.lr", "seed", "name", "workdir", "model.n_vocab"}  # settings that may differ between the runs of a config
@@ -133,14 +133,13 @@ def _train(
             state, losses = restored[0], np.array(restored[1])
         else:
             state = group.init()
-        writers = []
-        for lr, seed in points if config.log.tensorboard and jax.process_index() == 0 else ():
-            name = f"{variant.name} {variant.where.replace(' ', '=')} lr={lr:.6g} seed={seed}".replace("/", "_")
-            path, suffix = str(folder / "tensorboard" / name), f".{step}"
+        curves = _Curves()
+        if config.log.tensorboard and jax.process_index() == 0:
+            names = [f"{variant.name} {variant.where.replace(' ', '=')} lr={lr:.6g} seed={seed}" for lr, seed in points]
             # What an interrupted process wrote beyond this step is dropped.
-            writer = SummaryWriter(path, purge_step=step + 1, filename_suffix=suffix, flush_secs=30)
-            writers.append(stack.enter_context(writer))
+            curves = _Curves([folder / "tensorboard" / name.replace("/", "_") for name in names], step + 1)
         sources = [pipeline.train_batches(train_split, config.data, seed, *share, n_vocab) for seed in group.seeds]
+        batches = pipeline.eval_batches(corpus.splits["validation"], config.data, config.eval.batches, *share, n_vocab)
         for source in sources:
             stack.enter_context(closing(source)).set_state({"next_index": step})
         where = f"{count(len(points), 'run')} {group.layout} on {count(len(jax.devices()), 'device')}"
@@ -156,8 +155,7 @@ def _train(
                 continue
             before, latest = step - len(unread), group.read(unread)[:, : len(points)]
             losses[before:step], unread = latest, []
-            for writer, mean in zip(writers, latest.mean(axis=0), strict=False):
-                writer.add_scalar("train/loss", float(mean), step)
+            curves.write(step, latest.mean(axis=0).tolist())
             if first is None or step * 4 // config.steps > before * 4 // config.steps:
                 _log.info("%s", _progress(variant, points, step, latest, first))
             first = first or (step, time.perf_counter())
@@ -167,21 +165,49 @@ def _train(
                 saved = time.perf_counter()
             if stopping:
                 return None
-        batches = pipeline.eval_batches(corpus.splits["validation"], config.data, config.eval.batches, *share, n_vocab)
         validation = mean_losses(group, state, list(batches))
         seconds = (time.perf_counter() - began) / len(points)
         how = {"every": config.log.every, "seconds": round(seconds, 2), "settings": non_defaults(config)}
         numbers = zip(points, losses[:, : len(points)].T, validation.tolist(), strict=False)
         runs = [records.Run.of(variant.name, variant.width, *point, of, last, **how) for point, of, last in numbers]
-        for writer, run in zip(writers, runs, strict=False):
-            if run.validation_loss is not None:
-                settings = flatten(config) | {"variant": run.variant, "optim.lr": run.lr, "seed": run.seed}
-                kept = {key: value for key, value in settings.items() if isinstance(value, bool | int | float | str)}
-                # TensorBoard's table of hyperparameters; another name would make another TensorBoard run, in a subfolder.
-                writer.add_hparams(kept, {"validation/loss": run.validation_loss}, name=".", global_step=run.steps)
+        curves.finish(config, runs)
     if jax.process_index() == 0:
         shutil.rmtree(snapshots.directory, ignore_errors=True)
     return runs
+
+
+class _Curves:
+    """The training losses of runs in TensorBoard, a folder each. A sweep goes on without them if they cannot be written."""
+
+    def __init__(self, folders: Sequence[Path] = (), first_step: int = 0) -> None:
+        self._files = list[EventFile]()
+        with self._given_up_if_it_fails():
+            for folder in folders:
+                self._files.append(EventFile(folder, first_step))
+
+    def write(self, step: int, losses: Sequence[float]) -> None:
+        with self._given_up_if_it_fails():
+            for file, loss in zip(self._files, losses, strict=False):
+                file.scalars(step, {"train/loss": loss})
+                file.flush()
+
+    def finish(self, config: Config, runs: Sequence[records.Run]) -> None:
+        """Adds the validation losses, with the table of hyperparameters, and closes the files."""
+        with self._given_up_if_it_fails():
+            for file, run in zip(self._files, runs, strict=False):
+                if run.validation_loss is not None:
+                    result = {"validation/loss": run.validation_loss}
+                    file.scalars(run.steps, result)
+                    file.settings(flatten(config) | {"variant": run.variant, "optim.lr": run.lr, "seed": run.seed}, result)
+                file.close()
+
+    @contextmanager
+    def _given_up_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            _log.warning("TensorBoard's events cannot be written: %s; the sweep goes on without", first_line(error))
+            self._files = []
 
 
 def _snapshots(folder: Path, identity: Any) -> ocp.CheckpointManager:

@@ -1,0 +1,72 @@
+"""Signals that ask a program to stop, as a request that it answers when it can: with a checkpoint, or at once."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+# Of a scheduler (TERM; USR1 and USR2 are SLURM's warnings), a person (INT) and a terminal that was closed (HUP).
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Stopped(BaseException):
+    """The program was asked to stop, and has nothing more to do than to end. No Exception, which libraries might handle."""
+
+
+class StopRequest:
+    """Whether the program was asked to stop: by a signal to this process, or, in a run of several, to any of them."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.signal = ""  # its name, if this process got it
+        self.agree: Callable[[bool], bool] | None = None  # of Peers: makes all processes stop at the same call of poll
+        self._at_once = 0
+
+    def poll(self) -> bool:
+        """Whether to stop here. All processes of a run call it in the same order, and get the same answer."""
+        if self.agree is not None:
+            return self.agree(self.requested)
+        return self.requested
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it a signal raises Stopped: for what may take long and leaves nothing half done. Raises it if one came before.
+
+        A process that leaves its part of a step undone makes the others wait: not for use within a step of several.
+        """
+        self._at_once += 1
+        try:
+            if self.requested:
+                raise Stopped(self.signal)
+            yield
+        finally:
+            self._at_once -= 1
+
+    def on_signal(self, number: int) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested, self.signal = True, signal.Signals(number).name
+        if self._at_once:
+            raise Stopped(self.signal)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turns SIGNALS into a request to stop; a second Ctrl-C ends the program at once.
+
+    A signal that is ignored on purpose, as SIGHUP by nohup, stays ignored. Outside of the main thread, where Python allows no
+    handlers, signals do what they did.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: request.on_signal(number))
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

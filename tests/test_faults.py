@@ -1,0 +1,376 @@
+"""What goes wrong around a run: signals, a full disk, a folder in use or removed, damaged files. Nothing is lost or silent."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from runs import finish, metrics, settings, start, wait_for_step
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from mutransformer.cli import main
+from mutransformer.config.load import load
+from mutransformer.errors import FAILED, FINISHED, STOPPED, USAGE_ERROR, ConfigError
+from mutransformer.sharding.stopping import SIGNALS, Stopped, stop_on_signals
+from mutransformer.training import sinks
+from mutransformer.training.checkpoint import Checkpoints
+from mutransformer.training.run_folder import LOCK, RunFolder
+
+SHORT = ["steps=6", "checkpoint.every=2", "eval.every=0", "eval.final_batches=1", "checkpoint.keep=3"]
+TRAIN = "scripts/train.py"
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> list[str]:
+    return settings(tmp_path, *SHORT, "name=r")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "r"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder above runs/r, a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert main(["train", *settings(folder, *SHORT, "name=r")]) == FINISHED
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """The folder above a copy of a finished run."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def events(run: Path) -> list[tuple[str, int, float]]:
+    """(tag, step, value) of every number in TensorBoard's files, read without what TensorBoard forgets of them."""
+    files = sorted((run / "tensorboard").glob("events*"))
+    found = [event for file in files for event in EventFileLoader(str(file)).Load()]
+    numbers = [(event.step, value) for event in found for value in event.summary.value if value.HasField("tensor")]
+    return [(value.tag, step, value.tensor.float_val[0]) for step, value in numbers if len(value.tensor.float_val)]
+
+
+# Ways to end.
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_a_request_once_and_an_end_where_nothing_is_half_done(number: signal.Signals) -> None:
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.requested and stop.poll() and stop.signal == number.name
+        with pytest.raises(Stopped, match=number.name), stop.at_once():
+            pytest.fail("it was asked to stop before")
+    with stop_on_signals() as stop, pytest.raises(Stopped, match=number.name), stop.at_once():
+        os.kill(os.getpid(), number)
+        pytest.fail("it was asked to stop")
+
+
+def test_a_second_ctrl_c_ends_at_once_and_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested, "nohup"
+            os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [pytest.param(each, marks=SLOW) for each in SIGNALS])
+def test_a_signal_saves_and_asks_to_be_started_again(number: signal.Signals, tmp_path: Path, run: Path) -> None:
+    process = start(TRAIN, settings(tmp_path, "steps=100000", "eval.every=0", "name=r"), quick=True)
+    wait_for_step(process, run, 3)
+    process.send_signal(number)
+    out = finish(process, expect=STOPPED)
+    last = max(metrics(run))
+    assert f"Stopped at step {last}; checkpoint saved." in out and (run / "checkpoints" / str(last)).is_dir()
+
+
+def test_a_signal_is_answered_while_data_are_prepared(
+    args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr("mutransformer.training.program.prepare", killed)
+    assert main(["train", *args]) == STOPPED
+    assert capsys.readouterr().err == "stopped by SIGTERM, before the first step; the same command starts again\n"
+
+
+def test_a_batch_that_never_comes_does_not_delay_the_answer(args: list[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mutransformer.data.batches.pipeline import Batches
+
+    given = Batches.__next__
+
+    def stuck(self: Batches) -> object:
+        if self.get_state()["next_index"] == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            pytest.fail("it waited on")
+        return given(self)
+
+    monkeypatch.setattr(Batches, "__next__", stuck)
+    assert main(["train", *args]) == STOPPED
+    assert max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()) == 3
+
+
+@pytest.mark.parametrize("reader", ["head -n 12", pytest.param("true", marks=SLOW)])
+def test_a_run_outlives_its_console(reader: str, args: list[str], run: Path) -> None:
+    process = start(TRAIN, [*args, "steps=40", "log.every=1"], quick=True)
+    head = subprocess.Popen(reader.split(), stdin=process.stdout, stdout=subprocess.DEVNULL)
+    assert process.stdout is not None
+    process.stdout.close()
+    head.wait(60)
+    process.communicate()
+    assert process.returncode == FINISHED
+    assert max(metrics(run)) == 40
+
+
+# The disk.
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, *(pytest.param(each, marks=SLOW) for each in (errno.EROFS, errno.EIO))])
+def test_a_run_goes_on_without_a_sink_that_fails(
+    code: int, args: list[str], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = sinks.EventFile.scalars
+
+    def fail(self: sinks.EventFile, step: int, values: dict[str, float], when: float | None = None) -> None:
+        if step == 3:
+            raise OSError(code, os.strerror(code))
+        written(self, step, values, when)
+
+    monkeypatch.setattr(sinks.EventFile, "scalars", fail)
+    assert main(["train", *args]) == FINISHED
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "tensorboard" in line]
+    assert line == f"warning: {run}/tensorboard cannot be written: {os.strerror(code)}; training goes on without"
+    assert list(metrics(run)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_that_cannot_be_saved_is_one_line_and_the_next_may_be(
+    args: list[str], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: Checkpoints) -> None:
+        if not (run / "checkpoints" / "4").exists() and not list((run / "checkpoints").glob("4.*")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    sealed = Checkpoints._write_checksums
+    monkeypatch.setattr(Checkpoints, "_write_checksums", lambda self: (full(self), sealed(self)))
+    assert main(["train", *args]) == FINISHED
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if line.startswith("warning: ")]) == 1
+    assert f"warning: {run}/checkpoints: saving a checkpoint failed: No space left on device; " in out
+    assert "GB are free there; the run goes on, and tries again when the next checkpoint is due" in out
+    assert {path.name for path in (run / "checkpoints").iterdir() if path.is_dir()} == {"4", "6"}
+
+
+def test_checkpoints_that_will_not_fit_are_refused_before_training(
+    args: list[str], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (200 << 10, before[1]))
+    assert main(["train", *args]) == USAGE_ERROR
+    assert "no file may be larger than 0.2 MB (ulimit -f)" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 3_000_000))
+    assert main(["train", *args]) == USAGE_ERROR
+    err = capsys.readouterr().err
+    assert "and 3 of them must fit, but only 3.0 MB are free there; make room" in err and not metrics(run)
+
+
+@pytest.mark.parametrize("where", ["runs", "runs/r", "runs/r/checkpoints"])
+def test_a_file_in_the_place_of_a_folder_is_told_before_training(
+    where: str, args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file := tmp_path / where).parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("mine")
+    assert main(["train", *args]) == USAGE_ERROR
+    out, err = capsys.readouterr()
+    assert str(file) in err and len(err.splitlines()) == 1 and "tokeniz" not in out and file.read_text() == "mine"
+
+
+# The folder.
+
+
+def test_a_folder_has_one_owner(args: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunFolder(run).owned():
+        assert main(["train", *args]) == USAGE_ERROR
+        with pytest.raises(ConfigError, match="in use by"), RunFolder(run).owned():
+            pytest.fail("it has two")
+    err = capsys.readouterr().err
+    assert f"{run}: in use by process {os.getpid()} on host {os.uname().nodename} since 20" in err
+    with RunFolder(run).owned():  # it was given back
+        pass
+
+
+def test_the_folder_of_a_killed_run_is_free(run: Path) -> None:
+    code = "import os; from pathlib import Path; from mutransformer.training.run_folder import RunFolder\n"
+    code += f"with RunFolder(Path({str(run)!r})).owned(): os.kill(os.getpid(), 9)"
+    assert subprocess.run(["python", "-c", code], cwd=Path(__file__).parent.parent).returncode != 0
+    with RunFolder(run).owned():
+        pass
+
+
+def test_a_folder_that_is_removed_ends_the_run_at_the_next_save(
+    args: list[str], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = Checkpoints.save
+
+    def save_and_lose(self: Checkpoints, *of: object) -> None:
+        saved(self, *of)
+        self.wait()
+        shutil.rmtree(run)
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_lose)
+    assert main(["train", *args]) == USAGE_ERROR
+    assert f"{run}: the run's folder was removed or replaced while the run was going on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.yaml", pytest.param("metrics.jsonl", marks=SLOW), LOCK])
+def test_a_link_in_a_run_folder_is_never_written_through(name: str, args: list[str], run: Path, tmp_path: Path) -> None:
+    run.mkdir(parents=True)
+    (elsewhere := tmp_path / "elsewhere").write_text("mine\n")
+    (run / name).symlink_to(elsewhere)
+    assert main(["train", *args]) == (USAGE_ERROR if name == LOCK else FINISHED)
+    assert elsewhere.read_text() == "mine\n" and (run / name).is_symlink() == (name == LOCK)
+
+
+# Before the first step, and at the end.
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["steps=4", "checkpoint.allow=[steps]"], "steps = 4: the run's latest checkpoint is of step 6; set more steps, or"),
+        (["optim.lr=0.5"], r"optim.lr was 0.015625, is 0.5"),
+    ],
+)
+def test_a_run_behind_its_checkpoint_is_refused(
+    more: list[str], message: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (copy / "runs/r/config.yaml").read_text()
+    assert main(["train", *settings(copy, *SHORT, "name=r", *more)]) == USAGE_ERROR
+    assert message in capsys.readouterr().err and (copy / "runs/r/config.yaml").read_text() == before
+
+
+def test_a_finished_run_has_nothing_to_do_and_writes_nothing_twice(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, args = copy / "runs/r", settings(copy, *SHORT, "name=r")
+    assert main(["train", *args]) == FINISHED  # the folder has moved: the first time for this place
+    before, seen = (run / "metrics.jsonl").read_text(), events(run)
+    capsys.readouterr()
+    assert main(["train", *args]) == FINISHED
+    assert "finished, step 6/6, validation loss" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_text() == before and events(run) == seen
+
+
+@pytest.mark.slow
+def test_no_step_is_twice_or_missing_in_tensorboard_after_a_kill(tmp_path: Path, run: Path) -> None:
+    args = settings(tmp_path, "steps=40", "checkpoint.every=16", "eval.every=16", "name=r")
+    process = start(TRAIN, args, quick=True)
+    wait_for_step(process, run, 25)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert {step for tag, step, _ in events(run) if tag == "train/loss"} >= set(range(1, 26))
+    finish(start(TRAIN, args, quick=True))
+    found = [(tag, step) for tag, step, _ in events(run)]
+    assert len(found) == len(set(found))
+    lines = metrics(run)
+    assert [step for tag, step in found if tag == "train/loss"] == list(lines) == list(range(1, 41))
+    for tag, step, value in events(run):
+        assert value == pytest.approx(lines[step][tag], rel=1e-6)
+
+
+def test_a_validation_split_without_text_is_told_before_training(
+    args: list[str], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file := run.parent.parent / "d.jsonl").write_text("".join(f'{{"text": "{i} and {i * i} and so on"}}\n' for i in range(50)))
+    assert main(["train", *args, "data.source=jsonl", f"data.files=[{file}]", "data.validation_fraction=1e-9"]) == USAGE_ERROR
+    assert "validation" in capsys.readouterr().err and not metrics(run)
+
+
+@pytest.mark.parametrize(("steps", "warmup", "told"), [(20, 100, "0.2 x optim.lr"), (20, 20, "1 x optim.lr"), (21, 20, "")])
+def test_a_run_within_its_warm_up_is_told(steps: int, warmup: int, told: str, tmp_path: Path) -> None:
+    advice = load(settings(tmp_path, f"steps={steps}", f"optim.warmup_steps={warmup}")).advice()
+    assert bool(advice) == bool(told) and all(told in line for line in advice)
+
+
+def test_a_schedule_that_jumps_is_told(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *settings(copy, *SHORT, "name=r", "steps=12", "checkpoint.allow=[steps]")]) == FINISHED
+    assert "after step 6 the learning rate goes on at 0.01, it was 1.6e-06" in capsys.readouterr().out
+
+
+def test_a_loss_above_that_of_no_knowledge_is_a_failure(args: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *args, "optim.lr=1e5", "optim.warmup_steps=0", "optim.schedule=constant"]) == FAILED
+    assert "error: the run diverged: its final validation loss is " in capsys.readouterr().err
+    assert (run / "checkpoints" / "6").is_dir()
+
+
+# Damaged checkpoints.
+
+
+def files_of(checkpoint: Path) -> list[str]:
+    return sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [flip, lambda path: os.truncate(path, 1), Path.unlink, lambda path: path.write_bytes(b"")])
+def test_any_damage_to_any_file_falls_back_in_one_line(
+    damage: Callable[[Path], object], finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = 0
+    for name in files_of(finished / "runs/r/checkpoints/6"):
+        folder = tmp_path / str(seen)
+        shutil.copytree(finished / "runs/r", folder / "r")
+        damage(folder / "r/checkpoints/6" / name)
+        caplog.clear()
+        checkpoints = Checkpoints(load(settings(finished, *SHORT, "name=r", f"workdir={folder}")))
+        if name in ("_CHECKPOINT_METADATA", "commit_success.txt"):  # Orbax writes them last; their content is not used
+            assert checkpoints.latest() == 6
+        else:
+            assert checkpoints.latest() == 4, name
+            assert len(caplog.messages) == 1 and "checkpoints/6 is corrupt: " in caplog.messages[0], caplog.messages
+        checkpoints.close()
+        seen += 1
+    assert seen >= 6
+
+
+@pytest.mark.parametrize("how", ["empty", "renamed", "linked", "item"])
+def test_a_folder_that_is_no_checkpoint_of_its_step_is_not_used(how: str, copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, kept = copy / "runs/r/checkpoints", 6
+    if how == "empty":
+        (folder / "9").mkdir()
+    elif how == "renamed":
+        (folder / "6").rename(folder / "9")
+        kept = 4
+    elif how == "linked":
+        (folder / "9").symlink_to(folder / "6")
+    else:
+        shutil.rmtree(folder / "6" / "state")
+        kept = 4
+    checkpoints = Checkpoints(load(settings(copy, *SHORT, "name=r")))
+    assert checkpoints.latest() == kept and len(caplog.messages) == 1
+    checkpoints.close()
+
+
+def test_validation_losses_that_are_damaged_cost_only_the_best(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (copy / "runs/r/checkpoints/validation_losses.json").write_text(json.dumps({"6": [1]}))
+    checkpoints = Checkpoints(load(settings(copy, *SHORT, "name=r")), read_only=True)
+    assert checkpoints.latest() == 6 and checkpoints.best() is None and "validation_losses.json" in caplog.text
+    checkpoints.close()
