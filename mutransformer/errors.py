@@ -8,6 +8,7 @@ FINISHED = 0
 FAILED = 1  # the run or the check itself failed: a loss that is not finite, too little memory, a verdict FAIL
 USAGE_ERROR = 2  # user-correctable: a setting, an option or a file
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with a checkpoint saved; the same command resumes
+STUCK = 76  # a process of the run is stuck, or gone; the same command resumes from the latest checkpoint
 INTERRUPTED = 130  # by Ctrl-C, with nothing saved
 
 

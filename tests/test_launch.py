@@ -23,7 +23,7 @@ from runs import settings as tiny
 
 from mutransformer.config import load as settings
 from mutransformer.config.schema import Config
-from mutransformer.errors import STOPPED, USAGE_ERROR
+from mutransformer.errors import STOPPED, STUCK, USAGE_ERROR
 
 PROGRAMS = "gcloud ssh tmux git sbatch srun scontrol xpk kubectl tensorboard pip sudo mountpoint pkill".split()
 PROGRAMS += ["python", "python3.12", "mutransformer"]
@@ -287,6 +287,7 @@ def test_jobset_is_filled_in(dry_run: Callable[[str], Box]) -> None:
 def test_xpk(dry_run: Callable[[str], Box]) -> None:
     box = dry_run(block("Kubernetes", 1))
     (args,) = box.calls("xpk", "workload", "create")
-    assert {"--tpu-type=v5litepod-16", f"--docker-image={SET['IMAGE']}", f"--restart-on-exit-codes={STOPPED}"} <= set(args)
+    codes = f"--restart-on-exit-codes={STOPPED},{STUCK},134"  # 134: process 0 was lost
+    assert {"--tpu-type=v5litepod-16", f"--docker-image={SET['IMAGE']}", codes} <= set(args)
     (config,) = box.configs()
     assert config.distributed.enabled and config.workdir == "/shared/runs"

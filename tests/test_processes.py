@@ -1,10 +1,14 @@
 """Several processes are one with all their devices: the same global batches exactly, the same losses to float error."""
 
+import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
 from runs import finish, free_port, metrics, settings, start, wait_for_step
+
+from mutransformer.errors import STUCK
 
 LENGTH = ["steps=6", "eval.every=3", "precision.compute=float32"]
 MESHES = {"4x2": ["mesh.x=4", "mesh.y=2"], "1x8": ["mesh.x=1", "mesh.y=8", "model.d_head=8"]}
@@ -137,3 +141,96 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> N
     last = max(metrics(tmp_path / "runs" / "asked"))
     assert f"Stopped at step {last}; checkpoint saved." in outputs[0]
     assert (tmp_path / "runs" / "asked" / "checkpoints" / str(last)).is_dir()
+
+
+def two(tmp_path: Path, *of: str) -> list[list[str]]:
+    """Settings of two processes of a run named r, which would train for ever."""
+    shared = [f"distributed.coordinator=127.0.0.1:{free_port()}", "distributed.n_process=2", "name=r", "eval.every=0"]
+    given = [*settings(tmp_path, "steps=100000"), *shared, *of]
+    return [[*given, f"distributed.process_id={i}"] for i in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_gone_is_named_in_one_line_within_half_a_minute(number: signal.Signals, tmp_path: Path) -> None:
+    first, second = [start("scripts/train.py", args, quick=True) for args in two(tmp_path)]
+    wait_for_step(first, tmp_path / "runs/r", 5)
+    second.send_signal(number)
+    began = time.monotonic()
+    try:
+        _, err = first.communicate(timeout=60)
+        assert time.monotonic() - began < 30 and first.returncode == STUCK
+        (line,) = [line for line in err.splitlines() if not line.startswith("[Gloo]")]
+        assert re.fullmatch(r"error: process 1 on host \S+, which was .* step \d+, has given no sign for 2\d s: .*", line), line
+    finally:
+        second.kill()
+        second.communicate()
+
+
+SLEEPER = """
+import sys, time
+from mutransformer.cli import main
+from mutransformer.data.batches.pipeline import Batches
+given = Batches.__next__
+def sleep(self):
+    if self.get_state()["next_index"] == 5 and {who!r} in sys.argv[-1]:
+        time.sleep(1e6)
+    return given(self)
+Batches.__next__ = sleep
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_process", [1, 2])
+def test_a_process_that_is_stuck_ends_the_run_with_its_stacks(n_process: int, tmp_path: Path) -> None:
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER.format(who=f"process_id={n_process - 1}"))
+    of = two(tmp_path, "watchdog.timeout=5")
+    args = of if n_process == 2 else [[arg for arg in of[0] if "distributed" not in arg] + ["distributed.process_id=0"]]
+    started = [start(str(script), each, quick=True) for each in args]
+    errors = []
+    for process in started:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == STUCK, err
+        errors.append([line for line in err.splitlines() if line.startswith("error: ")][-1])
+    late = n_process - 1
+    assert f"error: process {late} has been waiting for the batch of step 6 for 5 s; the stacks of its threads" in errors[-1]
+    if n_process == 2:
+        assert re.search(r"It waits for process 1 on host \S+, which was waiting for the batch of step 6; the same", errors[0])
+    (stacks,) = (tmp_path / "runs/r").glob(f"stacks-{late}-*.txt")
+    assert "in sleep" in stacks.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", [["optim.lr=0.5"], ["seed=9"]])
+def test_processes_with_different_settings_are_told(of: list[str], tmp_path: Path) -> None:
+    given = two(tmp_path)
+    key, value = of[0].split("=")
+    for process in [start("scripts/train.py", args, quick=True) for args in (given[0], [*given[1], *of])]:
+        _, err = process.communicate(timeout=100)
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert process.returncode == 2 and line.startswith(f"error: the configuration differs between process 0 and 1: {key} ")
+        assert f"process 1 {value}" in line and not metrics(tmp_path / "runs/r")
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_shared_is_told(tmp_path: Path) -> None:
+    given = two(tmp_path)
+    for process in [start("scripts/train.py", [*args, f"workdir={tmp_path}/{i}"], quick=True) for i, args in enumerate(given)]:
+        _, err = process.communicate(timeout=100)
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert process.returncode == 2 and line.startswith(
+            "error: workdir: the folder of the run, which must be on a file system"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
+def test_any_signal_to_one_process_stops_both_at_the_same_step(number: signal.Signals, tmp_path: Path) -> None:
+    started = [start("scripts/train.py", args, quick=True) for args in two(tmp_path)]
+    wait_for_step(started[0], tmp_path / "runs/r", 3)
+    started[1].send_signal(number)
+    outputs = [finish(process, expect=75) for process in started]
+    last = max(metrics(tmp_path / "runs/r"))
+    assert f"Stopped at step {last}; checkpoint saved." in outputs[0]

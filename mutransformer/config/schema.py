@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from mutransformer.config.data import DataConfig
-from mutransformer.config.run import CheckpointConfig, DistributedConfig, EvalConfig, LogConfig, MeshConfig, ProfileConfig
+from mutransformer.config.run import (
+    CheckpointConfig,
+    DistributedConfig,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    ProfileConfig,
+    WatchdogConfig,
+)
 from mutransformer.config.setting import Setting, check_settings, setting, settings_of
 from mutransformer.errors import ConfigError, check
 
@@ -227,6 +235,7 @@ class Config:
     eval: EvalConfig = setting(EvalConfig, resume="free")
     log: LogConfig = setting(LogConfig, resume="free")
     checkpoint: CheckpointConfig = setting(CheckpointConfig, resume="free")
+    watchdog: WatchdogConfig = setting(WatchdogConfig, resume="free")
     profile: ProfileConfig = setting(ProfileConfig, resume="free")
 
     def __post_init__(self) -> None:

@@ -101,6 +101,7 @@ def join_processes(config: DistributedConfig) -> None:
         _wait_for(coordinator, config.timeout)
     import jax
 
+    jax.config.update("jax_enable_preemption_service", False)  # Watch and StopRequest do more: any signal, at any time
     with translate_errors("distributed: cannot join the other processes", (RuntimeError, ValueError)):
         jax.distributed.initialize(config.coordinator, config.n_process, config.process_id, initialization_timeout=config.timeout)
     logging.getLogger(__name__).info("process %d of %d", jax.process_index(), jax.process_count())

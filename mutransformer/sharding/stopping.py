@@ -32,11 +32,11 @@ class StopRequest:
     def at_once(self) -> Iterator[None]:
         """Within it a signal raises Stopped: for what may take long and leaves nothing half done. Raises it if one came before.
 
-        A process that leaves its part of a step undone makes the others wait: not for use within a step of several.
+        Not once several processes agree on when to stop: the others would wait for the one that did not.
         """
         self._at_once += 1
         try:
-            if self.requested:
+            if self.requested and self.agree is None:
                 raise Stopped(self.signal)
             yield
         finally:
@@ -46,7 +46,7 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested, self.signal = True, signal.Signals(number).name
-        if self._at_once:
+        if self._at_once and self.agree is None:
             raise Stopped(self.signal)
 
 

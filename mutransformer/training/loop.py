@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,12 @@ from mutransformer.config.run import ProfileConfig
 from mutransformer.config.schema import Config
 from mutransformer.data.batches import pipeline
 from mutransformer.data.batches.pipeline import Batches
+from mutransformer.data.batches.rows import Batch
 from mutransformer.data.cache.dataset import Corpus
 from mutransformer.errors import FINISHED, STOPPED, check, translate_errors
 from mutransformer.mup.checks.runs import has_diverged
 from mutransformer.sharding.mesh import data_share, put_batch
+from mutransformer.sharding.peers import Watch
 from mutransformer.sharding.stopping import Stopped, StopRequest, stop_on_signals
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.evaluate import evaluate
@@ -81,15 +83,22 @@ def _train(program: Program, corpus: Corpus, stop: StopRequest, folder: RunFolde
             batches.set_state(position)
         else:
             state = program.init_state()
-        with Metrics(config, program.flops_per_token, program.mesh.size, start) as log:
-            trainer = Trainer(program, corpus, checkpoints, batches, log, stop, folder, fingerprint, state, start)
-            _write_run_files(program, corpus, folder)
-            log.note(_heading(program, corpus, start))
-            final = trainer.run()
-            log.flush()
-            trainer.save()
-            checkpoints.wait()
-            log.close(final or {})
+        _write_run_files(program, corpus, folder)
+        with Watch(config.watchdog, folder.path).running() as watch:
+            if jax.process_count() > 1:
+                stop.agree = watch.agree
+            with Metrics(config, program.flops_per_token, program.mesh.size, start) as log:
+                trainer = Trainer(program, corpus, checkpoints, batches, log, stop, watch, folder, fingerprint, state, start)
+                log.note(_heading(program, corpus, start))
+                try:
+                    final = trainer.run()
+                except RuntimeError:  # of JAX, perhaps because another process is gone
+                    watch.explain()
+                    raise
+                log.flush()
+                trainer.save()
+                checkpoints.wait()
+                log.close(final or {})
             if final is None:
                 log.note(f"Stopped at step {trainer.step}; checkpoint saved. Run the same command again to resume.")
                 return STOPPED
@@ -110,6 +119,7 @@ class Trainer:
     batches: Batches
     log: Metrics
     stop: StopRequest
+    watch: Watch
     folder: RunFolder
     fingerprint: dict[str, object]  # of the data
     state: TrainState[Array]
@@ -144,8 +154,11 @@ class Trainer:
 
     def update(self) -> None:
         """One update. Raises Stopped if asked to stop before it has its batch."""
+        self.watch.step_begins()
+        self.watch.doing(f"waiting for the batch of step {self.step + 1}")
         with self.stop.at_once():  # a batch may never come
             batch = next(self.batches)
+        self.watch.doing(f"computing step {self.step + 1}")
         self.state, scalars = self._train_step(self.state, put_batch(batch, self.program.mesh))
         self.step += 1
         self.log.record(self.step, scalars)
@@ -168,10 +181,16 @@ class Trainer:
         """Results on the validation split by tag, group/name."""
         split, data, mesh = self.corpus.splits["validation"], self.program.config.data, self.program.mesh
         rows = pipeline.eval_batches(split, data, n_batches, *data_share(mesh), self.program.vocabulary.n_vocab)
-        scored = evaluate(self._eval_step, self.state.params, rows, mesh, split, stop=self.stop.poll)
+        scored = evaluate(self._eval_step, self.state.params, self._watched(rows), mesh, split, stop=self.stop.poll)
         return {f"{group}/{key}": value for key, value in scored.results.items()}
 
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for i, batch in enumerate(batches):
+            self.watch.doing(f"evaluating batch {i + 1} after step {self.step}")
+            yield batch
+
     def save(self) -> None:
+        self.watch.doing(f"saving step {self.step}")
         self.folder.check_present()
         self.checkpoints.save(self.state, self.batches.get_state(), self.fingerprint)
 

@@ -21,12 +21,14 @@ import orbax.checkpoint as ocp
 from jax import Array
 from jaxtyping import Float
 
+from mutransformer.config.run import WatchdogConfig
 from mutransformer.config.schema import Config, flatten
 from mutransformer.data.batches import pipeline
 from mutransformer.data.cache.dataset import Corpus
 from mutransformer.errors import FINISHED, STOPPED, check, first_line
 from mutransformer.mup.checks.verdict import count
 from mutransformer.sharding.devices import memory_limit
+from mutransformer.sharding.peers import Watch
 from mutransformer.sharding.stopping import StopRequest, stop_on_signals
 from mutransformer.study.sweep import records
 from mutransformer.study.sweep.grid import Point, VariantConfig, non_defaults
@@ -57,14 +59,17 @@ def sweep(variants: Sequence[VariantConfig], points: Sequence[Point], folder: Pa
     missing = [_missing(variant, points, done, path) for variant in variants]
     n_missing = sum(map(len, missing))
     _log.info("%s to train, %d already in %s", count(n_missing, "run"), len(variants) * len(points) - n_missing, path)
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, Watch(WatchdogConfig(), folder).running() as watch:
+        if jax.process_count() > 1:
+            stop.agree = watch.agree
         for variant, todo in zip(variants, missing, strict=True):
             if not todo:
                 continue
             corpus = prepare_data(variant.config)
             variant = replace(variant, config=variant.config.with_vocab(corpus.tokenizer.n_vocab))
+            watch.starting(f"compiling {variant.name} {variant.where}")
             for group, together in _groups(variant.config, corpus, todo, memory):
-                runs = _train(variant, group, together, corpus, folder, stop)
+                runs = _train(variant, group, together, corpus, folder, stop, watch)
                 if runs is None:
                     _log.info("stopped; progress is saved. Re-run the same command to resume.")
                     return STOPPED
@@ -118,7 +123,7 @@ def _groups(config: Config, corpus: Corpus, points: list[Point], memory: int | N
 
 
 def _train(
-    variant: VariantConfig, group: RunGroup, points: list[Point], corpus: Corpus, folder: Path, stop: StopRequest
+    variant: VariantConfig, group: RunGroup, points: list[Point], corpus: Corpus, folder: Path, stop: StopRequest, watch: Watch
 ) -> list[records.Run] | None:
     """Trains a group; None if a stop was requested."""
     config, began = variant.config, time.perf_counter()
@@ -147,10 +152,12 @@ def _train(
         unread, saved = list[Array](), time.perf_counter()
         first: tuple[int, float] | None = None  # the first logged step and its time: leaves out compilation
         while step < config.steps:
+            watch.step_begins()
+            watch.doing(f"training step {step + 1} of {variant.name} {variant.where}")
             state, loss = group.step(state, [next(source) for source in sources])
             unread.append(loss)
             step += 1
-            stopping = stop.requested  # read once: a request from here on takes effect after the next step
+            stopping = stop.poll()  # read once: a request from here on takes effect after the next step
             if step % config.log.every and step != config.steps and not stopping:
                 continue
             before, latest = step - len(unread), group.read(unread)[:, : len(points)]
@@ -165,6 +172,7 @@ def _train(
                 saved = time.perf_counter()
             if stopping:
                 return None
+        watch.starting(f"evaluating {variant.name} {variant.where}")
         validation = mean_losses(group, state, list(batches))
         seconds = (time.perf_counter() - began) / len(points)
         how = {"every": config.log.every, "seconds": round(seconds, 2), "settings": non_defaults(config)}

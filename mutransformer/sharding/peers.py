@@ -1,0 +1,184 @@
+"""A watch over the processes of a run: they agree on when to stop; one that is stuck or gone is named, and ends the run.
+
+A collective waits for ever for a process that never comes, and while it waits the main thread can do nothing. So a thread of each
+process looks after it. The threads meet in JAX's coordination service, since no device is needed for that.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mutransformer.config.run import WatchdogConfig
+from mutransformer.errors import STUCK, first_line
+
+_SIGNS = "mutransformer/signs"  # a key for each process: what it last said of itself
+_STOPS = "mutransformer/stops"  # a key for each process that was asked to stop
+_TICKS = "mutransformer/ticks"  # a key for each process, once one was asked: how often it had polled
+_LONGEST = 20.0  # times the longest step so far: by default a longer one is stuck
+_SHORTEST = 300.0  # seconds: by default no step is stuck before that
+
+
+@dataclass
+class _Peer:
+    """What is known of another process."""
+
+    said: dict[str, Any]
+    since: float  # when it said something new, by this process's clock
+
+    def __str__(self) -> str:
+        return f"on host {self.said.get('host')}, which was {self.said.get('doing')}"
+
+
+class Watch:
+    """Watches the main thread of this process and, if the run has several, the other processes."""
+
+    def __init__(self, config: WatchdogConfig, folder: Path) -> None:
+        """folder: gets the stacks of a process that is stuck."""
+        import jax
+        from jax._src import distributed  # the key-value store has no public interface
+
+        self._config, self._folder = config, folder
+        self._index, self._count = jax.process_index(), jax.process_count()
+        self._client: Any = distributed.global_state.client if self._count > 1 else None
+        self.starting("starting")
+        self._peers: dict[int, _Peer] = {}
+        self._lock = threading.Lock()  # held while the processes agree on when to stop: no poll passes meanwhile
+        self._asked, self._ticks, self._last_tick = False, 0, sys.maxsize
+        self._ended = threading.Event()
+        # Thousands of processes must not keep the coordinator busy.
+        self._pause = max(0.5, self._count / 100)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    @contextmanager
+    def running(self) -> Iterator["Watch"]:
+        """Watches within the block."""
+        self._thread.start()
+        try:
+            yield self
+        finally:
+            self._ended.set()
+            self._thread.join(10)
+            if self._client is not None:
+                with suppress(RuntimeError):
+                    self._client.key_value_set(f"{_SIGNS}/{self._index}", json.dumps({"ended": True}), allow_overwrite=True)
+
+    def starting(self, what: str) -> None:
+        """Says that the main thread compiles from now on, and that its steps so far tell nothing of those to come."""
+        self.doing(what)
+        self._steps, self._step_began = 0, 0.0  # how many began, and when the latest did
+        self._longest = 0.0  # seconds of a completed step, but for the first, which includes compilation
+
+    def doing(self, what: str) -> None:
+        """Says what the main thread does from now on, such as "waiting for the batch of step 7": a sign of its progress."""
+        self._doing, self._since = what, time.monotonic()
+
+    def step_begins(self) -> None:
+        """Tells that a step begins, and with it that the one before, if there was one, is completed."""
+        now = time.monotonic()
+        if self._steps >= 2:
+            self._longest = max(self._longest, now - self._step_began)
+        self._steps, self._step_began = self._steps + 1, now
+
+    def agree(self, asked: bool) -> bool:
+        """Whether to stop here: the same answer in all processes, which call this in the same order. asked: this one was."""
+        if self._client is None:
+            return asked
+        self._asked |= asked
+        with self._lock:
+            self._ticks += 1
+            return self._ticks >= self._last_tick
+
+    def explain(self) -> None:
+        """To be called when a collective failed: waits until the thread has found that a process is gone, which ends this one.
+
+        Returns after peer_timeout if none is.
+        """
+        if self._client is not None:
+            self._ended.wait(self._config.peer_timeout + 5)
+
+    def _run(self) -> None:
+        turn = 0
+        while not self._ended.wait(self._pause):
+            turn += 1
+            limit = self._limit()
+            if limit and time.monotonic() - self._since > limit:
+                self._stuck(limit)
+            if self._client is None:
+                continue
+            try:
+                self._exchange(turn)
+            except RuntimeError as error:
+                if not self._ended.is_set():
+                    end(f"the coordinator, process 0, is gone, or cannot be reached: {first_line(error)}")
+
+    def _limit(self) -> float:
+        """Seconds without progress after which the main thread is stuck; 0: it never is."""
+        if self._longest == 0.0:
+            return self._config.start_timeout
+        if self._config.timeout is not None:
+            return self._config.timeout
+        return max(_SHORTEST, _LONGEST * self._longest)
+
+    def _exchange(self, turn: int) -> None:
+        """Says what this process does, hears what the others do, and whether one was asked to stop."""
+        sign = {"turn": turn, "doing": self._doing, "ticks": self._ticks, "host": socket.gethostname(), "pid": os.getpid()}
+        self._client.key_value_set(f"{_SIGNS}/{self._index}", json.dumps(sign), allow_overwrite=True)
+        now = time.monotonic()
+        for key, value in self._client.key_value_dir_get(_SIGNS):
+            index, said = int(key.rpartition("/")[2]), json.loads(value)
+            known = self._peers.get(index)
+            if known is None or known.said != said:
+                self._peers[index] = _Peer(said, now)
+        for index, peer in self._peers.items():
+            silent = now - peer.since
+            if index != self._index and not peer.said.get("ended") and silent > max(self._config.peer_timeout, 3 * self._pause):
+                end(f"process {index} {peer}, has given no sign for {silent:.0f} s: it was killed, or its host is gone")
+        if self._last_tick == sys.maxsize and (self._asked or self._client.key_value_dir_get(_STOPS)):
+            self._agree_on_the_last_tick()
+
+    def _agree_on_the_last_tick(self) -> None:
+        """All processes stop at the first tick that none of them has passed."""
+        with self._lock:
+            self._client.key_value_set(f"{_STOPS}/{self._index}", "1", allow_overwrite=True)
+            self._client.key_value_set(f"{_TICKS}/{self._index}", str(self._ticks), allow_overwrite=True)
+            until = time.monotonic() + self._config.peer_timeout
+            while len(ticks := self._client.key_value_dir_get(_TICKS)) < self._count:
+                if time.monotonic() > until:
+                    missing = sorted(set(range(self._count)) - {int(key.rpartition("/")[2]) for key, _ in ticks})
+                    end(f"process {missing[0]} does not answer the request to stop")
+                time.sleep(0.05)
+            self._last_tick = 1 + max(int(value) for _, value in ticks)
+
+    def _stuck(self, limit: float) -> None:
+        """Ends this process, whose main thread makes no progress: writes the stacks, and names the process that is behind."""
+        path = self._folder / f"stacks-{self._index}-{time.time():.0f}.txt"
+        told = f"the stacks of its threads are in {path}"
+        try:
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file)
+        except OSError as error:
+            told = f"its stacks cannot be written: {first_line(error)}"
+        faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
+        text = f"process {self._index} has been {self._doing} for {limit:.0f} s; {told}"
+        signs = {index: peer.said for index, peer in self._peers.items() if "ticks" in peer.said}
+        if signs:
+            late = min(signs, key=lambda index: (signs[index]["ticks"], index != self._index))
+            if late != self._index and signs[late]["ticks"] < self._ticks:
+                text += f". It waits for process {late} {self._peers[late]}"
+        end(text)
+
+
+def end(message: str) -> None:
+    """Ends the process at once with STUCK, in one line: its main thread is within a call that does not return."""
+    with suppress(OSError):
+        os.write(2, f"error: {message}; the same command resumes\n".encode())
+    os._exit(STUCK)
