@@ -9,7 +9,11 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from runs import finish, metrics, settings, start, wait_for_step
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -20,6 +24,7 @@ from mutransformer.errors import FAILED, FINISHED, STOPPED, USAGE_ERROR, ConfigE
 from mutransformer.sharding.stopping import SIGNALS, Stopped, stop_on_signals
 from mutransformer.training import sinks
 from mutransformer.training.checkpoint import Checkpoints
+from mutransformer.training.program import Program
 from mutransformer.training.run_folder import LOCK, RunFolder
 
 SHORT = ["steps=6", "checkpoint.every=2", "eval.every=0", "eval.final_batches=1", "checkpoint.keep=3"]
@@ -374,3 +379,97 @@ def test_validation_losses_that_are_damaged_cost_only_the_best(copy: Path, caplo
     checkpoints = Checkpoints(load(settings(copy, *SHORT, "name=r")), read_only=True)
     assert checkpoints.latest() == 6 and checkpoints.best() is None and "validation_losses.json" in caplog.text
     checkpoints.close()
+
+
+# Bad steps.
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> None:
+    """Makes the loss of some steps, and with it their gradients, NaN, infinite or large, on the device."""
+    from mutransformer.training import step as module
+
+    given = module.make_loss_and_grads
+
+    def poisoned(program: Program) -> Callable[..., Any]:
+        of = given(program)
+
+        def loss_and_grads(params: Any, batch: Any, step: jax.Array) -> Any:
+            metrics, grads = of(params, batch)
+            factor = jnp.where(jnp.isin(step + 1, jnp.array(sorted(steps))), value, 1.0)
+            return {name: of * factor for name, of in metrics.items()}, jax.tree.map(lambda g: g * factor, grads)
+
+        return loss_and_grads
+
+    def make_train_step(program: Program) -> Any:
+        of = poisoned(program)
+
+        def train_step(state: Any, batch: Any) -> Any:
+            metrics, grads = of(state.params, batch, state.step)
+            return module.update(program, state, metrics, grads, program.config.optim.lr)
+
+        return jax.jit(train_step, donate_argnums=0, out_shardings=(program.state_shardings, None))
+
+    monkeypatch.setattr("mutransformer.training.loop.make_train_step", make_train_step)
+
+
+def states(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
+    """Filled with the state after each step, as the trainer has it."""
+    from mutransformer.training.loop import Trainer
+
+    seen, update = dict[int, Any](), Trainer.update
+
+    def noted(self: Trainer) -> None:
+        update(self)
+        seen[self.step] = jax.tree.map(np.array, self.state)
+
+    monkeypatch.setattr(Trainer, "update", noted)
+    return seen
+
+
+@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=SLOW)])
+def test_a_bad_step_changes_nothing_but_the_step(
+    value: float, args: list[str], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, {3, 4}, value)
+    seen = states(monkeypatch)
+    assert main(["train", *args, "bad_steps.limit=3"]) == FINISHED
+    out = capsys.readouterr().out
+    for step in (3, 4):
+        assert f"warning: step {step} was skipped: loss {value:g}, gradient norm nan" in out.replace("norm inf", "norm nan")
+        assert seen[step].step == step
+        jax.tree.map(np.testing.assert_array_equal, (seen[step].params, seen[step].opt), (seen[2].params, seen[2].opt))
+    assert (seen[5].params.embed != seen[2].params.embed).any() and metrics(run)[6]["train/loss"] < 6
+    listed = [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in listed] == [3, 4] and all(len(set(line["rows"])) == 8 for line in listed)
+
+    capsys.readouterr()
+    assert main(["inspect-data", *args, "--step", "3", "--rows", "1"]) == FINISHED
+    assert f"batch 2, row 0, row {listed[0]['rows'][0]:,} of the data: 32 of 32 tokens count" in capsys.readouterr().out
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(
+    args: list[str], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, {2, 4, 5}, np.nan)
+    assert main(["train", *args, "bad_steps.limit=2"]) == FAILED
+    assert "error: step 5: the loss is nan; 2 steps in a row were skipped (bad_steps.limit), see" in capsys.readouterr().err
+    assert not (run / "checkpoints/6").exists()
+
+
+@pytest.mark.slow
+def test_a_spike_is_skipped_and_a_resumed_run_skips_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two runs, one is stopped after the spike, forgets it with its later steps, and resumes from before it."""
+    args = settings(tmp_path, "steps=60", "bad_steps.spike=8", "checkpoint.every=40", "optim.lr=0.001", "eval.every=0")
+    poison(monkeypatch, {50}, 10.0)
+    seen = states(monkeypatch)
+    assert main(["train", *args, "name=whole"]) == FINISHED
+    listed = (tmp_path / "runs/whole/bad_steps.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in listed.splitlines()] == [50]
+    whole = dict(seen)
+    shutil.copytree(tmp_path / "runs/whole", tmp_path / "runs/resumed")
+    shutil.rmtree(tmp_path / "runs/resumed/checkpoints/60")
+    monkeypatch.undo()
+    poison(monkeypatch, {10**6}, 10.0)  # the same program, but here no step is bad: the list alone says what to skip
+    again = states(monkeypatch)
+    assert main(["train", *args, "name=resumed"]) == FINISHED
+    jax.tree.map(np.testing.assert_array_equal, again[60], whole[60])

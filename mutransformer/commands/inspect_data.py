@@ -18,11 +18,15 @@ KEYS = (*DATA_KEYS, "data.packing", "data.intra_document_mask", "data.seq_len", 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)")
-    parser.add_argument("--batch", type=int, default=0, metavar="K", help="index of the batch, from 0 (default: 0)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--batch", type=int, default=0, metavar="K", help="index of the batch, from 0 (default: 0)")
+    which.add_argument("--step", type=int, metavar="N", help="the batch of the training step N, from 1")
 
 
 def run(args: Namespace) -> int:
     config = load(args.settings)
+    check(args.step is None or args.step >= 1, f"--step {args.step}: must be at least 1")
+    args.batch = args.batch if args.step is None else args.step - 1
     for option, value in (("--rows", args.rows), ("--batch", args.batch)):
         check(value >= 0, f"{option} {value}: must not be negative")
     start_jax(config)
@@ -42,11 +46,12 @@ def run(args: Namespace) -> int:
             print(f"{tokens.source} {split}: {tokens.n_documents:,} documents, {tokens.n_tokens:,} tokens, {n:,} rows{share}")
     with closing(train_batches(corpus.splits["train"], config.data, config.seed, 1, (0,), tokenizer.n_vocab)) as batches:
         batches.set_state({"next_index": args.batch})
-        batch = next(batches, None)
+        batch, indices = next(batches, None), batches.rows(args.batch)
     if batch is None:
         raise ConfigError(f"--batch {args.batch}: so many batches are never drawn")
     for row in range(min(args.rows, len(batch.tokens))):
-        print(f"\nbatch {args.batch}, row {row}: {batch.mask[row].sum()} of {len(batch.tokens[row])} tokens count")
+        counted = f"{batch.mask[row].sum()} of {len(batch.tokens[row])} tokens count"
+        print(f"\nbatch {args.batch}, row {row}, row {indices[row]:,} of the data: {counted}")
         _show_row(batch, row, tokenizer)
     return FINISHED
 

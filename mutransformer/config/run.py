@@ -96,6 +96,21 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class BadStepsConfig:
+    """Steps that are skipped: weights and moments stay as they are if the loss or the gradient is not finite, or a spike."""
+
+    limit: int = setting(10, "skipped steps in a row that end the run; 1: the first one does", min=1, resume="free")
+    spike: float = setting(
+        0.0,
+        "also skip a step whose loss or gradient norm is so many standard deviations above the mean of the latest 128; 0: none",
+        min=0,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, "bad_steps.")
+
+
+@dataclass(frozen=True)
 class WatchdogConfig:
     """When a run that makes no progress is ended, with exit code 76, so that it can be started again."""
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Optional
 
 from mutransformer.config.data import DataConfig
 from mutransformer.config.run import (
+    BadStepsConfig,
     CheckpointConfig,
     DistributedConfig,
     EvalConfig,
@@ -235,6 +236,7 @@ class Config:
     eval: EvalConfig = setting(EvalConfig, resume="free")
     log: LogConfig = setting(LogConfig, resume="free")
     checkpoint: CheckpointConfig = setting(CheckpointConfig, resume="free")
+    bad_steps: BadStepsConfig = setting(BadStepsConfig)
     watchdog: WatchdogConfig = setting(WatchdogConfig, resume="free")
     profile: ProfileConfig = setting(ProfileConfig, resume="free")
 

@@ -1,5 +1,6 @@
 """A training run: resume or start, loop, close; and profiler traces of a window of its steps."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -24,9 +25,10 @@ from mutransformer.mup.checks.runs import has_diverged
 from mutransformer.sharding.mesh import data_share, put_batch
 from mutransformer.sharding.peers import Watch
 from mutransformer.sharding.stopping import Stopped, StopRequest, stop_on_signals
+from mutransformer.training.bad_steps import BadSteps, NonFiniteLoss
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.evaluate import evaluate
-from mutransformer.training.metrics import Diverged, Metrics, NonFiniteLoss
+from mutransformer.training.metrics import Diverged, Metrics
 from mutransformer.training.preflight import (
     check_before_data,
     check_before_training,
@@ -127,6 +129,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._train_step, self._eval_step = make_train_step(self.program), make_eval_step(self.program)
+        self._skip = jax.jit(lambda state: dataclasses.replace(state, step=state.step + 1), donate_argnums=0)
+        self._bad = BadSteps(self.program.config.bad_steps, self.folder, self.step, lambda step: self.batches.rows(step - 1))
 
     def run(self) -> dict[str, float] | None:
         """All remaining steps, then the final evaluation. Returns its results by tag, or None if asked to stop.
@@ -159,8 +163,13 @@ class Trainer:
         with self.stop.at_once():  # a batch may never come
             batch = next(self.batches)
         self.watch.doing(f"computing step {self.step + 1}")
-        self.state, scalars = self._train_step(self.state, put_batch(batch, self.program.mesh))
         self.step += 1
+        if self.step in self._bad.known:
+            self.state = self._skip(self.state)
+            _log.info("step %d is skipped, as it was before the run was resumed", self.step)
+            return
+        self.state, scalars = self._train_step(self.state, put_batch(batch, self.program.mesh))
+        self._bad.record(self.step, scalars)
         self.log.record(self.step, scalars)
         self.checkpoints.poll()
 
@@ -191,6 +200,7 @@ class Trainer:
 
     def save(self) -> None:
         self.watch.doing(f"saving step {self.step}")
+        self._bad.read()
         self.folder.check_present()
         self.checkpoints.save(self.state, self.batches.get_state(), self.fingerprint)
 

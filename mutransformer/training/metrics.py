@@ -19,6 +19,7 @@ from mutransformer.config.schema import Config
 from mutransformer.errors import ConfigError, first_line
 from mutransformer.sharding.devices import memory_in_use, peak_flops
 from mutransformer.training import sinks
+from mutransformer.training.bad_steps import NonFiniteLoss
 from mutransformer.training.run_folder import RunFolder
 from mutransformer.training.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
 
@@ -32,10 +33,6 @@ _BAR = {"train/loss": "loss {:.4f}", "validation/loss": "val {:.4f}"}
 S = TypeVar("S", bound=Sink)
 
 _log = logging.getLogger(__name__)
-
-
-class NonFiniteLoss(FloatingPointError):
-    """The loss of a step, or the weights after it, are NaN or infinite."""
 
 
 class Diverged(FloatingPointError):
@@ -107,8 +104,8 @@ class Metrics:
         """Takes the scalars of a step just dispatched, and writes those of the previous step if it is to be logged.
 
         step: updates completed after this step. device_scalars: arrays of shape [], the same in all processes: loss (mean nats
-        per target) and others to log. Raises NonFiniteLoss if the loss or the norm of the weights of a logged step is NaN or
-        infinite; it is written nevertheless.
+        per target), skipped (1: BadSteps deals with it) and others to log. Raises NonFiniteLoss if the loss or the norm of the
+        weights of a logged step is NaN or infinite; it is written nevertheless.
         """
         # The device may be done already, as a CPU that computes while it dispatches: then the step ended here, not when read.
         done = time.perf_counter() if getattr(device_scalars["loss"], "is_ready", lambda: True)() else None
@@ -161,7 +158,11 @@ class Metrics:
         # All processes check the loss: if one alone stopped, the others would wait in a collective for ever.
         loss = float(device_scalars["loss"])
         if self._writes and self._due(step):
-            values = {_TAGS.get(key, f"train/{key}"): float(value) for key, value in device_scalars.items() if key != "loss"}
+            values = {
+                _TAGS.get(key, f"train/{key}"): float(value)
+                for key, value in device_scalars.items()
+                if key not in ("loss", "skipped")
+            }
             values |= {"train/loss": loss, "train/perplexity": math.inf if loss > 700 else math.exp(loss)}
             values |= self._rates(step, time.perf_counter() if done is None else done)
             values |= {f"memory/{key}": float(value) for key, value in (memory_in_use(jax.local_devices()) or {}).items()}
@@ -169,7 +170,7 @@ class Metrics:
             self._bar.update(self._task, completed=step, description=self._text(step, self._latest, _BAR))
             if not self._console.is_interactive:
                 self.note(f"step {self._text(step, values, _LINE)}")
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) and not float(device_scalars.get("skipped", 0.0)):
             raise NonFiniteLoss(f"step {step}: the loss is {loss}")
         # The loss is from before the update: the weights after it may not be finite.
         size = float(device_scalars.get("parameter_norm", 0.0))

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from mutransformer import mup
+from mutransformer.config.run import BadStepsConfig
 from mutransformer.config.schema import Config
 from mutransformer.data.cache.dataset import Corpus
 from mutransformer.data.cache.prepare import prepare, prepare_tokenizer
@@ -30,6 +31,7 @@ from mutransformer.model.weights import Transformer, block_specs, flops_per_toke
 from mutransformer.sharding.mesh import AnyMesh, batch_pspec, make_mesh, n_row_groups, replicated
 from mutransformer.sharding.processes import all_processes, assert_equal_across_processes
 from mutransformer.sharding.spec import Weight
+from mutransformer.training.bad_steps import Recent, no_steps
 from mutransformer.training.optim import Optimizer, make_schedule
 
 T = TypeVar("T")  # Array, ShapeDtypeStruct, NamedSharding
@@ -39,6 +41,7 @@ class TrainState(eqx.Module, Generic[T]):
     step: T  # int32 scalar, updates completed
     params: Transformer[T]  # float32 master weights
     opt: optax.OptState  # the optimizer's state; moments are sharded like their weights
+    recent: Recent[T] | None = None  # with bad_steps.spike
 
 
 class Vocabulary(NamedTuple):
@@ -92,7 +95,7 @@ class Program:
 
     def init_state(self) -> TrainState[Array]:
         """The state before the first update, computed in place: bit for bit the same on every mesh."""
-        init = partial(initial_state, self.optimizer, self.config.seed)
+        init = partial(initial_state, self.optimizer, self.config.seed, self.config.bad_steps)
         return jax.jit(init, out_shardings=self.state_shardings)()
 
     def __str__(self) -> str:
@@ -143,19 +146,20 @@ def build(
         execution=settings,
         z_loss=config.optim.z_loss,
     )
-    state = abstract_state(optimizer, mesh)
+    state = abstract_state(optimizer, mesh, config.bad_steps)
     return Program(config, Vocabulary(found.n_vocab, found.bos_id, found.eos_id), mesh, scaling, forward, optimizer, state)
 
 
-def initial_state(optimizer: Optimizer, seed: Int[Array, ""] | int) -> TrainState[Array]:
+def initial_state(optimizer: Optimizer, seed: Int[Array, ""] | int, bad_steps: BadStepsConfig) -> TrainState[Array]:
     """The state before the first update, with no sharding of its own. seed: may be an array."""
     params = mup.init_weights(optimizer.specs, optimizer.scaling, seed)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt=optimizer.transformation().init(params))
+    opt = optimizer.transformation().init(params)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt=opt, recent=no_steps(bad_steps))
 
 
-def abstract_state(optimizer: Optimizer, mesh: AnyMesh) -> TrainState[jax.ShapeDtypeStruct]:
+def abstract_state(optimizer: Optimizer, mesh: AnyMesh, bad_steps: BadStepsConfig) -> TrainState[jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of the whole state: what a checkpoint is restored into. Computes nothing."""
-    shapes = jax.eval_shape(lambda: initial_state(optimizer, 0))
+    shapes = jax.eval_shape(lambda: initial_state(optimizer, 0, bad_steps))
     params: Any = jax.tree.map(lambda w: NamedSharding(mesh, w.pspec), optimizer.specs)
 
     def moments_or_scalar(node: Any) -> Any:
@@ -166,7 +170,8 @@ def abstract_state(optimizer: Optimizer, mesh: AnyMesh) -> TrainState[jax.ShapeD
 
     # jit of the optimizer's init alone would drop the moments' shardings: they are given, not propagated.
     opt = jax.tree.map(moments_or_scalar, shapes.opt, is_leaf=lambda node: isinstance(node, Transformer))
-    sharded = TrainState(step=replicated(mesh), params=params, opt=opt)
+    recent = jax.tree.map(lambda _: replicated(mesh), shapes.recent)
+    sharded = TrainState(step=replicated(mesh), params=params, opt=opt, recent=recent)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, sharded)
 
 

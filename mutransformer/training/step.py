@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from mutransformer.errors import translate_errors
 from mutransformer.model.ops import shift_right
 from mutransformer.model.weights import Transformer
 from mutransformer.sharding.collectives import sum_rows, sum_z, varying_on_z
+from mutransformer.training.bad_steps import judge
 from mutransformer.training.program import Program, TrainState
 
 Metrics = dict[str, Array]
@@ -74,19 +75,26 @@ def update(
 ) -> tuple[TrainState[Array], Metrics]:
     """The state after one optimizer update, on global arrays. lr: optim.lr, or an array that replaces it.
 
-    Added to the metrics: learning_rate (lr x schedule), gradient_norm (before clipping), parameter_norm and update_norm (after
-    and of the update).
+    After a bad step (training.bad_steps) the state differs from the one before in `step` alone. Added to the metrics:
+    learning_rate (lr x schedule), gradient_norm (before clipping), parameter_norm and update_norm (after and of the update), and
+    skipped (1 if the step is bad, else 0).
     """
     before: Any = state.params  # optax types trees of arrays as dict, list and tuple only
+    gradient_norm = optax.tree.norm(grads)
+    good, recent = judge(program.config.bad_steps, state.recent, metrics["loss"], gradient_norm)
+    taken = cast(Any, state.opt)[-1].count  # of the schedule, the chain's last link; skipped steps do not count
     updates, opt = program.optimizer.transformation(lr).update(grads, state.opt, before)
-    params: Any = optax.apply_updates(before, updates)
+    updates = jax.tree.map(lambda u: jnp.where(good, u, 0), updates)
+    params: Any = jax.tree.map(lambda p, u: jnp.where(good, p + u, p), before, updates)
+    opt = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt, state.opt)
     norms = {
-        "learning_rate": lr * program.optimizer.schedule(state.step),
-        "gradient_norm": optax.tree.norm(grads),
+        "learning_rate": lr * program.optimizer.schedule(taken),
+        "gradient_norm": gradient_norm,
         "parameter_norm": optax.tree.norm(params),
         "update_norm": optax.tree.norm(updates),
+        "skipped": 1.0 - good,
     }
-    return TrainState(state.step + 1, params, opt), metrics | norms
+    return TrainState(state.step + 1, params, opt, recent), metrics | norms
 
 
 def make_train_step(program: Program) -> jax.stages.Wrapped:

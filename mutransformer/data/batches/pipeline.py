@@ -6,7 +6,7 @@ workers, and after any restart.
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -21,8 +21,9 @@ from mutransformer.errors import ConfigError, check
 class Batches(Iterator[Batch]):
     """An endless iterator of batches. close() ends the threads or processes that read ahead."""
 
-    def __init__(self, batches: grain.MapDataset[Batch], config: DataConfig):
-        self._batches, self._config = batches, config
+    def __init__(self, batches: grain.MapDataset[Batch], config: DataConfig, rows: Callable[[int], list[int]]):
+        """rows: the global indices of the rows of batch k."""
+        self._batches, self._config, self.rows = batches, config, rows
         self._next = 0
         self._iterator: grain.DatasetIterator[Batch] | None = None
 
@@ -89,7 +90,8 @@ def train_batches(text: TokenSplit, config: DataConfig, seed: int, n_blocks: int
         for name, first, stop in zip(sources, reader.before[:-1], reader.before[1:], strict=True)
     ]
     mixed = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, text.weights)
-    return Batches(grain.MapDataset.range(sys.maxsize // size).map(_ReadBatch(reader, mixed, size, local_rows)), config)
+    read = _ReadBatch(reader, mixed, size, local_rows)
+    return Batches(grain.MapDataset.range(sys.maxsize // size).map(read), config, read.rows)
 
 
 class _ReadBatch:
@@ -101,6 +103,10 @@ class _ReadBatch:
     def __call__(self, k: int) -> Batch:
         first = k * self._batch_size
         return self._reader.read([self._order[first + i] for i in self._local_rows])
+
+    def rows(self, k: int) -> list[int]:
+        """The indices of all rows of batch k, those of other processes too: of the sources' rows, one source after another."""
+        return [int(self._order[k * self._batch_size + i]) for i in range(self._batch_size)]
 
 
 def _seed(seed: int, name: str, n_sources: int) -> int:

@@ -78,7 +78,7 @@ class ParallelRuns:
         sums = self.map(partial(device_sums, p), self.pspecs, RUNS)
 
         def init(hyper: Hyper) -> TrainState[Array]:
-            return jax.vmap(lambda seed: initial_state(p.optimizer, seed))(hyper.seed)
+            return jax.vmap(lambda seed: initial_state(p.optimizer, seed, p.config.bad_steps))(hyper.seed)
 
         def step(state: TrainState[Array], batches: Batch, hyper: Hyper) -> tuple[TrainState[Array], Array]:
             metrics, gradients = grads(state.params, batches, hyper.data)
