@@ -1,5 +1,7 @@
 """What goes wrong around a run: signals, a full disk, a folder in use or removed, damaged files. Nothing is lost or silent."""
 
+import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -233,7 +235,7 @@ def test_a_folder_that_is_removed_ends_the_run_at_the_next_save(
 ) -> None:
     saved = Checkpoints.save
 
-    def save_and_lose(self: Checkpoints, *of: object) -> None:
+    def save_and_lose(self: Checkpoints, *of: Any) -> None:
         saved(self, *of)
         self.wait()
         shutil.rmtree(run)
@@ -473,3 +475,43 @@ def test_a_spike_is_skipped_and_a_resumed_run_skips_the_same(tmp_path: Path, mon
     again = states(monkeypatch)
     assert main(["train", *args, "name=resumed"]) == FINISHED
     jax.tree.map(np.testing.assert_array_equal, again[60], whole[60])
+
+
+# Before training on, and without training.
+
+
+def test_a_restored_state_that_scores_differently_is_told(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As restored into another dtype, which Orbax does without a word."""
+    args = settings(copy, *SHORT, "name=r", "steps=7", "checkpoint.allow=[steps]")
+    given = Checkpoints.restore
+
+    def damaged(self: Checkpoints, step: int, shapes: Any) -> Any:
+        state, position = given(self, step, shapes)
+        return dataclasses.replace(state, params=jax.tree.map(lambda a: a * 0.5, state.params)), position
+
+    monkeypatch.setattr(Checkpoints, "restore", damaged)
+    assert main(["train", *args]) == FINISHED
+    assert "the restored state is not what was saved: its loss on the first validation batch is" in caplog.text
+    shutil.rmtree(copy / "runs/r/checkpoints/7")
+    caplog.clear()
+    monkeypatch.undo()
+    assert main(["train", *args]) == FINISHED and "the restored state" not in caplog.text
+
+
+@pytest.mark.parametrize("damage", [None, "checkpoint", "data", "lock"])
+def test_doctor_gives_a_verdict_on_each_need(damage: str | None, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args, run = settings(copy, *SHORT, "name=r"), copy / "runs/r"
+    if damage == "checkpoint":
+        flip(run / "checkpoints/4/sha256.json")
+    if damage == "data":
+        args.append(f"data.files=[{copy}/none.txt]")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with RunFolder(run).owned() if damage == "lock" else contextlib.nullcontext():
+        code = main(["doctor", *args, "checkpoint.allow=[data.files]", f"data.cache_dir={copy}/cache"])
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line.split(":")[0] for line in lines if line.startswith("FAIL")]
+    expected = {"checkpoint": "checkpoints", "data": "data", "lock": "folder"}.get(damage or "")
+    assert failed == ([f"FAIL  {expected}"] if expected else []) and code == (FAILED if expected else FINISHED), lines
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

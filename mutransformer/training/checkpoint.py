@@ -141,18 +141,18 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))
         return restored["state"], self._run(step)["position"]
 
-    def save(self, state: TrainState[Array], position: dict[str, Any], data: dict[str, Any]) -> None:
+    def save(self, state: TrainState[Array], position: dict[str, Any], data: dict[str, Any], probe: float | None = None) -> None:
         """Starts saving in the background; does nothing if the step is saved already. The state is copied before this returns.
 
-        data: its fingerprint. Removes the checkpoints that neither checkpoint.keep nor keep_best keeps. A failure is logged, and
-        does not end a run of one process: the next save may succeed, and wait() tells if none did. Of several processes it
-        raises ConfigError, since the others do not know of it.
+        data: its fingerprint. probe: the state's loss on text that a resumed run can score again. Removes the checkpoints that
+        neither checkpoint.keep nor keep_best keeps. A failure is logged, and does not end a run of one process: the next save may
+        succeed, and wait() tells if none did. Of several processes it raises ConfigError, since the others do not know of it.
         """
         self._settle()
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        run = {"config": flatten(self._config), "data": data, "position": position}
+        run = {"config": flatten(self._config), "data": data, "position": position, "probe": probe}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
         try:
             self._prune()
@@ -201,6 +201,14 @@ class Checkpoints:
     def settings(self, step: int) -> dict[str, Any]:
         """The settings, by dotted key, of the run that saved a checkpoint."""
         return self._run(step)["config"]
+
+    def probe(self, step: int) -> float | None:
+        """The loss that was saved beside a state, to be compared with that of the restored one."""
+        return self._run(step).get("probe")
+
+    def faults(self) -> dict[int, str | None]:
+        """What is wrong with each checkpoint, by step; None: it is intact. Reads all of their files."""
+        return {step: _corruption(self._path(step)) for step in sorted(self._manager.all_steps())}
 
     def _run(self, step: int) -> dict[str, Any]:
         """What is saved beside the state: config, data fingerprint, position."""

@@ -39,6 +39,8 @@ from mutransformer.training.program import Program, TrainState, build_with_data
 from mutransformer.training.run_folder import RunFolder, owned_by_all
 from mutransformer.training.step import make_eval_step, make_train_step
 
+CONTINUOUS = 0.01  # relative difference of a loss that other devices or another mesh may make, in bfloat16 too
+
 _log = logging.getLogger(__name__)
 
 
@@ -93,6 +95,7 @@ def _train(program: Program, corpus: Corpus, stop: StopRequest, folder: RunFolde
                 trainer = Trainer(program, corpus, checkpoints, batches, log, stop, watch, folder, fingerprint, state, start)
                 log.note(_heading(program, corpus, start))
                 try:
+                    trainer.check_loss(checkpoints.probe(start) if start else None)
                     final = trainer.run()
                 except RuntimeError:  # of JAX, perhaps because another process is gone
                     watch.explain()
@@ -156,6 +159,22 @@ class Trainer:
             except Stopped:  # while it waited for a batch, or evaluated: the state is complete
                 return None
 
+    def check_loss(self, before: float | None) -> None:
+        """Scores a batch of held-out text, to see before any training that evaluation works, and that a restored state is the one
+        that was saved. before: the loss when it was saved. Raises NonFiniteLoss if the loss is not finite."""
+        loss = self.probe()
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"after step {self.step}: the loss on the first validation batch is {loss}")
+        if before is not None and abs(loss - before) > CONTINUOUS * abs(before):
+            text = "the restored state is not what was saved: its loss on the first validation batch is %.5g, it was %.5g"
+            _log.warning(text, loss, before)
+
+    def probe(self) -> float:
+        """The loss of the state on the first batch of the validation split."""
+        split, data, mesh = self.corpus.splits["validation"], self.program.config.data, self.program.mesh
+        rows = pipeline.eval_batches(split, data, 1, *data_share(mesh), self.program.vocabulary.n_vocab)
+        return evaluate(self._eval_step, self.state.params, self._watched(rows), mesh, split).results["loss"]
+
     def update(self) -> None:
         """One update. Raises Stopped if asked to stop before it has its batch."""
         self.watch.step_begins()
@@ -202,7 +221,7 @@ class Trainer:
         self.watch.doing(f"saving step {self.step}")
         self._bad.read()
         self.folder.check_present()
-        self.checkpoints.save(self.state, self.batches.get_state(), self.fingerprint)
+        self.checkpoints.save(self.state, self.batches.get_state(), self.fingerprint, self.probe())
 
 
 class Profile:

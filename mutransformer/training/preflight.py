@@ -89,10 +89,16 @@ def final_result(folder: Path, step: int) -> float | None:
     return found if isinstance(found, float) and math.isfinite(found) else None
 
 
-def _check_writable(folder: Path) -> None:
-    """Raises ConfigError unless a file can be written in a folder, or in the nearest above it that exists."""
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
     while not os.path.lexists(folder):
         folder = folder.parent
+    return folder
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises ConfigError unless a file can be written in a folder, or in the nearest above it that exists."""
+    folder = _existing(folder)
     check(folder.is_dir(), f"{folder}: not a folder, the run needs one there")
     probe = folder / f".probe-{uuid.uuid4().hex}"
     with translate_errors(f"{folder}: cannot be written to", OSError):
@@ -113,7 +119,7 @@ def _check_room(program: Program, folder: Path) -> None:
         check(fits, f"{folder}: {a_checkpoint}, but no file may be larger than {_megabytes(largest)} (ulimit -f)")
     try:
         there = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(_existing(folder)).free
     except OSError as error:
         _log.warning("%s: its free space is not known: %s", folder, first_line(error))
         return
