@@ -2,11 +2,14 @@
 
 import gzip
 import io
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import glob
+from fnmatch import fnmatchcase
+from glob import escape, glob
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -141,9 +144,7 @@ def pyarrow(path: str) -> Any:
 def _match_local(pattern: str, key: str) -> list[tuple[str, str, None]]:
     expanded = Path(pattern).expanduser()
     check(not expanded.is_dir(), f"{key}: {pattern} is a folder; name its files, e.g. {expanded.as_posix()}/**/*.txt")
-    # A file of exactly that name comes first, since a name may contain a bracket.
-    matches = [expanded] if expanded.is_file() else [Path(p) for p in glob(str(expanded), recursive=True)]
-    matches = [path for path in matches if path.is_file()]
+    matches = sorted({path for path in _expand(Path(expanded.anchor), expanded.parts[bool(expanded.anchor) :]) if path.is_file()})
     check(bool(matches), f"{key}: {pattern} matches no file")
     root = expanded.parent
     while _WILDCARDS & set(str(root)) and not root.is_dir():
@@ -151,12 +152,38 @@ def _match_local(pattern: str, key: str) -> list[tuple[str, str, None]]:
     return [(path.relative_to(root).as_posix(), str(path.resolve()), None) for path in matches]
 
 
+def _expand(folder: Path, parts: tuple[str, ...], literal: bool = True) -> Iterator[Path]:
+    """The paths below a folder that match the parts of a pattern.
+
+    A part is taken literally where a file or folder of exactly that name exists, since a name may contain a bracket. Below a part
+    that is a pattern (literal=False) this holds only if the name would not match itself: *.txt stays a pattern there.
+    """
+    if not parts:
+        yield folder
+        return
+    part, rest = parts[0], parts[1:]
+    if os.path.lexists(folder / part) and (literal or not _WILDCARDS & set(part) or not fnmatchcase(part, part)):
+        yield from _expand(folder / part, rest, literal)
+    elif part == "**" and rest:
+        for below in glob(f"{escape(str(folder))}/**/", recursive=True):
+            yield from _expand(Path(below), rest, literal=False)
+    elif _WILDCARDS & set(part):
+        for match in glob(f"{escape(str(folder))}/{part}", recursive=part == "**"):
+            yield from _expand(Path(match), rest, literal=False)
+
+
 def _match_url(pattern: str, key: str) -> list[tuple[str, str, tuple[Any, str]]]:
     with translate_errors(f"{key}: {pattern}"):  # raised by whatever package the URL needs
         fs, plain = url_to_fs(pattern)
+    literal = plain
     wildcards = _WILDCARDS - {"?"} if pattern.startswith(_HTTP) else _WILDCARDS
     try:
-        found = fs.glob(plain, maxdepth=None, detail=True) if wildcards & set(plain) else {plain: fs.info(plain)}
+        literal = _literal_part(fs, plain, wildcards)
+        if literal == plain:
+            found = {plain: fs.info(plain)}
+        else:
+            escaped = re.sub("[*?[]", lambda match: f"[{match[0]}]", literal)
+            found = fs.glob(escaped + plain[len(literal) :], maxdepth=None, detail=True)
     except Exception as error:  # each file system of fsspec has its own
         cause = error.__cause__  # fsspec's HTTP turns every failure into FileNotFoundError; the cause has the status
         if not isinstance(error, FileNotFoundError) or (cause is not None and getattr(cause, "status", None) != 404):
@@ -165,8 +192,7 @@ def _match_url(pattern: str, key: str) -> list[tuple[str, str, tuple[Any, str]]]
     matches = [path for path, info in found.items() if info["type"] != "directory"]
     check(bool(matches), f"{key}: {pattern} matches no file")
     root = (plain.partition("?")[0] if "?" not in wildcards else plain).rpartition("/")[0]
-    while wildcards & set(root):
-        root = root.rpartition("/")[0]
+    root = root[: len(literal)]
     # For messages the path of a match replaces that of the pattern: ftp://HOST/path, zip://path::ARCHIVE.
     head, chained, rest = pattern.partition("::")
 
@@ -174,3 +200,12 @@ def _match_url(pattern: str, key: str) -> list[tuple[str, str, tuple[Any, str]]]
         return (head.removesuffix(plain) + path if head.endswith(plain) else fs.unstrip_protocol(path)) + chained + rest
 
     return [(path[len(root) :].lstrip("/") if root else path, url(path), (fs, path)) for path in matches]
+
+
+def _literal_part(fs: Any, path: str, wildcards: set[str]) -> str:
+    """The leading folders of a pattern that have no wildcard or exist by exactly that name; the whole pattern if it does."""
+    parts = path.split("/")
+    for i, part in enumerate(parts):
+        if wildcards & set(part) and not fs.exists("/".join(parts[: i + 1])):
+            return "/".join(parts[:i])
+    return path

@@ -57,6 +57,9 @@ def hub_shards(config: SourceConfig, key: str) -> Iterator[SourceShard]:
         raise ConfigError(f"{key}.source = hub: needs datasets: pip install 'mutransformer[hf]'") from None
     datasets.disable_progress_bars()
     revision = None if folder else config.revision
+    renamed = "rename the folder, or name its files with data.source=jsonl or parquet"
+    readable = folder is None or "[" not in str(folder.resolve())
+    check(readable, f"{key}.path = {path}: the library datasets takes a [ for a pattern; {renamed}")
     with translate_errors(f"{key}.path = {path}", describe=describe_error):
         loaded: Any = datasets.load_dataset(str(folder or path), config.subset, revision=revision, streaming=True)
     own = set(SPLITS) <= set(loaded)
