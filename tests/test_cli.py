@@ -1,5 +1,6 @@
 """The command line: commands and their help, config names, exit codes, one-line errors, scripts, and what a wheel holds."""
 
+import os
 import re
 import runpy
 import shlex
@@ -239,6 +240,17 @@ def test_a_mistake_is_reported_where_jax_cannot_be_imported(start, tmp_path):
         done = subprocess.run([sys.executable, *start, *args], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=50)
         assert done.returncode == code, done.stderr
     assert "name: small" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:strict"])
+def test_what_the_terminal_cannot_show_is_escaped(encoding, tmp_path):
+    command = [sys.executable, "-m", "mutransformer.cli", "train"]
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    shown = subprocess.run([*command, "name=中é", "--print-config"], cwd=ROOT, env=env, capture_output=True)
+    assert shown.returncode == FINISHED and not shown.stderr
+    assert (b"name: \\u4e2d\xe9\n" if encoding == "latin-1" else b"name: \\u4e2d\\xe9\n") in shown.stdout
+    wrong = subprocess.run([*command, "中é.yaml"], cwd=ROOT, env=env, capture_output=True)
+    assert wrong.returncode == USAGE_ERROR and wrong.stderr.startswith(b"error: ") and wrong.stderr.count(b"\n") == 1
 
 
 def test_a_source_tree_needs_no_installation(monkeypatch):

@@ -19,6 +19,7 @@ from test_ops import distance
 from test_sharding import params
 
 from mutransformer.cli import main
+from mutransformer.commands.generate import read_prompt
 from mutransformer.config.load import load
 from mutransformer.data.tokenizers.registry import convert_hf, saved_tokenizer
 from mutransformer.data.tokenizers.tokenizer import ByteTokenizer
@@ -316,6 +317,23 @@ def test_the_script(script: Callable[..., int], tmp_path: Path, capsys: pytest.C
     assert script(*args) == 0
     one, two = (sample["text"] for sample in found["samples"])
     assert capsys.readouterr().out == f"--- 1 of 2\n12: the{one}\n--- 2 of 2\n12: the{two}\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "prompt"),
+    [
+        (b"\xef\xbb\xbf12: the\r\n", "12: the\r\n"),
+        (b"a\rb\n", "a\rb\n"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf", "\ufeff"),
+        ("é\u2028\x85".encode(), "é\u2028\x85"),
+    ],
+)
+def test_a_prompt_file_is_read_as_training_reads_text(data: bytes, prompt: str, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_bytes(data)
+    assert read_prompt(tmp_path / "prompt.txt") == prompt
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfab\xff")
+    with pytest.raises(ConfigError, match=r"prompt\.txt: not UTF-8 at byte 5$"):
+        read_prompt(tmp_path / "prompt.txt")
 
 
 def test_the_best_checkpoint(

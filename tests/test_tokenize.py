@@ -165,3 +165,22 @@ def test_a_vocabulary_too_small_names_the_smallest(tmp_path: Path) -> None:
     characters = "".join(map(chr, range(0x4E00, 0x4F00))) * 2
     with pytest.raises(ConfigError, match=r"^data\.vocab_size = 300: the characters of the train split need at least 5\d\d"):
         train_sentencepiece([characters], 300, tmp_path / "model")
+
+
+LEAST = "300 is the least: the text is too short or too uniform, add some"
+LITTLE = {
+    "\0" * 1000: r"1,000 bytes of text, which give no pieces at all \(only line ends or NULs\?\)",
+    "\n" * 500: r"500 bytes of text, which give no pieces at all \(only line ends or NULs\?\)",
+    "": r"0 bytes of text",
+    "中" * 300: rf"gives at most 268 pieces, of 900 bytes of text; {LEAST}",
+    "abc def\n" * 100: rf"gives at most 277 pieces, of 800 bytes of text; {LEAST}",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), LITTLE.items(), ids=["nul", "line ends", "none", "one character", "few words"])
+def test_too_little_text_is_said_in_our_words(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^data\.vocab_size = 300: the train split .*{message}.*data\.tokenizer=bytes$"
+    ) as error:
+        train_sentencepiece([text], 300, tmp_path / "model")
+    assert "INTERNAL" not in str(error.value) and "lower" not in str(error.value)

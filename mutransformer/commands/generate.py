@@ -5,6 +5,7 @@ Example: mutransformer generate runs/small/config.yaml --prompt 'def ' --tokens 
 Reads only the run's folder. Without a prompt a new document begins. The same options give the same text.
 """
 
+import codecs
 import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -35,10 +36,7 @@ def run(args: Namespace) -> int:
     from mutransformer.generation import Sampling, generate
 
     sampling = Sampling(args.samples, args.tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    try:
-        prompt = args.prompt if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{args.prompt_file}: not UTF-8 at byte {error.start}") from None
+    prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
     start_jax(config)
     result = generate(config, prompt, sampling)
     if args.json:
@@ -50,3 +48,17 @@ def run(args: Namespace) -> int:
             print(f"--- {i} of {n}")
         print(prompt + sample["text"])
     return FINISHED
+
+
+def read_prompt(file: Path) -> str:
+    """The text of a file as training reads it: without a byte-order mark, and with its own line ends.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    data = file.read_bytes()
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 at byte {len(data) - len(error.object) + error.start}") from None

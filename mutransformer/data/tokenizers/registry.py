@@ -172,11 +172,20 @@ def train_sentencepiece(texts: list[str], vocab_size: int, path: Path) -> None:
             minloglevel=2,
         )
     except RuntimeError as error:
-        if most := re.search(r"too high .*<= (\d+)", str(error)):
-            reason = f"the train split gives at most {most[1]} pieces; lower it, add text, or set data.tokenizer=bytes"
-        elif least := re.search(r"required_chars. \d+ vs (\d+)", str(error)):
-            reason = f"the characters of the train split need at least {least[1]}"
-        else:
-            reason = f"SentencePiece: {' '.join(str(error).split())}"
-        raise ConfigError(f"data.vocab_size = {vocab_size}: {reason}") from None
+        raise ConfigError(f"data.vocab_size = {vocab_size}: {_why_untrained(str(error), sum(map(len, data)))}") from None
     path.write_bytes(model.getvalue())
+
+
+def _why_untrained(message: str, n_bytes: int) -> str:
+    """What SentencePiece's message means for text of so many bytes, and what would be right."""
+    text, least = f"{n_bytes:,} bytes of text", DataConfig.__dataclass_fields__["vocab_size"].metadata["bounds"]["min"]
+    if most := re.search(r"too high .*<= (\d+)", message):
+        enough = int(most[1]) >= least
+        advice = "lower it, add text" if enough else f"{least} is the least: the text is too short or too uniform, add some"
+        return f"the train split gives at most {most[1]} pieces, of {text}; {advice}, or set data.tokenizer=bytes"
+    if needed := re.search(r"required_chars. \d+ vs (\d+)", message):
+        return f"the characters of the train split need at least {needed[1]}; raise it"
+    if message.startswith("INTERNAL"):  # it leaves out NULs, empty lines and its own symbols, and nothing remained
+        unusable = ", which give no pieces at all (only line ends or NULs?)" if n_bytes else ""
+        return f"the train split has {text}{unusable}; add text, or set data.tokenizer=bytes"
+    return f"SentencePiece cannot be trained on {text}: {' '.join(message.split())}"
