@@ -5,8 +5,11 @@ workers, and after any restart.
 """
 
 import hashlib
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from threading import Thread
 from typing import Any
 
 import grain
@@ -15,7 +18,10 @@ from absl import flags
 from mutransformer.config.data import DataConfig
 from mutransformer.data.batches.rows import Batch, RowReader, rows_of
 from mutransformer.data.cache.dataset import TokenSplit
+from mutransformer.data.workers import call_without_signals, set_up_worker
 from mutransformer.errors import ConfigError, check
+
+_PATIENCE = 4.0  # seconds that processes are given to end, before and after they are killed
 
 
 class Batches(Iterator[Batch]):
@@ -26,11 +32,11 @@ class Batches(Iterator[Batch]):
         self._batches, self._config, self.rows = batches, config, rows
         self._next = 0
         self._iterator: grain.DatasetIterator[Batch] | None = None
+        self._workers: list[BaseProcess] = []
 
     def __next__(self) -> Batch:
-        self._iterator = self._iterator or self._start()
         try:
-            batch = next(self._iterator)
+            batch = next(self._iterator) if self._iterator else self._first()
         except RuntimeError as error:
             if not (self._config.workers and "terminated unexpectedly" in str(error)):
                 raise
@@ -49,9 +55,38 @@ class Batches(Iterator[Batch]):
         self._next = state["next_index"]
 
     def close(self) -> None:
-        if self._iterator is not None:
-            self._iterator.close()
-        self._iterator = None
+        """Ends the threads or processes that read ahead; those that do not end in time, such as a stopped one, are killed."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is None:
+            return
+        if not self._config.workers:
+            iterator.close()
+            return
+        # In a thread: Grain waits for ever for the rest of what a stopped process has sent in part.
+        closing = Thread(target=iterator.close, daemon=True)
+        closing.start()
+        closing.join(_PATIENCE)
+        if closing.is_alive():
+            for worker in self._workers:
+                worker.kill()
+            closing.join(_PATIENCE)
+        self._workers = []
+
+    def _first(self) -> Batch:
+        """Starts to read ahead, and returns the first batch."""
+
+        def start() -> Batch:
+            self._iterator = iterator = self._start()
+            return next(iterator)
+
+        if not self._config.workers:
+            return start()
+        before = multiprocessing.active_children()
+        try:
+            return call_without_signals(start)
+        finally:
+            started = [child for child in multiprocessing.active_children() if child not in before]
+            self._workers = [child for child in started if child.name.startswith("grain-")]
 
     def _start(self) -> grain.DatasetIterator[Batch]:
         c = self._config
@@ -61,8 +96,12 @@ class Batches(Iterator[Batch]):
             if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which only an absl program parses
                 flags.FLAGS.mark_as_parsed()
             workers = grain.MultiprocessingOptions(num_workers=c.workers, per_worker_buffer_size=max(1, c.prefetch))
-            batches = batches.mp_prefetch(workers)
+            batches = batches.mp_prefetch(workers, _set_up_worker)
         return iter(batches)
+
+
+def _set_up_worker(index: int, count: int) -> None:
+    set_up_worker()
 
 
 def train_batches(text: TokenSplit, config: DataConfig, seed: int, n_blocks: int, blocks: Sequence[int], n_vocab: int) -> Batches:

@@ -7,7 +7,6 @@ file and, written after it, its metadata with the checksum: without metadata it 
 import logging
 import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -16,7 +15,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +29,7 @@ from mutransformer.data.sources.registry import RecordReader, with_retries
 from mutransformer.data.sources.source import SourceShard, Split
 from mutransformer.data.sources.text import cut
 from mutransformer.data.tokenizers.tokenizer import Tokenizer
+from mutransformer.data.workers import set_up_worker, without_signals
 from mutransformer.errors import ConfigError, check, translate_errors
 from mutransformer.sharding.processes import Processes
 
@@ -114,7 +113,8 @@ def _in_workers(target: TokenShards, shards: Sequence[SourceShard], missing: lis
     stop, to_stop = context.Pipe(duplex=False)
     workers, setup = min(workers, len(missing)), {"initializer": _start, "initargs": (target, stop)}
     with to_stop, stop, ProcessPoolExecutor(workers, mp_context=context, **setup) as pool:
-        futures = {pool.submit(_tokenize_in_worker, shards[i], i) for i in missing}
+        with without_signals():
+            futures = {pool.submit(_tokenize_in_worker, shards[i], i) for i in missing}
         try:
             while futures:
                 done, futures = wait(futures, timeout=_REPORT, return_when=FIRST_COMPLETED)
@@ -137,16 +137,9 @@ _target: TokenShards  # of a worker: sent once, since a tokenizer may be large a
 def _start(target: TokenShards, stop: Connection) -> None:
     """Sets up a worker: one thread for the tokenizer, and an end when the parent dies or closes the other end of `stop`."""
     global _target
+    set_up_worker(stop)
     _target = target
     os.environ["RAYON_NUM_THREADS"] = "1"
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def exit_with_parent() -> None:
-        connection.wait([stop, parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _tokenize_in_worker(shard: SourceShard, index: int) -> None:
