@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection
@@ -28,6 +28,7 @@ from mutransformer.data.sources.files import map_parallel
 from mutransformer.data.sources.registry import RecordReader, with_retries
 from mutransformer.data.sources.source import SourceShard, Split
 from mutransformer.data.sources.text import cut
+from mutransformer.data.tokenizers.round_trip import RoundTrip
 from mutransformer.data.tokenizers.tokenizer import Tokenizer
 from mutransformer.data.workers import set_up_worker, without_signals
 from mutransformer.errors import ConfigError, check, translate_errors
@@ -153,7 +154,7 @@ def tokenize_shard(target: TokenShards, shard: SourceShard, index: int, threads:
     try:
         with translate_errors(f"data.cache_dir = {target.store.root}: cannot write there", OSError):
             facts = with_retries(shard, target.key, target.config, partial(_write, target, file, threads))
-            facts |= {"file": f"{target.name(index)}.bin"} | checksum(file)
+            facts |= {"place": shard.place, "file": f"{target.name(index)}.bin"} | checksum(file)
         target.store.put(f"{name}.bin", file)
         target.store.write_json(f"{name}.json", facts)
     finally:
@@ -168,7 +169,8 @@ class _Piece(NamedTuple):
 
 
 def _write(target: TokenShards, path: Path, threads: int, reader: RecordReader) -> dict[str, Any]:
-    """Tokenizes a shard to a file. Returns its counts by split and the bad records."""
+    """Tokenizes a shard to a file. Returns its counts by split, of records, of unknown tokens, and of text that is lost."""
+    sample, n_unknown = RoundTrip(target.tokenizer), 0
     with closing(ShardWriter(path, dtype_for(target.tokenizer.n_vocab))) as writer:
         chunk: list[_Piece] = []
         size = 0
@@ -180,25 +182,29 @@ def _write(target: TokenShards, path: Path, threads: int, reader: RecordReader) 
                 start = stop
                 size += len(segment)
                 if size >= _CHUNK * threads:
-                    _tokenize(target, chunk, writer, threads)
+                    n_unknown += _tokenize(target, chunk, writer, sample, threads)
                     chunk, size = [], 0
         if chunk:
-            _tokenize(target, chunk, writer, threads)
-        return {"splits": writer.finish(), "skipped": reader.skipped, "first_skipped": reader.first_skipped}
+            n_unknown += _tokenize(target, chunk, writer, sample, threads)
+        return {"splits": writer.finish(), **asdict(reader.counts), "unknown": n_unknown, **sample.facts()}
 
 
-def _tokenize(target: TokenShards, chunk: list[_Piece], writer: ShardWriter, threads: int) -> None:
+def _tokenize(target: TokenShards, chunk: list[_Piece], writer: ShardWriter, sample: RoundTrip, threads: int) -> int:
+    """Writes the tokens of some texts. Returns how many of them are unknown."""
     tokenizer = target.tokenizer
     eos = np.array([tokenizer.eos_id], np.int32)
     bos = [np.array([tokenizer.bos_id], np.int32)] if target.config.add_bos else []
-    encoded = tokenizer.encode([piece.data.decode() for piece in chunk], threads)
+    texts = [piece.data.decode() for piece in chunk]
+    encoded = tokenizer.encode(texts, threads)
     joined = np.concatenate([eos, *bos, *encoded])
     low, high = int(joined.min()), int(joined.max())
     outside = f"outside its {tokenizer.n_vocab} ids"
     check(0 <= low and high < tokenizer.n_vocab, f"data.tokenizer: it gave the ids {low} ... {high}, {outside}")
-    for ids, piece in zip(encoded, chunk, strict=True):
+    for text, ids, piece in zip(texts, encoded, chunk, strict=True):
         framed = [*(bos if piece.begins else []), ids, *([eos] if piece.ends else [])]
         writer.add(piece.split, framed, len(piece.data), piece.ends)
+        sample.add(text, ids)
+    return 0 if tokenizer.unk_id is None else int((joined[1 + len(bos) :] == tokenizer.unk_id).sum())
 
 
 def collect(target: TokenShards) -> list[dict[str, Any]]:
@@ -211,7 +217,4 @@ def collect(target: TokenShards) -> list[dict[str, Any]]:
     counts = [split for shard in metadata for split in shard["splits"].values()]
     n_documents, n_tokens = (sum(split[what] for split in counts) for what in ("documents", "tokens"))
     _log.info("%s: tokenized %d documents, %.1fM tokens", target.key, n_documents, n_tokens / 1e6)
-    if skipped := sum(shard["skipped"] for shard in metadata):
-        first = next(shard["first_skipped"] for shard in metadata if shard["skipped"])
-        _log.warning("%s: %d bad records were skipped, the first: %s", target.key, skipped, first)
     return metadata

@@ -12,6 +12,7 @@ from mutransformer.config.data import DataConfig, MixedSourceConfig
 from mutransformer.data.cache.build import NOT_SHARED, TokenShards, build, collect
 from mutransformer.data.cache.dataset import Corpus, TokenDataset, TokenSplit, combine_checksums, dtype_for, open_shard
 from mutransformer.data.cache.store import MANIFEST, Corrupt, Store, cache_key, digest, from_json
+from mutransformer.data.cache.summary import check_text_is_left, report
 from mutransformer.data.sources import hub
 from mutransformer.data.sources.files import map_parallel
 from mutransformer.data.sources.registry import open_source
@@ -43,7 +44,7 @@ def prepare(config: DataConfig, processes: Processes = SINGLE_PROCESS) -> Corpus
     opened = [
         _tokens(config, name, sources[name], tokenizer, store, processes)
         if name in sources
-        else _tokens_made_elsewhere(config, name, tokenizer)
+        else _tokens_made_elsewhere(config, name, tokenizer, processes.index)
         for name in config.mixture
     ]
     weights = tuple(source.weight for source in config.mixture.values())
@@ -153,10 +154,11 @@ def _tokens(
     target = _token_shards(config, source, tokenizer, store, n_shards=0)
     folder, place = target.folder, f"{target.folder}/{MANIFEST}"
     where = f"the cache {store.root}/{folder}"
-    tokens = None
+    tokens, manifest = None, dict[str, Any]()
     try:
         if (data := store.read(place)) is not None:
-            tokens = _open(store, folder, name, from_json(MANIFEST, data), tokenizer.eos_id)
+            manifest = from_json(MANIFEST, data)
+            tokens = _open(store, folder, name, manifest, tokenizer.eos_id)
     except Corrupt as error:
         _log.warning("%s is corrupt and is built again: %s", where, error)
         store.remove(place)
@@ -180,7 +182,13 @@ def _tokens(
     processes.barrier(f"{where}: complete")
     wrong = f"data.cache_dir = {store.root}: {folder} is corrupt after it was built"
     with translate_errors(wrong, Corrupt, lambda error: f"{error}{NOT_SHARED if processes.index else ''}"):
-        return tokens or _open(store, folder, name, store.read_json(place), tokenizer.eos_id)
+        if tokens is None:
+            manifest = store.read_json(place)
+            tokens = _open(store, folder, name, manifest, tokenizer.eos_id)
+    if processes.index == 0:
+        report(source.key, manifest["shards"])
+    check_text_is_left(source.key, manifest["shards"])
+    return tokens
 
 
 def _open(store: Store, folder: str, name: str, manifest: dict[str, Any], eos_id: int) -> dict[Split, TokenDataset]:
@@ -221,8 +229,11 @@ def _allow_open_files(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted, hard))
 
 
-def _tokens_made_elsewhere(config: DataConfig, name: str, tokenizer: Tokenizer) -> dict[Split, TokenDataset]:
-    """The tokens in the folder that the settings name, after every id was compared with the size of the vocabulary."""
+def _tokens_made_elsewhere(config: DataConfig, name: str, tokenizer: Tokenizer, index: int) -> dict[Split, TokenDataset]:
+    """The tokens in the folder that the settings name, after every id was compared with the size of the vocabulary.
+
+    index: of this process in the run; the first one logs what became of the text.
+    """
     path, key = config.mixture[name].path or "", f"{config.key(name)}.path"
     where = f"{key} = {path}"
     root, _, folder = path.rstrip("/").rpartition("/")
@@ -239,4 +250,7 @@ def _tokens_made_elsewhere(config: DataConfig, name: str, tokenizer: Tokenizer) 
         tokens = _open(store, folder, name, manifest, tokenizer.eos_id)
     for dataset in tokens.values():
         dataset.check_ids(key, tokenizer.n_vocab)
+    if index == 0:
+        report(config.key(name), manifest["shards"])
+    check_text_is_left(config.key(name), manifest["shards"])
     return tokens

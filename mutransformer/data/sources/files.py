@@ -2,13 +2,15 @@
 
 import gzip
 import io
+import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from glob import escape, glob
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +19,16 @@ from fsspec.core import url_to_fs
 
 from mutransformer.config.data import SourceConfig
 from mutransformer.data.cache.store import checksum
+from mutransformer.data.sources.formats import HEAD_BYTES, check_compressed, check_table, check_text
 from mutransformer.data.sources.source import SPLITS, Split
 from mutransformer.errors import ConfigError, check, first_line, is_url, translate_errors
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
 _WILDCARDS = set("*?[")
+COMPRESSED = (".gz", ".zst", ".zstd")  # suffixes of JSON lines
 _HTTP = ("http://", "https://")  # where ? begins a query
 _BLOCK = 1 << 20  # bytes
 
@@ -50,10 +56,14 @@ class File:
         """A binary file of the contents, stored as they are, as .gz or as .zst; compressed ones are read forward only.
 
         Buffered, since the files of most stores fetch and copy a block or two for each line. A truncated file is an OSError or
-        EOFError; several compressed frames, one after another, are read as one. Raises ConfigError if .zst lacks its package.
+        EOFError; several compressed frames, one after another, are read as one. Raises ConfigError if .zst lacks its package, or
+        if the file is not compressed as its name says.
         """
         with self.open() as stored:
-            if self._has_suffix(".gz"):
+            if self.compressed:
+                check_compressed(stored.read(HEAD_BYTES), self.path, "gzip" if self.gzipped else "Zstandard")
+                stored.seek(0)
+            if self.gzipped:
                 with gzip.GzipFile(fileobj=stored) as file:
                     yield file
             elif self.compressed:
@@ -66,7 +76,11 @@ class File:
 
     @property
     def compressed(self) -> bool:
-        return self._has_suffix(".gz", ".zst", ".zstd")
+        return self._has_suffix(*COMPRESSED)
+
+    @property
+    def gzipped(self) -> bool:
+        return self._has_suffix(".gz")
 
     def _has_suffix(self, *suffixes: str) -> bool:
         # Of the matched name: a symbolic link may lead to a file that is named by its hash.
@@ -109,10 +123,12 @@ def find(patterns: Iterable[str], key: str) -> list[File]:
 def find_by_split(config: SourceConfig, key: str) -> list[tuple[Split | None, File]]:
     """The files of a source, at most max_parts of each split; with the split None if documents are divided by a hash.
 
-    Raises ConfigError as find() does, or if a file is named for two splits.
+    Raises ConfigError as find() does, if a file is named for two splits, or if a local file is not of the source's format.
     """
     if not config.validation_files:
-        return [(None, file) for file in find(config.files, f"{key}.files")[: config.max_parts]]
+        unsplit = find(config.files, f"{key}.files")[: config.max_parts]
+        map_parallel(partial(_check_format, config.source, f"{key}.files"), unsplit)
+        return [(None, file) for file in unsplit]
     found: list[tuple[Split | None, File]] = []
     named: dict[str, str] = {}  # the setting that names a file, by its path
     for split in SPLITS:
@@ -121,8 +137,30 @@ def find_by_split(config: SourceConfig, key: str) -> list[tuple[Split | None, Fi
         for file in files:
             other = named.setdefault(file.path, setting)
             check(other == setting, f"{key}.{setting}: {file.path} is also one of {key}.{other}")
+        map_parallel(partial(_check_format, config.source, f"{key}.{setting}"), files[: config.max_parts])
         found.extend((split, file) for file in files[: config.max_parts])
     return found
+
+
+def _check_format(source: str, key: str, file: File) -> None:
+    """Raises ConfigError if a local file is not of the format of its source. A remote one is looked at when it is read."""
+    if file.remote:
+        return
+    with file.open() as opened:
+        head = opened.read(HEAD_BYTES)
+    where = f"{key}: {file.path}"
+    if source in ("parquet", "arrow"):
+        check_table(head, where, source.capitalize())
+    elif source == "jsonl" and file.compressed:
+        check_compressed(head, where, "gzip" if file.gzipped else "Zstandard")
+    else:
+        check_text(head, where, COMPRESSED if source == "jsonl" else ())
+
+
+def warn_of_empty(key: str, n: int, empty: Sequence[File]) -> None:
+    """Says at each start which of a source's n files give no shard, and so no count of records."""
+    if empty:
+        _log.warning("%s.files: %d of %d files are empty, the first: %s", key, len(empty), n, empty[0].path)
 
 
 def map_parallel(action: Callable[[Any], T], items: Iterable[Any]) -> list[T]:

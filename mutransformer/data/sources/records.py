@@ -7,11 +7,22 @@ from functools import partial
 from typing import Any
 
 from mutransformer.config.data import SourceConfig
-from mutransformer.data.sources.files import File, find_by_split, map_parallel, pyarrow
-from mutransformer.data.sources.source import SHARD_BYTES, UTF8_BOM, Fractions, Record, SourceShard, Split, text_record
-from mutransformer.errors import check, first_line, translate_errors
+from mutransformer.data.sources.files import COMPRESSED, File, find_by_split, map_parallel, pyarrow, warn_of_empty
+from mutransformer.data.sources.formats import HEAD_BYTES, check_text
+from mutransformer.data.sources.source import (
+    SHARD_BYTES,
+    UTF8_BOM,
+    BadShard,
+    Fractions,
+    Record,
+    SourceShard,
+    Split,
+    text_record,
+)
+from mutransformer.errors import first_line, translate_errors
 
 _BATCH_ROWS = 1024  # read at a time
+_ARRAY = "JSON array, not JSON lines; write one record a line"
 
 
 def jsonl_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
@@ -24,7 +35,9 @@ def jsonl_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterat
 
 def parquet_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
     files = find_by_split(config, key)
-    for (split, file), groups in zip(files, map_parallel(_row_groups, [file for _, file in files]), strict=True):
+    found = map_parallel(_row_groups, [file for _, file in files])
+    warn_of_empty(key, len(files), [file for (_, file), groups in zip(files, found, strict=True) if not groups])
+    for (split, file), groups in zip(files, found, strict=True):
         first, size, first_row, row = 0, 0, 0, 0
         for i, (n_rows, n_bytes) in enumerate(groups, start=1):
             row += n_rows
@@ -60,6 +73,8 @@ def read_lines(file: File, column: str, start: int = 0, stop: int | None = None)
         for number, line in enumerate(opened, start=1):
             if stop is not None and at >= stop:
                 return
+            if start == 0 and number == 1:
+                check_text(line[:HEAD_BYTES], file.path, () if file.compressed else COMPRESSED)
             record = _parse(file.path, line.removeprefix(UTF8_BOM) if at == 0 else line, column)
             if record is not None and record.text is None:
                 if lines_before is None:
@@ -83,13 +98,19 @@ def _parse(path: str, line: bytes, column: str) -> Record | None:
         reason = "not JSON (nested too deep)"
     except json.JSONDecodeError as error:
         reason = f"not JSON ({error.msg} at character {error.pos})"
+        if line.startswith(b"[") or line[-2:] == b"},":
+            reason = f"a part of a {_ARRAY}"
+        elif line == b"{":
+            reason = "a JSON object over several lines, not JSON lines; write one record a line"
     except ValueError as error:  # a number of too many digits
         reason = f"not JSON ({first_line(error)})"
     else:
         if isinstance(fields, dict) and column in fields:
             return text_record(path, column, fields[column])
         reason = f"a JSON {type(fields).__name__}, not an object with the field {column!r}"
-        if isinstance(fields, dict):
+        if isinstance(fields, list):
+            reason = f"a {_ARRAY}"
+        elif isinstance(fields, dict):
             reason = f"no field {column!r}; it has {', '.join(map(repr, fields)) or 'none'}"
     return Record(path, None, reason=reason)
 
@@ -117,7 +138,9 @@ def _batches(file: Any, path: str, column: str, key: str, groups: tuple[int, ...
     with _format_errors(path, "Arrow" if groups is None else "Parquet"):
         if groups is not None:
             table = pa.parquet.ParquetFile(file)
-            schema, batches = table.schema_arrow, table.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[column])
+            schema = table.schema_arrow
+            columns = [column] if column in schema.names else []
+            batches = table.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns)
         else:
             try:
                 reader = pa.ipc.open_file(file)
@@ -126,14 +149,21 @@ def _batches(file: Any, path: str, column: str, key: str, groups: tuple[int, ...
                 file.seek(0)
                 reader = batches = pa.ipc.open_stream(file)
             schema = reader.schema
-        found = f"{path} has {', '.join(map(repr, schema.names))}"
-        check(column in schema.names, f"{key} = {column}: no such column; {found}")
-        kind = schema.field(column).type
-        values = kind.value_type if pa.types.is_dictionary(kind) else kind
-        is_text = pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)
-        check(is_text, f"{key} = {column}: holds {kind}, not text; {found}")
+        if problem := _why_no_text(schema, column, pa.types):
+            n = sum(batch.num_rows for batch in batches)
+            raise BadShard(f"{key} = {column}: {problem}; {path} has {', '.join(map(repr, schema.names))}", n)
         for batch in batches:
             yield batch.select([column])
+
+
+def _why_no_text(schema: Any, column: str, types: Any) -> str | None:
+    """Why the rows of a table have no text in a column. One of type null has none either, but is a column of bad records."""
+    if column not in schema.names:
+        return "no such column"
+    kind = schema.field(column).type
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    is_text = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    return None if any(test(values) for test in is_text) else f"holds {kind}, not text"
 
 
 def _row_groups(file: File) -> list[tuple[int, int]]:

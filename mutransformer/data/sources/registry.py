@@ -11,7 +11,16 @@ from typing import TypeVar
 from mutransformer.config.data import DataConfig, MixedSourceConfig, SourceConfig
 from mutransformer.data.sources import hub
 from mutransformer.data.sources.records import arrow_shards, jsonl_shards, parquet_shards
-from mutransformer.data.sources.source import Fractions, Source, SourceShard, Split, held_out_fractions, split_of
+from mutransformer.data.sources.source import (
+    BadShard,
+    Fractions,
+    RecordCounts,
+    Source,
+    SourceShard,
+    Split,
+    held_out_fractions,
+    split_of,
+)
 from mutransformer.data.sources.text import stdlib_shards, text_shards
 from mutransformer.errors import ConfigError, check
 
@@ -58,17 +67,26 @@ class RecordReader:
     def __init__(self, shard: SourceShard, key: str, config: DataConfig):
         self._shard, self._key, self._skip = shard, key, config.on_bad_record == "skip"
         self._fractions = held_out_fractions(config)
-        self.skipped, self.first_skipped = 0, ""  # the number of bad records so far; place and reason of the first one
+        self.counts = RecordCounts()  # of the records so far
 
     def __iter__(self) -> Iterator[tuple[bytes, Split]]:
+        counts = self.counts
         try:
             for record in self._shard.records():
+                counts.read += 1
                 if record.text is None:
                     problem = f"{record.place}: {record.reason}"
                     check(self._skip, f"{self._key}: {problem}; data.on_bad_record=skip skips bad records")
-                    self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or problem
+                    counts.skipped, counts.first_skipped = counts.skipped + 1, counts.first_skipped or problem
                 elif record.text:
                     yield record.text, self._shard.split or record.split or split_of(record.text, self._fractions)
+                else:
+                    counts.empty += 1
+        except BadShard as error:
+            if not self._skip:
+                raise ConfigError(str(error)) from None
+            counts.read, counts.skipped = counts.read + error.n, counts.skipped + error.n
+            counts.first_skipped = counts.first_skipped or str(error)
         except ConfigError:
             raise
         except Exception as error:  # raised by a file system, a decompressor or the Hub's library

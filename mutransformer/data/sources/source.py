@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from mutransformer.config.data import DataConfig
+from mutransformer.errors import ConfigError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -21,6 +22,32 @@ class Record(NamedTuple):
     text: bytes | None  # in UTF-8
     split: Split | None = None  # None: that of its shard, or by a hash of the text
     reason: str = ""  # set where text is None
+
+
+@dataclass
+class RecordCounts:
+    """What became of the records of a shard, or of several."""
+
+    read: int = 0  # of them all, whatever became of them
+    empty: int = 0  # texts without a character
+    skipped: int = 0  # bad records
+    first_skipped: str = ""  # place and reason of the first one
+
+    def __add__(self, other: "RecordCounts") -> "RecordCounts":
+        read, empty, skipped = self.read + other.read, self.empty + other.empty, self.skipped + other.skipped
+        return RecordCounts(read, empty, skipped, self.first_skipped or other.first_skipped)
+
+    def __str__(self) -> str:
+        first = f" (the first: {self.first_skipped})" if self.skipped else ""
+        return f"{self.read:,} records read, {self.empty:,} empty, {self.skipped:,} skipped{first}"
+
+
+class BadShard(ConfigError):
+    """All n records of a shard are bad for one reason, such as a column that is missing."""
+
+    def __init__(self, message: str, n: int):
+        super().__init__(message)
+        self.n = n
 
 
 @dataclass(frozen=True)

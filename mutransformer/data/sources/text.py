@@ -14,7 +14,8 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 from mutransformer.config.data import SourceConfig
-from mutransformer.data.sources.files import File, find_by_split, map_parallel
+from mutransformer.data.sources.files import File, find_by_split, map_parallel, warn_of_empty
+from mutransformer.data.sources.formats import HEAD_BYTES, check_text
 from mutransformer.data.sources.source import SHARD_BYTES, SPLITS, UTF8_BOM, Fractions, Record, SourceShard, Split, assign_splits
 from mutransformer.errors import check
 
@@ -112,7 +113,9 @@ def text_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterato
     else:
         total = sum(file.size for _, file in files)
         size = min(max(_SMALLEST_PIECE, 1 << max(0, (total // 256).bit_length() - 1)), SHARD_BYTES // 2)
-    pieces = list(chain.from_iterable(map_parallel(lambda found: _pieces(*found, size=size), files)))
+    by_file = map_parallel(lambda found: _pieces(*found, size=size), files)
+    warn_of_empty(key, len(files), [file for (_, file), pieces in zip(files, by_file, strict=True) if not pieces])
+    pieces = list(chain.from_iterable(by_file))
     return _group(pieces if config.validation_files else _divide(pieces, key, fractions, f", {key}.files = {config.files}"))
 
 
@@ -124,7 +127,9 @@ def _pieces(split: Split | None, file: File, size: int) -> list[Document]:
             opened.seek(first)
             return opened.read(last - first)
 
-        start = len(UTF8_BOM) if read(0, len(UTF8_BOM)) == UTF8_BOM else 0
+        head = read(0, HEAD_BYTES)
+        check_text(head, file.path)
+        start = len(UTF8_BOM) if head.startswith(UTF8_BOM) else 0
         if file.size - start <= 4 * size:
             return [Document(file.name, file, start, file.size, split)] if file.size > start else []
         cuts = [start, *_cut_points(read, start, file.size, size)]

@@ -17,7 +17,7 @@ from mutransformer.config.data import DataConfig
 from mutransformer.data.cache.store import Store, cached_files, checksum
 from mutransformer.data.sources.hub import describe_error
 from mutransformer.data.sources.registry import RecordReader, with_retries
-from mutransformer.data.sources.source import Source, held_out_fractions
+from mutransformer.data.sources.source import RecordCounts, Source, held_out_fractions
 from mutransformer.data.sources.text import cut
 from mutransformer.data.tokenizers.tokenizer import HF_FILES, ByteTokenizer, HFTokenizer, SentencePieceTokenizer, Tokenizer
 from mutransformer.errors import ConfigError, check, translate_errors
@@ -117,19 +117,27 @@ def convert_hf(name: str, eos_token: str | None, folder: Path) -> dict[str, Any]
 
 
 def training_texts(config: DataConfig, sources: Sequence[Source]) -> list[str]:
-    """Texts of the train splits to train a tokenizer on: all of them, or of much text a sample, always the same."""
+    """Texts of the train splits to train a tokenizer on: all of them, or of much text a sample, always the same.
+
+    Raises ConfigError if a source cannot be read, or if all records of all sources are empty or skipped.
+    """
     texts: list[str] = []
+    counts = RecordCounts()
     for source in sources:
         shards = source.shards()
         use_all = all(shard.size for shard in shards) and sum(shard.size for shard in shards) <= _SAMPLE_BYTES
         every = 1 if use_all else max(1, len(shards) // _SAMPLE_SHARDS)
         n_bytes = _SAMPLE_BYTES if use_all else _SAMPLE_PER_SHARD
         for shard in shards[::every]:
-            texts += with_retries(shard, source.key, config, partial(_train_texts, n_bytes))
+            found, counted = with_retries(shard, source.key, config, partial(_train_texts, n_bytes))
+            texts += found
+            counts += counted
+    keys = ", ".join(source.key for source in sources)
+    check(bool(texts), f"{keys}: no text is left to train a tokenizer on: {counts}")
     return texts
 
 
-def _train_texts(n_bytes: int, reader: RecordReader) -> list[str]:
+def _train_texts(n_bytes: int, reader: RecordReader) -> tuple[list[str], RecordCounts]:
     texts: list[str] = []
     for data, split in reader:
         if split == "train":
@@ -137,7 +145,7 @@ def _train_texts(n_bytes: int, reader: RecordReader) -> list[str]:
             n_bytes -= len(data)
         if n_bytes <= 0:
             break
-    return texts
+    return texts, reader.counts
 
 
 def train_sentencepiece(texts: list[str], vocab_size: int, path: Path) -> None:

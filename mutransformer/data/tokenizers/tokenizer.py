@@ -28,6 +28,8 @@ class Tokenizer(ABC):
     bos_id: int
     eos_id: int
     pad_id: int
+    unk_id: int | None = None  # stands for what it does not know
+    exact: bool = False  # whether every text comes back, whatever it is
     fingerprint: str  # SHA-256 of everything that determines the ids of a text
     _files: dict[str, Path] = {}
 
@@ -54,6 +56,7 @@ class ByteTokenizer(Tokenizer):
     bos_id = 256
     eos_id = 257
     pad_id = 258
+    exact = True
     fingerprint = hashlib.sha256(b"bytes bos eos pad").hexdigest()
 
     def encode(self, texts: list[str], threads: int = 1) -> list[Int32[np.ndarray, " _"]]:
@@ -84,6 +87,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_id = self._model.eos_id()
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else self.eos_id
         self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
+        self.unk_id = self._model.unk_id()
         self.fingerprint = hashlib.sha256(proto).hexdigest()
         bytes_of_space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         has_bytes = all(map(self._model.is_byte, bytes_of_space))
@@ -125,8 +129,8 @@ class HFTokenizer(Tokenizer):
         self.n_vocab, self.eos_id = ids["n_vocab"], ids["eos"]
         self.bos_id = ids["eos"] if ids["bos"] is None else ids["bos"]
         self.pad_id = ids["eos"] if ids["pad"] is None else ids["pad"]
-        self._unk_id: int | None = ids["unk"]
-        self._special = {self.eos_id, self.bos_id, self.pad_id} - {self._unk_id}
+        self.unk_id = ids["unk"]
+        self._special = {self.eos_id, self.bos_id, self.pad_id} - {self.unk_id}
         self.fingerprint = hashlib.sha256(json.dumps([text, ids], sort_keys=True).encode()).hexdigest()
         self._files = dict(zip(HF_FILES, (tokenizer, special_ids), strict=True))
 
@@ -142,7 +146,7 @@ class HFTokenizer(Tokenizer):
         """Replaces special tokens by unk: a unigram model (T5) has them as pieces and finds them where they are spelled."""
         for special in self._special:
             if (spelled := ids == special).any():
-                ids = ids[~spelled] if self._unk_id is None else np.where(spelled, np.int32(self._unk_id), ids)
+                ids = ids[~spelled] if self.unk_id is None else np.where(spelled, np.int32(self.unk_id), ids)
         return ids
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
