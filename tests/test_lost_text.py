@@ -32,14 +32,15 @@ TEXTS = [f"Document {i}:\nthe quick brown fox jumps over {i * i} lazy dogs\n" fo
 LINES = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS]
 
 
-def config(folder: Path, files: str, source: str = "jsonl", **settings: Any) -> DataConfig:
+def config(folder: Path, files: str, source: Any = "jsonl", **settings: Any) -> DataConfig:
     given: dict[str, Any] = {
         "source": source,
         "files": [f"{folder}/{files}"],
         "tokenizer": "bytes",
         "cache_dir": f"{folder}/cache",
+        "on_bad_record": "skip",
     }
-    return DataConfig(**given | {"on_bad_record": "skip"} | settings)
+    return DataConfig(**given | settings)
 
 
 def said(c: DataConfig, caplog: pytest.LogCaptureFixture) -> list[str]:
