@@ -6,7 +6,6 @@ exit code of mutransformer.errors, before JAX starts if it can be known by then.
 
 import difflib
 import importlib
-import io
 import sys
 import textwrap
 from argparse import Action, ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -44,9 +43,6 @@ def run_cli(run: Callable[[], int]) -> int:
     is out of memory; STOPPED for a signal before there was a step to save; INTERRUPTED for a second Ctrl-C, and for one that
     nothing waits for.
     """
-    for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is escaped, and ends no command
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     try:
         with announce_failure():
             return run()

@@ -1,6 +1,7 @@
-"""Standard output that outlasts what reads it: a run must not end because its terminal closed or `| head` has read enough."""
+"""Standard output that takes any text, and outlasts its reader: no run ends because a terminal closed, or `| head` has enough."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -39,8 +40,11 @@ class LastingStream:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Within it standard output and standard error are lasting streams."""
+    """Within it standard output and standard error are lasting streams, which escape what their encoding lacks."""
     before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = map(LastingStream, before)
     try:
         yield
