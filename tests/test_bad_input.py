@@ -122,7 +122,7 @@ def contents(folder: Path) -> dict[str, str]:
     ("args", "message"),
     [
         (["model.d_modle=64"], r"model.d_modle: no such key; did you mean model.d_model\?"),
-        (["steps=many"], r"steps=many: Value 'many' of type 'str' could not be converted to Integer"),
+        (["steps=many"], r"steps=many: must be an integer in decimal digits"),
         (["optim.lr=-1"], r"optim.lr = -1.0: must be above 0"),
         (["optim.accumulate=2"], r"optim.accumulate: renamed to optim.grad_accumulation_steps"),
         (["model.d_head=48"], r"model.d_model = 64: not divisible by model.d_head = 48; the nearest that fit are 48 and 96"),

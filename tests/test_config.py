@@ -72,9 +72,230 @@ def test_whole_numbers_become_floats():
     assert isinstance(load(["model.ff_multiple=3"]).model.ff_multiple, float)
 
 
-@pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n", "{}\n", "\ufeffsteps: 1000\n"])
-def test_a_file_may_be_empty(write, text):
+@pytest.mark.parametrize("text", ["{}\n", "\ufeffsteps: 1000\n", "--- {}\n"])
+def test_a_file_may_set_nothing_if_it_says_so(write, text):
     assert load([write(text), "name=run"]) == Config()
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n", "---\n", "---\n# a: 1\n...\n", "null\n", " \n", "\ufeff"])
+def test_a_file_without_settings_is_refused(write, text):
+    path = write(text)
+    assert refused(path, "steps=5") == f"{path}: holds no settings; write `key: value` lines, or leave it out"
+
+
+# What YAML 1.1 takes for a number, a boolean, a date or null where a text is meant.
+TYPED = ["001", "yes", "No", "on", "true", "1e3", "010", "0x10", "0o17", "0b11", "1:30", "1_000", "12e4567", "2026-11-27", ".5"]
+TYPED += ["-1", "+1", "1.", "1.0", ".inf", "nan", "=", "<<", "2026-11-27 10:20:30", "190:20:30.15", "0123", "Null0", "1,000", "y"]
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_text_stays_as_typed(write, text):
+    """In overrides and in files, on its own and in lists, dictionaries and sources."""
+    rest = f"data.sources.a.source=text data.sources.a.files=['{text}',b] data.sources.a.column={text}".split(" data", 1)
+    config = load([f"workdir={text}", f"xla.option={text}", f"log.wandb={text}", f"checkpoint.allow=['{text}', b]"])
+    assert (config.workdir, config.xla, config.log.wandb, config.checkpoint.allow) == (text, {"option": text}, text, [text, "b"])
+    config = load([rest[0], *(f"data{one}" for one in rest[1].split(" data"))])
+    assert (config.data.sources["a"].column, config.data.sources["a"].files) == (text, [text, "b"])
+    key = f'"{text}"' if text in ("<<", "1,000") else text
+    config = load([write(f"workdir: {text}\nxla: {{option: '{text}', {key}: x}}\nlog:\n  wandb: {text}\n")])
+    assert (config.workdir, config.xla, config.log.wandb) == (text, {"option": text, text: "x"}, text)
+    config = load([write(f"data:\n  source: text\n  files:\n  - {text}\n  - 0{text}\n  revision: null\n  column: {text}\n")])
+    assert (config.data.files, config.data.column, config.data.revision) == ([text, f"0{text}"], text, None)
+    assert load([write(to_yaml(config), "again.yaml"), "name=a"]).data == config.data
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("data.column=no", "no"),
+        ("data.column=a #b", "a #b"),
+        ("data.column=a: b", "a: b"),
+        ("data.column=- a", "- a"),
+        ("data.column=*a", "*a"),
+        ("data.column=a, b", "a, b"),
+        ("data.column=a=b", "a=b"),
+        ("data.column= a ", "a"),
+        ("data.column=a\nb", "a\nb"),
+        ('data.column="yes"', "yes"),
+        ("data.column='010'", "010"),
+        ('data.column="a\\tb"', "a\tb"),
+        ("data.column='null'", "null"),
+        ('data.column="~"', "~"),
+        ("data.column=!!str 010", "010"),
+        ("data.column=~/a", "~/a"),
+        ("data.column=nullable", "nullable"),
+        ("data.column=[a]*", "[a]*"),
+        ("distributed.coordinator=[::1]:80", "[::1]:80"),
+    ],
+)
+def test_the_text_of_an_override_needs_no_quotes(override, text):
+    assert attrgetter(override.partition("=")[0])(load([override])) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("'yes'", "yes"),
+        ("a # b", "a"),
+        ("a\n    b", "a b"),
+        ("|-\n    01\n    02", "01\n02"),
+        (">-\n    01\n    02", "01 02"),
+        ("!!str 010", "010"),
+        ("!!int 010", "010"),
+        ("!!timestamp 2026-11-27", "2026-11-27"),
+        ('"\\x41"', "A"),
+    ],
+)
+def test_the_text_of_a_file_is_yaml(write, value, text):
+    assert load([write(f"data:\n  column: {value}\n")]).data.column == text
+
+
+@pytest.mark.parametrize("null", ["null", "~", "Null", "NULL", ""])
+def test_null_is_no_text(write, null):
+    """It unsets what may be unset, and is refused elsewhere."""
+    assert load(["log.wandb=a", "model.n_kv_head=1", f"log.wandb={null}", f"model.n_kv_head={null}"]) == Config()
+    assert load(["log.wandb=a", write(f"log:\n  wandb: {null}\n"), "name=run"]) == Config()
+    for key in ("name", "workdir", "data.column", "data.sources.a.split", "xla.option"):
+        assert re.match(rf"{key}={null}: must be text, not null; if that is the text, put it in quotes", refused(f"{key}={null}"))
+    path = write(f"xla:\n  option: {null}\n")
+    assert refused(path).startswith(f"{path}: xla.option: must be text, not null")
+
+
+@pytest.mark.parametrize("value", ["[a]", "{a: b}", "[]", "[[a]"])
+def test_a_list_is_no_text(write, value):
+    if value == "[[a]":  # nor is it YAML
+        assert load([f"data.column={value}"]).data.column == value
+    else:
+        assert re.match(r"data.column=\S+.*: must be text, not a (list|mapping)", refused(f"data.column={value}"))
+        assert "data.column: must be text, not a" in refused(write(f"data: {{column: {value}}}"))
+
+
+NO_INTEGER = ["010", "00", "-07", "0x10", "0o10", "0b11", "1:30", "1_000", "1e3", "1.0", "1,000", "yes", "\u0663", "1 0", "--1"]
+NO_FLOAT = [
+    "010",
+    "00.5",
+    "0x10",
+    "0o10",
+    "1:30",
+    "1:30.5",
+    "1_000.5",
+    "1e",
+    "e3",
+    ".",
+    "1,5",
+    "on",
+    "1e3.5",
+    "\u0663",
+    "0x1p3",
+    "1/64",
+]
+
+
+@pytest.mark.parametrize("text", NO_INTEGER)
+def test_an_integer_is_decimal(write, text):
+    for message in (refused(f"steps={text}"), refused(write(f"steps: {text}")), refused(write(f"steps: '{text}'"))):
+        assert "must be an integer in decimal digits" in message
+    assert "must be an integer in decimal digits" in refused(f"model.n_kv_head={text}")
+
+
+@pytest.mark.parametrize("text", NO_FLOAT)
+def test_a_float_is_decimal(write, text):
+    for message in (refused(f"optim.lr={text}"), refused(write(f"optim: {{lr: '{text}'}}")), refused(f"model.qk_scale={text}")):
+        assert "must be a decimal number" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("5e-4", 5e-4), ("1E3", 1000.0), ("+.5", 0.5), ("1.", 1.0), ("1.e+2", 100.0), ("0.1e1", 1.0), ("2", 2.0)],
+)
+def test_numbers_as_yaml_1_2_writes_them(write, text, value):
+    for config in (load([f"optim.lr={text}"]), load([write(f"optim: {{lr: {text}}}")])):
+        assert config.optim.lr == value and isinstance(config.optim.lr, float)
+
+
+def test_integers_have_signs():
+    config = load(["mesh.x=-1", "steps=+7", "data.prefetch=-0"])
+    assert (config.mesh.x, config.steps, config.data.prefetch) == (-1, 7, 0)
+
+
+@pytest.mark.parametrize("text", ["yes", "no", "on", "off", "y", "1", "0", "t", "tRUE", "truE", "null", "true false", "TRUe"])
+def test_a_boolean_is_true_or_false(write, text):
+    for message in (refused(f"model.qk_norm={text}"), refused(write(f"model: {{qk_norm: {text}}}"))):
+        assert "must be true or false" in message
+
+
+@pytest.mark.parametrize("text", ["true", "True", "TRUE", "false", "False", "FALSE"])
+def test_the_usual_capitals_of_booleans(write, text):
+    expected = text.lower() == "true"
+    assert load([f"model.qk_norm={text}"]).model.qk_norm == expected
+    assert load([write(f"mesh: {{reduce_scatter_via_all_to_all: {text}}}")]).mesh.reduce_scatter_via_all_to_all == expected
+
+
+# ${...}
+
+
+def test_a_reference_gets_the_final_value(write):
+    a, b = write("name: w${model.d_model}\nmodel: {d_model: 64}\n"), write("seed: 5\neval: {every: '${steps}'}", "b.yaml")
+    assert load([a]).name == "w64" and load([a, "model.d_model=192"]).name == "w192"
+    assert load(["name=w${model.d_model}", "model.d_model=64"]).name == "w64"
+    assert load(["model.d_model=64", "name=w${model.d_model}-${ seed }", b]).name == "w64-5"
+    assert load([b, "steps=7"]).eval.every == 7 and load([b]).eval.every == 1000
+    assert load(["name=lr${optim.lr}-${model.qk_norm}-${optim.rule}"]).name == "lr0.015625-false-mup"
+    assert load(["name=lr${optim.lr}", "optim.lr=1e-3"]).name == "lr0.001"
+    assert load(["optim.lr=1e-${seed}", "seed=3"]).optim.lr == 1e-3
+    assert load(["log.wandb=${name}", "name=${optim.schedule}${data.seq_len}"]).log.wandb == "linear256"
+    assert load(["model.n_kv_head=${model.n_vocab}"]).model.n_kv_head is None
+    assert load(["xla.option=${steps}", "checkpoint.allow=['${name}', b]"]).checkpoint.allow == ["run", "b"]
+    assert load([a, "name=plain"]).name == "plain", "a reference that is overridden does not count"
+
+
+def test_a_reference_within_sources():
+    args = ["data.sources.a.source=text", "data.sources.a.files=[x]", "data.sources.b.source=text", "data.sources.a.column=c"]
+    sources = load(
+        [*args, "data.sources.b.files=${data.sources.a.files}", "data.sources.b.split=${data.sources.a.split}"]
+    ).data.sources
+    assert sources["b"].files == ["x"] and sources["b"].split == "train" and sources["a"].column == "c"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["steps=${name}", "name=010"], r"steps=\${name}: must be an integer in decimal digits, such as 1000, not 010$"),
+        (["model.qk_norm=${name}", "name=yes"], r"model.qk_norm=\${name}: must be true or false, not yes$"),
+        (["steps=${optim.lr}"], r"steps=\${optim.lr}: must be an integer .*, not 0.015625$"),
+        (["steps=${model.d_modle}"], r"steps=\${model.d_modle}: model.d_modle: no such key; did you mean model.d_model\?$"),
+        (["steps=${steps}"], r"steps=\${steps}: refers to itself$"),
+        (["steps=${seed}", "seed=${eval.every}", "eval.every=${steps}"], r"seed=\${eval.every}: refers to itself$"),
+        (["name=${model}"], r"name=\${model}: model is a group$"),
+        (["name=a${data.files}"], r"name=a\${data.files}: data.files is a list$"),
+        (["name=a${log.wandb}"], r"name=a\${log.wandb}: log.wandb is null$"),
+        (["name=${log.wandb}"], r"name=\${log.wandb}: must be text, not null"),
+        (["data.files=${name}"], r"data.files=\${name}: must be a list, \[a, b\]"),
+        (["steps=${seed}"], r"steps = 0: must be at least 1$"),
+        (["model=${data}"], r"model=\${data}: is a group of settings"),
+        (["name=${}"], r"name=\${}: only \${KEY}, the value of another setting, is replaced"),
+        (["name=a${${seed}}"], r"name=a.*: only \${KEY}"),
+        (["name=${oc.select:seed}"], r"name=.*: only \${KEY}"),
+        (["optim.lr=${oc.decode:'1'}"], r"optim.lr=.*: only \${KEY}"),
+    ],
+)
+def test_references_that_are_refused(args, message):
+    assert re.match(message, refused(*args))
+
+
+def test_the_environment_is_not_read(write, monkeypatch):
+    """What it holds may be secret, and settings are saved with the run."""
+    monkeypatch.setenv("CANARY", "canary")
+    for text in (
+        "${oc.env:CANARY}",
+        "a${ oc.env : CANARY }",
+        "${env:CANARY,b}",
+        "${oc.env:CANARY,${name}}",
+        "${oc.${name}:CANARY}",
+    ):
+        for message in (refused(f"log.wandb={text}"), refused(write(f"data: {{files: ['{text}']}}"))):
+            assert "settings are saved with the run" in message and "canary" not in message
+    assert refused("log.wandb=${oc.env:CANARY}").endswith('for an environment variable write KEY="$CANARY" in the shell')
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -104,7 +325,7 @@ def test_shipped_sizes_differ_in_width_only():
 
 
 def test_the_name_is_that_of_the_first_file(write):
-    a, b = write("", "first.yaml"), write("", "second.yaml")
+    a, b = write("{}", "first.yaml"), write("{}", "second.yaml")
     assert load(["steps=2", a, b]).name == "first"
     assert load([a, "name=mine"]).name == "mine"
     assert load(["name=mine", a]).name == "mine"
@@ -264,8 +485,8 @@ RANGES: list[tuple[str, str]] = [
     ("data.subset=en", r"data.subset is set: it needs data.source=hub"),
     ("data.files=[a.txt]", r"data.files is set: it needs data.source=text"),
     ("data.source=text data.files=[a] data.test_files=[b]", r"data.validation_files, data.test_files: give both, or neither"),
-    ("data.source=text data.files=[a,[b]]", r"data.files: must be a list of strings"),
-    ("data.source=text data.files=[{a:b}]", r"data.files: must be a list of strings"),
+    ("data.source=text data.files=[a,[b]]", r"data.files=\[a,\[b\]\]: must be a list of strings"),
+    ("data.source=text data.files=[{a:b}]", r"data.files=\[{a:b}\]: must be a list of strings"),
     ("data.source=text data.files=[~no-such-user/a]", r"data.files = ~no-such-user/a: there is no such user"),
     ("data.column=''", r"data.column is empty"),
     ("data.cache_dir=~no-such-user", r"data.cache_dir = ~no-such-user: there is no such user"),
@@ -308,7 +529,7 @@ RANGES: list[tuple[str, str]] = [
       for key in ("eval.every", "checkpoint.every", "checkpoint.keep_best", "profile.start")),
     *((f"{key}=0", rf"{key} = 0: must be at least 1")
       for key in ("eval.batches", "eval.final_batches", "log.every", "checkpoint.keep", "steps", "data.max_parts")),
-    ("checkpoint.allow=[[steps]]", r"checkpoint.allow: must be a list of strings"),
+    ("checkpoint.allow=[[steps]]", r"checkpoint.allow=\[\[steps\]\]: must be a list of strings"),
     ("profile.start=5 profile.stop=5", r"profile.stop = 5: must be above profile.start = 5"),
     *((f"name={name}", r"name = .*: must be a plain folder name") for name in ("''", "..", ".hidden", "../x", "a/b", "a\\b")),
     ("workdir=~no-such-user", r"workdir = ~no-such-user: there is no such user"),
@@ -351,25 +572,26 @@ WRONG: list[tuple[str, str]] = [
     ("keep_best=3", r"keep_best: no such key; did you mean checkpoint.keep_best\?$"),
     ("data.sources.a.colum=x", r"data.sources.a.colum: no such key; did you mean "),
     ("optim.nothing_like_it=3", r"optim.nothing_like_it: no such key$"),
-    ("model.d_model.x=3", r"model.d_model.x=3: .*could not be converted to Integer"),
-    ("steps=abc", r"steps=abc: Value 'abc' of type 'str' could not be converted to Integer"),
-    ("steps=1.5", r"steps=1.5: .*could not be converted to Integer"),
-    ("steps=true", r"steps=true: .*could not be converted to Integer"),
-    ("steps=", r"steps=: Incompatible value 'None' for field of type 'int'"),
-    ("steps=[1]", r"steps=\[1\]: .*could not be converted to Integer"),
-    ("optim.lr=fast", r"optim.lr=fast: .*could not be converted to Float"),
-    ("optim.lr=2**-6", r"optim.lr=2\*\*-6: .*could not be converted to Float"),
-    ("model.qk_norm=maybe", r"model.qk_norm=maybe: .*not a valid bool"),
-    ("model.activation=tanh", r"model.activation=tanh: Invalid value 'tanh', expected one of \['relu', "),
-    ("precision.compute=float64", r"precision.compute=float64: Invalid value"),
-    ("precision.compute=float16", r"precision.compute=float16: Invalid value"),
-    ("model=3", r"model=3: .*ModelConfig"),
-    ("model=", r"model=: .*not Optional"),
+    ("model.d_model.x=3", r"model.d_model.x=3: model.d_model: must be an integer in decimal digits, .*not a mapping"),
+    ("steps=abc", r"steps=abc: must be an integer in decimal digits, such as 1000$"),
+    ("steps=1.5", r"steps=1.5: must be an integer"),
+    ("steps=true", r"steps=true: must be an integer"),
+    ("steps=", r"steps=: must be an integer .*not null$"),
+    ("steps=[1]", r"steps=\[1\]: must be an integer .*not a list$"),
+    ("optim.lr=fast", r"optim.lr=fast: must be a decimal number, such as 0.001 or 1e-3$"),
+    ("optim.lr=2**-6", r"optim.lr=2\*\*-6: must be a decimal number"),
+    ("model.qk_norm=maybe", r"model.qk_norm=maybe: must be true or false$"),
+    ("model.activation=tanh", r"model.activation=tanh: must be relu or sqrelu or gelu or silu or swiglu$"),
+    ("precision.compute=float64", r"precision.compute=float64: must be float32 or bfloat16$"),
+    ("precision.compute=float16", r"precision.compute=float16: must be float32 or bfloat16$"),
+    ("model=3", r"model=3: is a group of settings: set those below it, such as model.d_model$"),
+    ("model=", r"model=: is a group of settings"),
+    ("xla=fast", r"xla=fast: is a group of settings: set those below it, such as xla.NAME$"),
     ("data.files=a.txt", r"data.files=a.txt: must be a list, \[a, b\]"),
     ("data.files={a: 1}", r"data.files={a: 1}: must be a list"),
     ("data.files=[null]", r"data.files=\[null\]: "),
-    ("steps=???", r"steps=\?\?\?: no value for steps"),
-    ("steps=${nope}", r"steps=\$\{nope\}: .*'nope' not found|steps: .*'nope' not found"),
+    ("steps=???", r"steps=\?\?\?: must be an integer"),
+    ("steps=${nope}", r"steps=\$\{nope\}: nope: no such key$"),
     ("name=${oc.env:NO_SUCH_VARIABLE}", r"name.*NO_SUCH_VARIABLE"),
     ("steps=${", r"steps=\$\{: "),
     ("steps=[1", r"steps=\[1: not valid YAML"),
@@ -378,7 +600,7 @@ WRONG: list[tuple[str, str]] = [
         "steps",
         r"steps: cannot read it: No such file or directory; the shipped configs are huge, .*; an override is written key=value",
     ),
-    ("eval.checkpoint=newest", r"eval.checkpoint=newest: Invalid value 'newest', expected one of \['latest', 'best'\]"),
+    ("eval.checkpoint=newest", r"eval.checkpoint=newest: must be latest or best$"),
     ("configs/smal.yaml", r"configs/smal.yaml: cannot read it: No such file or directory$"),
     ("/", r"/: cannot read it: Is a directory"),
     ("", r": cannot read it"),
@@ -397,15 +619,18 @@ WRONG_FILES: list[tuple[str | bytes, str]] = [
     ("1: 2\n", r": 1: no such key$"),
     ("steps: 3\nsteps: 4\n", r":2: not valid YAML: found duplicate key steps"),
     ("model:\n  d_model: 64\n  d_model: 128\n", r":3: not valid YAML: found duplicate key d_model"),
-    ("steps: abc\n", r": steps: Value 'abc' of type 'str' could not be converted to Integer"),
-    ("optim:\n  lr: fast\n", r": optim.lr: .*could not be converted to Float"),
+    ("steps: abc\n", r": steps: must be an integer"),
+    ("optim:\n  lr: fast\n", r": optim.lr: must be a decimal number"),
     ("data:\n  files: a.txt\n", r": data.files: must be a list, \[a, b\]"),
-    ("model: 3\n", r": .*ModelConfig"),
-    ("model:\n", r": model: .*not Optional"),
+    ("model: 3\n", r": model: is a group of settings"),
+    ("model:\n", r": model: is a group of settings"),
     ("- a\n- b\n", r": must hold `key: value` lines"),
-    ("3\n", r": cannot read it: .*int"),
-    ("some text\n", r": some text: no such key$"),
-    ("steps: ???\n", r": no value for steps"),
+    ("3\n", r": must hold `key: value` lines"),
+    ("some text\n", r": must hold `key: value` lines"),
+    ("steps: ???\n", r": steps: must be an integer"),
+    (f"data: {{files: {'[' * 5000}a{']' * 5000}}}\n", r": cannot read it: nested too deeply"),
+    ("? [a]\n: 3\n", r":1: not valid YAML: found unhashable key"),
+    ("model: !!set {d_model}\n", r":1: not valid YAML: could not determine a constructor for the tag"),
     ("model:\n\td_model: 64\n", r":2: not valid YAML: "),
     ("model: [\n", r":2: not valid YAML: "),
     ("steps: 3\n---\nsteps: 4\n", r":2: not valid YAML: but found another document"),

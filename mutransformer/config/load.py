@@ -3,17 +3,20 @@
 import difflib
 import textwrap
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from mutransformer.config.schema import Config, all_settings, flatten
+from mutransformer.config import yaml_text
+from mutransformer.config.data import MixedSourceConfig
+from mutransformer.config.schema import Config, all_settings
 from mutransformer.config.setting import limits, to_text, type_name
+from mutransformer.config.tree import Tree, build, kind_of, merge, typed
+from mutransformer.config.values import BadValue, Given, UnknownKey
 from mutransformer.errors import ConfigError, check
 
 # Keys of earlier versions, and their names now.
@@ -33,31 +36,29 @@ RENAMED = {
     "data.processes": "data.tokenize_workers",
     "model.gains": "model.norm_scale",
 }
-_DEFAULTS: Any = OmegaConf.structured(Config)  # merging copies it
 
 
 def load(args: Sequence[str]) -> Config:
     """Reads YAML files, shipped configs by name and `key=value` overrides, merged left to right over the defaults.
 
+    A text may refer to other settings, ${model.d_model}: it gets their final values.
+
     Raises:
-        ConfigError: a file is missing or not YAML; a key is unknown or given twice; a value is of the wrong type or out of range.
+        ConfigError: a file is missing, empty or not YAML; a key is unknown or given twice; a value is of the wrong type or out of
+            range.
     """
-    merged = _DEFAULTS
+    tree = asdict(Config())
     first = next((arg for arg in args if is_file(arg)), None)
     if first:
-        merged = OmegaConf.merge(merged, {"name": Path(first).stem})
+        tree["name"] = Path(first).stem
     for arg in args:
-        merged = _merge(merged, arg)
-    for key, items in flatten(OmegaConf.to_container(merged)).items():  # pyright: ignore[reportArgumentType]  # a dict
-        # OmegaConf accepts a list within a list of strings.
-        plain = not isinstance(items, list) or all(isinstance(item, str) for item in items)
-        check(plain, f"{key}: must be a list of strings, not of lists")
+        tree = merge(tree, _read(arg))
+    sources = tree["data"]["sources"]
+    sources |= {name: asdict(MixedSourceConfig()) | source for name, source in sources.items()}
     try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # `${...}` is resolved here
-        raise ConfigError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from None
-    assert isinstance(config, Config)
-    return config
+        return build(Config, tree, tree)
+    except UnknownKey as error:  # in a ${...}
+        raise ConfigError(f"{error.at}{_unknown(error.key)}") from None
 
 
 def is_file(arg: str) -> bool:
@@ -89,36 +90,52 @@ def check_not_renamed(keys: Iterable[str], source: str) -> None:
     check(not renamed, f"{source}: {'; '.join(renamed)}")
 
 
-def _merge(merged: Any, arg: str) -> Any:
-    """A config with a file or an override merged into it."""
+def _read(arg: str) -> Tree:
+    """The settings of a file or an override."""
     try:
-        if is_file(arg):
-            path = arg if Path(arg).is_file() else shipped_configs().get(arg, arg)
-            settings = OmegaConf.load(path)
-        else:
-            settings = OmegaConf.from_dotlist([arg])
-        check(isinstance(settings, DictConfig), f"{arg}: must hold `key: value` lines")
-        missing = sorted(OmegaConf.missing_keys(settings))
-        check(not missing, f"{arg}: no value for {', '.join(missing)}")
-        return OmegaConf.merge(merged, settings)
-    except ConfigKeyError as error:
-        at = f"{arg}: " if is_file(arg) or not error.full_key else ""
-        raise ConfigError(f"{at}{_unknown(str(error.full_key))}") from None
-    except (OmegaConfBaseException, TypeError) as error:
-        key = getattr(error, "full_key", None)
-        reason = str(getattr(error, "msg", None) or error).splitlines()[0]
-        if "is not a ListConfig" in reason or "incompatible container" in reason:
-            reason = "must be a list, [a, b]"
-        at = "" if "=" in arg or not key else f"{key}: "
-        raise ConfigError(f"{arg}: {at}{reason}") from None
+        return typed(Config, _file(arg) if is_file(arg) else _override(*arg.split("=", 1)))
+    except UnknownKey as error:
+        at = f"{arg}: " if is_file(arg) or not error.key else ""
+        raise ConfigError(f"{at}{_unknown(error.key)}") from None
+    except BadValue as error:
+        at = "" if arg.startswith(f"{error.key}=") else f"{error.key}: "
+        raise ConfigError(f"{arg}: {at}{error}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f":{mark.line + 1}" if mark and "=" not in arg else ""
+        where = f":{mark.line + 1}" if mark and is_file(arg) else ""
         raise ConfigError(f"{arg}{where}: not valid YAML: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         hint = f"; the shipped configs are {', '.join(shipped_configs())}; an override is written key=value"
         raise ConfigError(f"{arg}: cannot read it: {reason}{'' if Path(arg).suffix else hint}") from None
+
+
+def _file(arg: str) -> dict[Any, Given]:
+    """What a file holds, or a shipped config of that name."""
+    path = arg if Path(arg).is_file() else shipped_configs().get(arg, arg)
+    given = yaml_text.parse(Path(path).read_text(encoding="utf-8"))
+    check(given is not None, f"{arg}: holds no settings; write `key: value` lines, or leave it out")
+    check(isinstance(given, dict), f"{arg}: must hold `key: value` lines")
+    return given
+
+
+def _override(key: str, text: str) -> dict[str, Given]:
+    """The value of an override, nested in groups as in a file."""
+    given: Any = _text(text.strip()) if kind_of(Config, key) in (str, Optional[str]) else yaml_text.parse(text)
+    for name in reversed(key.split(".")):
+        given = {name: given}
+    return given
+
+
+def _text(text: str) -> Given:
+    """A text as it was typed, unless YAML marks it as quoted, null or tagged, or reads a list or mapping."""
+    if text.startswith(("'", '"', "!!")):
+        return yaml_text.parse(text)
+    try:
+        given = yaml_text.parse(text) if text.startswith(("[", "{")) else None
+    except yaml.YAMLError:
+        return text  # such as [::1]:80
+    return given if given is not None or yaml_text.NULL.fullmatch(text) else text
 
 
 def _unknown(key: str) -> str:
@@ -137,7 +154,7 @@ def _unknown(key: str) -> str:
 
 def to_yaml(config: Config) -> str:
     """Every setting as YAML, defaults included: `load` gives the same config back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=10**6)
 
 
 def describe(prefix: str = "") -> str:

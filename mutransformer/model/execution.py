@@ -120,8 +120,13 @@ def resolve(config: Config, mesh: AnyMesh) -> Execution:
         head_chunk=m.head_chunk or _head_chunk(device.platform, m.padded_vocab // y),
         overlap_groups=groups,
         via_all_to_all=tuned.via_all_to_all if via_all_to_all is None else via_all_to_all,
-        compiler_options={**(tuned.options if config.xla_tuned else {}), **config.xla},
+        compiler_options={**(tuned.options if config.xla_tuned else {}), **{k: _option(v) for k, v in config.xla.items()}},
     )
+
+
+def _option(value: str) -> str:
+    """An XLA option as typed, except true and false, which XLA:GPU takes with a capital only."""
+    return value.title() if value.lower() in ("true", "false") else value
 
 
 def _attention(config: Config, platform: str, kind: str) -> Attention:
