@@ -10,6 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 
 from mutransformer.config.load import RENAMED, check_not_renamed, describe, load, to_yaml
@@ -378,13 +379,19 @@ def accepts(one: Setting, value: Any) -> bool:
     return True
 
 
+def is_float(one: Setting) -> bool:
+    return float in (one.field.type, *get_args(one.field.type))
+
+
 def beyond_and_within(one: Setting) -> Iterator[tuple[float, float]]:
-    """For each bound of a setting, the nearest value that it refuses, and the nearest that it accepts."""
-    exact = float not in (one.field.type, *get_args(one.field.type))
+    """For each bound of a setting, the nearest value that it refuses, and the nearest in float32 that it accepts."""
     for bound, limit in one.field.metadata["bounds"].items():
         up = bound in ("max", "below")
-        step = (limit + 1 if up else limit - 1) if exact else math.nextafter(limit, math.inf if up else -math.inf)
-        inside = (limit - 1 if up else limit + 1) if exact else math.nextafter(limit, -math.inf if up else math.inf)
+        outward = math.inf if up else -math.inf
+        step = math.nextafter(limit, outward) if is_float(one) else limit + (1 if up else -1)
+        inside = limit - (1 if up else -1)
+        if is_float(one):
+            inside = float(np.nextafter(np.float32(limit), np.float32(-outward))) if limit else float(np.finfo(np.float32).tiny)
         yield (step, limit) if bound in ("min", "max") else (limit, inside)
 
 
@@ -399,11 +406,58 @@ def test_every_bound_refuses_the_value_beyond_it(one):
 
 
 def test_every_float_must_be_finite():
-    floats = [one for one in LEAVES if float in (one.field.type, *get_args(one.field.type))]
+    floats = [one for one in LEAVES if is_float(one)]
     assert len(floats) > 15
     for one in floats:
         for value in (math.nan, math.inf, -math.inf):
             assert not accepts(one, value), one.key
+
+
+def test_every_number_must_fit_the_type_that_jax_computes_with():
+    floats, integers = ([one for one in LEAVES if kind in (one.field.type, *get_args(one.field.type))] for kind in (float, int))
+    assert len(floats) > 15 and len(integers) > 25
+    for one in floats:
+        # Beyond the largest, halfway to it, far beyond as an integer; flushed to 0, also as subnormal numbers.
+        for value in (1e39, -1e39, 3.4028236e38, 10**400, 1e-50, -1e-50, 1e-45, 1e-38, 5e-324):
+            assert not accepts(one, value), f"{one.key} = {value}"
+    for one in integers:
+        allows_more = one.field.metadata["bounds"].get("max", 0) >= 2**31
+        assert accepts(one, 2**31 - 1) and accepts(one, 2**31) == allows_more and not accepts(one, 2**63), one.key
+        assert not accepts(one, -(2**31) - 1) and not accepts(one, 10**30), one.key
+    assert {one.key for one in integers if accepts(one, 2**31)} == {"optim.tokens_base"}  # only Python computes with it
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("steps=3000000000 checkpoint.every=0", r"steps = 3000000000: must be at least -2147483648 and at most 2147483647$"),
+        ("data.seq_len=2147483648", r"data.seq_len = 2147483648: .*at most 2147483647"),
+        (f"steps={'9' * 90}", r"steps = 9+: .*at most 2147483647"),
+        (f"steps={'9' * 5000}", r"steps=9+: must be an integer"),
+        ("mesh.x=-2147483649", r"mesh.x = -2147483649: must be at least 1, or -1"),
+        (
+            "optim.tokens_base=9007199254740993 optim.rule=completed_p",
+            r"optim.tokens_base = 9.*: must be .* at most 9007199254740992",
+        ),
+        ("optim.lr=1e39", r"optim.lr = 1e\+39: must fit in float32, up to 3.4e38$"),
+        ("optim.lr=1e400", r"optim.lr = inf: must be a finite number$"),
+        ("optim.eps=1e-50", r"optim.eps = 1e-50: must fit in float32, from 1.2e-38, or be 0$"),
+        ("model.norm_eps=1e-40", r"model.norm_eps = 1e-40: must fit in float32"),
+        ("optim.embed_lr_exponent=-1e5", r"optim.embed_lr_exponent = -100000.0: must be at least -10 and at most 10$"),
+        ("optim.beta2=0.99999999999", r"optim.beta2 = 0.99999999999: must be at least 0 and below 1 in float32, where it is 1$"),
+        ("data.sources.a.weight=1e-46", r"data.sources.a.weight = 1e-46: must fit in float32"),
+        ("model.ff_multiple=3e38", r"model.ff_multiple = 3e\+38: gives a feed-forward width of "),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_numbers_that_a_device_cannot_hold(overrides, message):
+    assert re.match(message, refused(*overrides.split()))
+
+
+def test_numbers_that_a_device_can_hold():
+    config = load(["steps=2147483647", "optim.eps=1e-30", "optim.z_loss=0", "optim.weight_decay=0.0", "model.norm_eps=1.2e-38"])
+    assert (config.steps, config.optim.eps, config.model.norm_eps) == (2147483647, 1e-30, 1.2e-38)
+    assert load(["optim.tokens_base=20000000000", "optim.tokens_exponent=0.5"]).optim.tokens_base == 20_000_000_000
 
 
 def test_every_choice_is_checked_without_omegaconf():

@@ -7,7 +7,7 @@ are first seen.
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -22,7 +22,7 @@ from mutransformer.config.run import (
     ProfileConfig,
     WatchdogConfig,
 )
-from mutransformer.config.setting import Setting, check_settings, setting, settings_of
+from mutransformer.config.setting import INT32, Setting, check_settings, setting, settings_of
 from mutransformer.errors import ConfigError, check
 
 AttentionActivation = Literal["softmax", "sqrelu", "elu", "norm_sqrelu", "norm_elu"]
@@ -31,6 +31,7 @@ Rule = Literal["sp", "mup", "abs_mup", "mup_table8", "completep", "completed_p"]
 Remat = Literal["none", "dots", "attention", "outputs", "full"]
 Float = Literal["float32", "bfloat16"]  # not float16: gradients would need a loss scale
 
+exponent = partial(setting, min=-10, max=10)  # beyond that a power of a ratio of sizes would overflow
 DEPTH_RULES = ("completep", "completed_p")  # those that scale with n_layer / n_layer_base
 
 SPLASH_MULTIPLE = 128  # must divide the number of positions: the lanes of a TPU's vector registers
@@ -105,7 +106,8 @@ class ModelConfig:
         divides = self.n_head % self.kv_heads == 0
         check(divides, f"model.n_kv_head = {self.n_kv_head}: must divide the {self.n_head} heads (d_model / d_head)")
         check(self.d_head % 2 == 0 or self.rotary_base == 0, f"model.d_head = {self.d_head}: rotary positions need an even size")
-        check(self.d_ff >= 1, f"model.ff_multiple = {self.ff_multiple}: gives a feed-forward width of {self.d_ff}")
+        fits = 1 <= self.d_ff <= INT32[1]
+        check(fits, f"model.ff_multiple = {self.ff_multiple}: gives a feed-forward width of {self.d_ff}")
 
     @property
     def n_head(self) -> int:
@@ -151,14 +153,18 @@ class OptimConfig:
 
     name: Literal["adamw", "lion", "muon"] = setting("adamw", "muon: for the matrices of the layers, adamw for the rest")
     rule: Rule = setting("mup", "the parametrization: a table in mutransformer/mup/rules.py")
-    depth_alpha: float = setting(1.0, "completep, completed_p: branches x (n_layer / n_layer_base)^-this; 0.5 ... 1", min=0)
+    depth_alpha: float = setting(
+        1.0, "completep, completed_p: branches x (n_layer / n_layer_base)^-this; 0.5 ... 1", min=0, max=10
+    )
     batch_base: Optional[int] = setting(None, "tokens per step when tuned; null: as many as in this run", min=1)
-    tokens_base: Optional[int] = setting(None, "total tokens when tuned; null: as many as in this run", min=1)
-    batch_exponent: Optional[float] = setting(None, "lr x (tokens per step / batch_base)^this; published: 0.5; null: as rule")
-    tokens_exponent: Optional[float] = setting(None, "lr x (tokens_base / total tokens)^this; published: 0.5, 0.3; null: as rule")
+    tokens_base: Optional[int] = setting(None, "total tokens when tuned; null: as many as here", min=1, max=2**53)
+    batch_exponent: Optional[float] = exponent(None, "lr x (tokens per step / batch_base)^this; published: 0.5; null: as rule")
+    tokens_exponent: Optional[float] = exponent(
+        None, "lr x (tokens_base / total tokens)^this; published: 0.5, 0.3; null: as rule"
+    )
     lr: float = setting(2**-6, "peak learning rate at the base width", above=0)
     lr_factors: LrFactorsConfig = setting(LrFactorsConfig)
-    embed_lr_exponent: float = setting(0.0, "embedding's rate x (d_model / d_base)^this; published: 0, -0.5 (large vocabulary)")
+    embed_lr_exponent: float = exponent(0.0, "embedding's rate x (d_model / d_base)^this; published: 0, -0.5 (large vocabulary)")
     muon_lr: float = setting(1.0, "muon: the rate of its matrices is lr x this x sqrt(fan_out / fan_in)", above=0)
     muon_beta: float = setting(0.95, "muon: momentum", min=0, below=1)
     beta1: float = setting(0.9, "decay of the first moment", min=0, below=1)
@@ -168,7 +174,7 @@ class OptimConfig:
     eps_scaling: bool = setting(False, "eps follows the learning rate's factor")
     weight_decay: float = setting(0.0, "decoupled weight decay, see decay", min=0)
     decay: Literal["independent", "coupled"] = setting("independent", "shrink by weight_decay x schedule, or x rate (coupled)")
-    decay_exponent: Optional[float] = setting(None, "hidden and output weight_decay x (d_model / d_base)^this; null: as rule")
+    decay_exponent: Optional[float] = exponent(None, "hidden and output weight_decay x (d_model / d_base)^this; null: as rule")
     decay_vectors: bool = setting(False, "weight decay applies to gains and biases too")
     clip_norm: float = setting(1.0, "global norm to which the gradient is clipped; 0: no clipping", min=0)
     schedule: Literal["linear", "cosine", "constant"] = setting("linear", "after the warm-up, down to min_lr_ratio")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import operator
+import struct
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -15,6 +16,8 @@ _BOUNDS = {
     "max": ("at most", operator.le),
     "below": ("below", operator.lt),
 }
+INT32 = -(2**31), 2**31 - 1
+_FLOAT32_SMALLEST = 2.0**-126  # what is smaller, XLA replaces by 0
 
 
 def setting(
@@ -23,7 +26,7 @@ def setting(
     *,
     path: Literal["local", "url"] | None = None,  # the value is a path: a local one, or a URL too
     resume: Literal["fixed", "free"] | None = None,  # may it differ from the checkpoint's? None: as in the enclosing group
-    **bounds: int | float,  # of a number: min, max (inclusive), above, below (exclusive); a float must be finite in any case
+    **bounds: int | float,  # of a number: min, max (inclusive), above, below (exclusive), besides what its type holds
 ) -> Any:
     """Declares a field of a config dataclass."""
     assert bounds.keys() <= _BOUNDS.keys()
@@ -34,9 +37,10 @@ def setting(
 
 
 def check_settings(group: Any, prefix: str) -> None:
-    """Checks every field of a config dataclass, whose keys begin with a prefix such as "optim.", against its metadata.
+    """Checks every field of a config dataclass, whose keys begin with a prefix such as "optim.", against type and metadata.
 
-    Raises ConfigError if a value is out of bounds, not finite, not among the choices, or no path.
+    Raises ConfigError if a value is out of bounds, not among the choices, or no path; and, since JAX computes with these, if an
+    integer without a `max` does not fit in int32, or a float is not finite or out of bounds in float32.
     """
     for field in dataclasses.fields(group):
         key, value, metadata = f"{prefix}{field.name}", getattr(group, field.name), field.metadata
@@ -45,11 +49,32 @@ def check_settings(group: Any, prefix: str) -> None:
         check(not isinstance(value, float) or math.isfinite(value), f"{key} = {value}: must be a finite number")
         choices = get_args(field.type) if get_origin(field.type) is Literal else ()
         check(not choices or value in choices, f"{key} = {value}: must be {' or '.join(choices)}")
-        within = all(_BOUNDS[name][1](value, limit) for name, limit in metadata["bounds"].items())
-        check(within, f"{key} = {value}: must be {limits(metadata['bounds'])}")
+        bounds = metadata["bounds"]
+        check(_within(value, bounds), f"{key} = {value}: must be {limits(bounds)}")
+        kinds = (field.type, *get_args(field.type))
+        if float in kinds:
+            held = _float32(value)
+            check(math.isfinite(held), f"{key} = {value}: must fit in float32, up to 3.4e38")
+            check(held != 0 or value == 0, f"{key} = {value}: must fit in float32, from {_FLOAT32_SMALLEST:.2g}, or be 0")
+            check(_within(held, bounds), f"{key} = {value}: must be {limits(bounds)} in float32, where it is {held:g}")
+        elif int in kinds and "max" not in bounds:
+            check(INT32[0] <= value <= INT32[1], f"{key} = {value}: must be at least {INT32[0]} and at most {INT32[1]}")
         if metadata["path"]:
             for path in value if isinstance(value, list) else [value]:
                 check_path(key, str(path), urls=metadata["path"] == "url")
+
+
+def _within(value: Any, bounds: dict[str, int | float]) -> bool:
+    return all(_BOUNDS[name][1](value, limit) for name, limit in bounds.items())
+
+
+def _float32(value: int | float) -> float:
+    """The number that a float becomes on a device."""
+    try:
+        (held,) = struct.unpack("f", struct.pack("f", value))
+    except (OverflowError, struct.error):  # the latter for an integer beyond float64
+        return math.inf
+    return held if abs(held) >= _FLOAT32_SMALLEST else 0.0
 
 
 class Setting(NamedTuple):
