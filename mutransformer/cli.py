@@ -17,7 +17,7 @@ import mutransformer
 from mutransformer.config.load import describe, load, shipped_configs, to_yaml
 from mutransformer.config.schema import all_settings
 from mutransformer.config.setting import to_text
-from mutransformer.errors import FAILED, FINISHED, INTERRUPTED, STOPPED, USAGE_ERROR, ConfigError
+from mutransformer.errors import FAILED, FINISHED, INTERRUPTED, STOPPED, USAGE_ERROR, ConfigError, redact
 from mutransformer.output import lasting_output
 from mutransformer.sharding.processes import announce_failure
 from mutransformer.sharding.stopping import Stopped
@@ -89,7 +89,7 @@ class _Parser(ArgumentParser):
         super().__init__(prog=prog, usage=usage, description=description, formatter_class=RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"error: {message}; see {self.prog} --help\n")
+        self.exit(USAGE_ERROR, f"error: {redact(message)}; see {self.prog} --help\n")
 
 
 class _HelpConfig(Action):
@@ -134,7 +134,7 @@ def _module(name: str) -> ModuleType:
 
 def _fail(error: Exception | str, code: int) -> int:
     # One line, whatever file name or value of the user's it quotes.
-    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    print(f"error: {' '.join(redact(str(error)).splitlines())}", file=sys.stderr)
     return code
 
 

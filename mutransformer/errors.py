@@ -1,8 +1,10 @@
-"""User-correctable errors, the checks that raise them, and the exit codes of the command line."""
+"""User-correctable errors, the checks that raise them, and the exit codes of the command line; what is secret in a text."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 FINISHED = 0
 FAILED = 1  # the run or the check itself failed: a loss that is not finite, too little memory, a verdict FAIL
@@ -12,8 +14,43 @@ STUCK = 76  # a process of the run is stuck, or gone; the same command resumes f
 INTERRUPTED = 130  # by Ctrl-C, with nothing saved
 
 
+REDACTED = "REDACTED"  # in place of a secret
+_URL = r"((?<!github)://)(?!\[)"  # github://ORGANIZATION:REPOSITORY@REVISION is no password, nor is http://[::1]:80
+_SECRETS = (
+    # The user and password of a URL. A key of S3 may hold slashes; a host's port, which one follows, is not a password.
+    re.compile(rf"{_URL}[^\s/@]*:[^\s/][^/\n]*(?=@)"),
+    re.compile(rf"{_URL}[^\s/:@]*:(?!\d*(?:/|$))(?:(?!://)[^\s@])*(?=@)"),
+    re.compile(r"(https?://)[^\s/@]+(?=@)", re.IGNORECASE),
+    # A value of a query, by its name.
+    re.compile(
+        r"([?&;#][^\s=&;#?]*(?:token|secret|passw|passphrase|pwd|key|credential|auth(?!or)|session|jwt|\bsig|[-_]sig|\b(?:code|pass)\b)"
+        r"[^\s=&;#?]*=)[^\s&#]*(?:[^\s&#'\"\]):;,]|(?=[&#]))",  # what follows a text in a message is left
+        re.IGNORECASE,
+    ),
+    # An access token of the Hugging Face Hub.
+    re.compile(r"(\bhf_)(?:[A-Za-z0-9]{16,}|(?=[a-z0-9]*[A-Z])[A-Za-z0-9]{10,})"),
+)
+
+
+def redact(value: Any) -> Any:
+    """A text without the passwords, access tokens and other secrets that URLs in it hold, also within dicts, lists and tuples.
+
+    For all that is printed, logged or stored.
+    """
+    if isinstance(value, str):
+        for secret in _SECRETS if "://" in value or "=" in value or "hf_" in value else ():
+            value = secret.sub(rf"\g<1>{REDACTED}", value)
+        return value
+    if isinstance(value, dict):
+        return {redact(key): redact(one) for key, one in value.items()}
+    return type(value)(map(redact, value)) if type(value) in (list, tuple) else value
+
+
 class ConfigError(ValueError):
-    """A user-correctable error, in one line that names the key, its value and what would be right."""
+    """A user-correctable error, in one line that names the key, its value and what would be right. Secrets are redacted."""
+
+    def __init__(self, message: object):
+        super().__init__(redact(str(message)))
 
 
 def check(ok: bool, message: str) -> None:

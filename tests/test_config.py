@@ -695,7 +695,7 @@ WRONG_FILES: list[tuple[str | bytes, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("text", "message"), WRONG_FILES, ids=[repr(text) for text, _ in WRONG_FILES])
+@pytest.mark.parametrize(("text", "message"), WRONG_FILES, ids=[repr(text)[:40] for text, _ in WRONG_FILES])
 def test_wrong_files(write, text, message):
     path = write(text)
     assert re.match(re.escape(path) + message, refused("steps=5", path))

@@ -8,7 +8,7 @@ Training does the same if the cache lacks something. The same command resumes af
 from argparse import ArgumentParser, Namespace
 
 from mutransformer.commands import DATA_KEYS, start
-from mutransformer.errors import FINISHED
+from mutransformer.errors import FINISHED, redact
 
 KEYS = (*DATA_KEYS, "data.column", "data.sources", "data.tokenize_workers", "data.validation_fraction", "data.test_fraction")
 
@@ -32,5 +32,5 @@ def run(args: Namespace) -> int:
                 f"{tokens.source} {split}: {tokens.n_documents:,} documents, {tokens.n_tokens:,} tokens, "
                 f"{tokens.n_bytes / max(1, tokens.n_tokens):.2f} bytes each, {len(tokens.sections)} shards"
             )
-    print(f"vocabulary: {corpus.tokenizer.n_vocab:,} ids; kept below {config.data.cache_dir}")
+    print(f"vocabulary: {corpus.tokenizer.n_vocab:,} ids; kept below {redact(config.data.cache_dir)}")
     return FINISHED

@@ -17,7 +17,7 @@ from mutransformer.config.schema import Config, all_settings
 from mutransformer.config.setting import limits, to_text, type_name
 from mutransformer.config.tree import Tree, build, kind_of, merge, typed
 from mutransformer.config.values import BadValue, Given, UnknownKey
-from mutransformer.errors import ConfigError, check
+from mutransformer.errors import ConfigError, check, redact
 
 # Keys of earlier versions, and their names now.
 RENAMED = {
@@ -153,8 +153,8 @@ def _unknown(key: str) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """Every setting as YAML, defaults included: `load` gives the same config back."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=10**6)
+    """Every setting as YAML, defaults included: `load` gives the same config back, but for secrets, which are redacted."""
+    return yaml.safe_dump(redact(asdict(config)), sort_keys=False, allow_unicode=True, width=10**6)
 
 
 def describe(prefix: str = "") -> str:

@@ -23,7 +23,7 @@ from mutransformer.config.run import (
     WatchdogConfig,
 )
 from mutransformer.config.setting import INT32, Setting, check_settings, setting, settings_of
-from mutransformer.errors import ConfigError, check
+from mutransformer.errors import ConfigError, check, redact
 
 AttentionActivation = Literal["softmax", "sqrelu", "elu", "norm_sqrelu", "norm_elu"]
 AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
@@ -250,6 +250,11 @@ class Config:
         check_settings(self, "")
         plain = bool(self.name) and not self.name.startswith(".") and not set(self.name) & set("/\\\0")
         check(plain, f"name = {self.name!r}: must be a plain folder name; the place is set by workdir")
+        for key in ("name", "workdir"):
+            text = getattr(self, key)
+            check(
+                redact(text) == text, f"{key} = {text}: must hold no access token or password, which a folder's name would show"
+            )
         model, data, optim = self.model, self.data, self.optim
         n = optim.grad_accumulation_steps
         check(data.batch_size % n == 0, f"optim.grad_accumulation_steps = {n}: must divide data.batch_size = {data.batch_size}")
@@ -321,9 +326,9 @@ def may_change_on_resume(key: str) -> bool:
 
 
 def flatten(nested: Config | dict[str, Any]) -> dict[str, Any]:
-    """The values of a config, or of nested dictionaries, by dotted key; an empty dictionary stays a value."""
+    """The values of a config by dotted key, to store and compare: secrets are redacted. An empty dictionary stays a value."""
     flat: dict[str, Any] = {}
-    for key, value in (nested if isinstance(nested, dict) else dataclasses.asdict(nested)).items():
+    for key, value in redact(nested if isinstance(nested, dict) else dataclasses.asdict(nested)).items():
         below = flatten(value) if isinstance(value, dict) else {}
         flat |= {f"{key}.{k}": v for k, v in below.items()} or {key: value}
     return flat

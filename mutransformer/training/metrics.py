@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mutransformer.config.schema import Config
-from mutransformer.errors import ConfigError, first_line
+from mutransformer.errors import ConfigError, first_line, redact
 from mutransformer.sharding.devices import memory_in_use, peak_flops
 from mutransformer.training import sinks
 from mutransformer.training.bad_steps import NonFiniteLoss
@@ -244,7 +244,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    console.print(redact(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

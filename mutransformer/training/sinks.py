@@ -21,7 +21,7 @@ from tensorboardX.summary import hparams, text
 
 from mutransformer.config.load import to_yaml
 from mutransformer.config.schema import Config, flatten
-from mutransformer.errors import ConfigError
+from mutransformer.errors import ConfigError, redact
 from mutransformer.training.run_folder import RunFolder
 
 FILE = "metrics.jsonl"
@@ -166,7 +166,7 @@ class WeightsAndBiases:
             folder.write(kept.name, os.urandom(8).hex().encode())
         run_id, directory = kept.read_text(), str(folder.path)
         self._run = wandb.init(
-            project=config.log.wandb, name=config.name, id=run_id, resume="allow", dir=directory, config=asdict(config)
+            project=config.log.wandb, name=config.name, id=run_id, resume="allow", dir=directory, config=redact(asdict(config))
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

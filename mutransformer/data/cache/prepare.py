@@ -19,7 +19,7 @@ from mutransformer.data.sources.registry import open_source
 from mutransformer.data.sources.source import SPLITS, Source, Split, held_out_fractions
 from mutransformer.data.tokenizers.registry import open_tokenizer, train_sentencepiece, training_texts
 from mutransformer.data.tokenizers.tokenizer import Tokenizer
-from mutransformer.errors import check, translate_errors
+from mutransformer.errors import REDACTED, check, redact, translate_errors
 from mutransformer.sharding.processes import SINGLE_PROCESS, Processes
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def prepare(config: DataConfig, processes: Processes = SINGLE_PROCESS) -> Corpus
     """
     if not config.cache_is_shared:
         processes = SINGLE_PROCESS
-    store = Store(config.cache_dir, config.local_dir)
+    store = _store(config)
     with processes.first_in_process_0("the commits of data sets"):
         config = _pin_revisions(config, store)
     sources = _open_sources(config)
@@ -53,7 +53,7 @@ def prepare(config: DataConfig, processes: Processes = SINGLE_PROCESS) -> Corpus
 
 def prepare_tokenizer(config: DataConfig, processes: Processes = SINGLE_PROCESS) -> Tokenizer:
     """The tokenizer for config, from data.cache_dir or put there. Tokenizes nothing. Raises ConfigError as prepare() does."""
-    store = Store(config.cache_dir, config.local_dir)
+    store = _store(config)
     with processes.first_in_process_0("the tokenizer"):
         config = _pin_revisions(config, store)
         return open_tokenizer(config, store, list(_open_sources(config).values()))
@@ -66,7 +66,7 @@ def train_tokenizer(config: DataConfig, path: Path) -> None:
         ConfigError: the sources cannot be used, or the size of the vocabulary does not fit them.
         OSError: path cannot be written.
     """
-    config = _pin_revisions(config, Store(config.cache_dir, config.local_dir))
+    config = _pin_revisions(config, _store(config))
     train_sentencepiece(training_texts(config, list(_open_sources(config).values())), config.vocab_size, path)
 
 
@@ -75,7 +75,7 @@ def dry_run(config: DataConfig) -> list[str]:
 
     Raises ConfigError as prepare() does.
     """
-    store = Store(config.cache_dir, config.local_dir, read_only=True)
+    store = _store(config, read_only=True)
     config = _pin_revisions(config, store)
     sources = _open_sources(config)
     trained = config.tokenizer == "sentencepiece" and config.tokenizer_file is None
@@ -100,7 +100,16 @@ def dry_run(config: DataConfig) -> list[str]:
             lines.append("  splits: " + ("the source's own" if own else hashed))
     lines.append(f"cache: {config.cache_dir}" + (f", copies in {config.local_dir}" if store.remote else ""))
     lines.append(f"rows: {config.packing} of {config.seq_len} tokens; {_n_workers(config)} processes")
-    return lines
+    return redact(lines)
+
+
+def _store(config: DataConfig, read_only: bool = False) -> Store:
+    """The cache. Raises ConfigError if a secret is missing in the settings, since they were read from a run's folder."""
+    keys = ("path", "files", "validation_files", "test_files", "column")
+    texts = {f"{config.key(name)}.{key}": getattr(one, key) for name, one in config.mixture.items() for key in keys}
+    for key, value in ({"data.cache_dir": config.cache_dir} | texts).items():
+        check(REDACTED not in str(value), f"{key}: lacks a secret, which a run does not save; give {key} again as an override")
+    return Store(config.cache_dir, config.local_dir, read_only)
 
 
 def _n_workers(config: DataConfig) -> int:

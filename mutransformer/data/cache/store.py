@@ -19,7 +19,7 @@ from typing import Any
 
 import fsspec
 
-from mutransformer.errors import is_url, translate_errors
+from mutransformer.errors import is_url, redact, translate_errors
 
 FORMAT = 2  # of what is written; another number builds everything again
 MANIFEST = "manifest.json"
@@ -173,7 +173,8 @@ def cache_key(settings: list[Any]) -> str:
 
 
 def to_json(facts: dict[str, Any]) -> bytes:
-    """JSON with its own checksum."""
+    """JSON with its own checksum, without the secrets of URLs."""
+    facts = redact(facts)
     return json.dumps({"entry": facts, "sha256": digest(facts)}, indent=1).encode()
 
 

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 from mutransformer.config.load import load
 from mutransformer.config.schema import DEPTH_RULES, Config, flatten
-from mutransformer.errors import ConfigError, check
+from mutransformer.errors import ConfigError, check, redact
 from mutransformer.mup.checks.slopes import Axis
 
 Point = tuple[float, int]  # (base learning rate, seed)
@@ -63,7 +63,7 @@ def configs(
         swept = [setting for setting in combination if not setting.startswith("optim.rule=")]
         for size in sizes:
             config = load([*args, *combination, f"{KEYS[axis]}={size}"])
-            name = " ".join([label or config.optim.rule, *swept])
+            name = redact(" ".join([label or config.optim.rule, *swept]))
             check((name, size) not in found, f"--set: two combinations have the name {name}; sweep optim.rule without --label")
             found[name, size] = VariantConfig(name, config, axis)
     return list(found.values())
