@@ -58,7 +58,8 @@ def check_settings(group: Any, prefix: str) -> None:
             check(held != 0 or value == 0, f"{key} = {value}: must fit in float32, from {_FLOAT32_SMALLEST:.2g}, or be 0")
             check(_within(held, bounds), f"{key} = {value}: must be {limits(bounds)} in float32, where it is {held:g}")
         elif int in kinds and "max" not in bounds:
-            check(INT32[0] <= value <= INT32[1], f"{key} = {value}: must be at least {INT32[0]} and at most {INT32[1]}")
+            exceeded = f"at least {INT32[0]}" if value < 0 else f"at most {INT32[1]}"
+            check(INT32[0] <= value <= INT32[1], f"{key} = {value}: must be {exceeded}")
         if metadata["path"]:
             for path in value if isinstance(value, list) else [value]:
                 check_path(key, str(path), urls=metadata["path"] == "url")

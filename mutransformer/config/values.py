@@ -128,4 +128,4 @@ def resolve(reference: Reference, settings: dict[str, Any], within: tuple[Refere
     try:
         return _converted(reference.kind, found)
     except BadValue as error:
-        raise BadValue(f"{error}, not {found}") from None if isinstance(found, str) else error
+        raise BadValue(f"{error}, not {found}" if isinstance(found, str) else str(error)) from None
