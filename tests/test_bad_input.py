@@ -263,7 +263,8 @@ def goes_on(finished, settings):
 
 def write_checksums(checkpoint):
     """Makes the checksums fit the files as they are now."""
-    (checkpoint / CHECKSUMS).write_text(json.dumps(_checksums(checkpoint)))
+    seal = {"step": int(checkpoint.name), "files": _checksums(checkpoint)}
+    (checkpoint / CHECKSUMS).write_text(json.dumps(seal))
 
 
 def corrupt_step(run: Path, what: str) -> None:
