@@ -69,6 +69,16 @@ def metrics(run: Path) -> dict[int, dict[str, float]]:
     return {line["step"]: line for line in whole}
 
 
+def events(run: Path) -> list[tuple[str, int, float]]:
+    """(tag, step, value) of every number in TensorBoard's files, read without what TensorBoard forgets of them."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    files = sorted((run / "tensorboard").glob("events*"))
+    found = [event for file in files for event in EventFileLoader(str(file)).Load()]
+    numbers = [(event.step, value) for event in found for value in event.summary.value if value.HasField("tensor")]
+    return [(value.tag, step, value.tensor.float_val[0]) for step, value in numbers if len(value.tensor.float_val)]
+
+
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     """Returns once a running process has logged a step."""
     deadline = time.monotonic() + 120

@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import finish, metrics, settings, start, wait_for_step
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from runs import events, finish, metrics, settings, start, wait_for_step
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
@@ -57,14 +56,6 @@ def copy(finished: Path, tmp_path: Path) -> Path:
     """The folder above a copy of a finished run."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     return tmp_path
-
-
-def events(run: Path) -> list[tuple[str, int, float]]:
-    """(tag, step, value) of every number in TensorBoard's files, read without what TensorBoard forgets of them."""
-    files = sorted((run / "tensorboard").glob("events*"))
-    found = [event for file in files for event in EventFileLoader(str(file)).Load()]
-    numbers = [(event.step, value) for event in found for value in event.summary.value if value.HasField("tensor")]
-    return [(value.tag, step, value.tensor.float_val[0]) for step, value in numbers if len(value.tensor.float_val)]
 
 
 # Ways to end.

@@ -2,17 +2,22 @@
 
 import shutil
 import signal
+import time
 from pathlib import Path
+from random import Random
 
 import jax
 import numpy as np
 import pytest
 from programs import program
-from runs import finish, metrics, settings, start, wait_for_step
+from runs import events, finish, metrics, settings, start, wait_for_step
 
 from mutransformer.config.load import load
+from mutransformer.errors import FINISHED, STOPPED
+from mutransformer.sharding.stopping import StopRequest
 from mutransformer.training.checkpoint import CHECKSUMS, Checkpoints
-from mutransformer.training.program import TrainState
+from mutransformer.training.loop import train
+from mutransformer.training.program import TrainState, build_with_data
 
 # An epoch is some 40 batches: the run goes through more than one, and is killed within one.
 LENGTH = ["steps=60", "checkpoint.every=7", "eval.every=20"]
@@ -93,3 +98,48 @@ def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_it_goes_on(folder: P
     out = finish(start(TRAIN, settings(folder, *LENGTH, "name=flipped"), quick=True))
     assert "60 is corrupt" in out and "resumes after step 56" in out
     compare(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(folder: Path, uninterrupted: Path) -> None:
+    """With a checkpoint at every second step, some of them within a save. TensorBoard has each step once, none is missing."""
+    args, run, random = settings(folder, *LENGTH, "checkpoint.every=2", "name=often"), folder / "runs" / "often", Random(0)
+    kills, within_a_save = 0, 0
+    while kills < 20:
+        process = start(TRAIN, args, quick=True)
+        before = max(metrics(run), default=0)
+        wait_for_step(process, run, min(before + random.choice([0, 1, 2, 3]), 59))
+        time.sleep(random.uniform(0, 0.1))
+        if process.poll() is not None:
+            break  # it came to its end
+        process.kill()
+        process.communicate()
+        kills += 1
+        within_a_save += bool(list((run / "checkpoints").glob("*.orbax-checkpoint-tmp*")))
+    assert kills >= 15 and within_a_save >= 2, f"{kills} kills, {within_a_save} within a save"
+    finish(start(TRAIN, args, quick=True))
+    compare(run, uninterrupted)
+    found = [(tag, step) for tag, step, _ in events(run)]
+    assert len(found) == len(set(found)) and {step for _, step in found} == set(range(1, 61))
+    assert not list((run / "checkpoints").glob("*tmp*"))
+
+
+@pytest.mark.slow
+def test_another_mesh_goes_on_with_the_same_losses(tmp_path: Path) -> None:
+    """8 x 1, then 4 x 2, then 2 x 4 devices, float32: the losses of one run on 8 x 1, but for float error."""
+    args = settings(tmp_path, "steps=9", "precision.compute=float32", "data.batch_size=8", "eval.every=3", "checkpoint.every=0")
+
+    def run(name: str, x: int, y: int, until: int) -> dict[int, dict[str, float]]:
+        stop = StopRequest()
+        stop.agree = lambda _: max(metrics(tmp_path / "runs" / name), default=0) >= until - 1  # the last one is not yet read
+        config = load([*args, f"name={name}", f"mesh.x={x}", f"mesh.y={y}"])
+        assert train(*build_with_data(config), stop) == (FINISHED if until > 9 else STOPPED)
+        return metrics(tmp_path / "runs" / name)
+
+    whole = run("whole", 8, 1, 99)
+    for x, y, until in ((8, 1, 3), (4, 2, 6), (2, 4, 99)):
+        parts = run("parts", x, y, until)
+    assert list(parts) == list(whole) == list(range(1, 10))
+    for step, line in whole.items():
+        for tag in {"train/loss", "norm/gradient", "validation/loss"} & set(line):
+            assert parts[step][tag] == pytest.approx(line[tag], rel=1e-5), f"{tag} at step {step}"
