@@ -5,11 +5,15 @@ exit code of mutransformer.errors, before JAX starts if it can be known by then.
 """
 
 import difflib
+import errno
 import importlib
+import io
+import os
 import sys
 import textwrap
 from argparse import Action, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -18,7 +22,6 @@ from mutransformer.config.load import describe, load, shipped_configs, to_yaml
 from mutransformer.config.schema import all_settings
 from mutransformer.config.setting import to_text
 from mutransformer.errors import FAILED, FINISHED, INTERRUPTED, STOPPED, USAGE_ERROR, ConfigError, redact
-from mutransformer.output import lasting_output
 from mutransformer.sharding.processes import announce_failure
 from mutransformer.sharding.stopping import Stopped
 
@@ -73,7 +76,7 @@ def command_parser(name: str) -> ArgumentParser:
         command.add_arguments(parser)
     if hasattr(command, "KEYS"):
         add = parser.add_argument
-        settings = "YAML files, names of shipped configs and overrides, merged left to right over the defaults; shipped: "
+        settings = "YAML files, folders of runs, shipped configs and overrides, merged left to right over the defaults; shipped: "
         add("settings", nargs="*", metavar="CONFIG | KEY=VALUE", help=settings + ", ".join(shipped_configs()))
         add("--print-config", action="store_true", help="print the resolved config as YAML and exit")
         about = "print keys, types, bounds, defaults and meanings, of all settings or those below PREFIX (optim), and exit"
@@ -136,6 +139,51 @@ def _fail(error: Exception | str, code: int) -> int:
     # One line, whatever file name or value of the user's it quotes.
     print(f"error: {' '.join(redact(str(error)).splitlines())}", file=sys.stderr)
     return code
+
+
+class LastingStream:
+    """A text stream that drops what cannot be written: a run must not end because a terminal closed, or `| head` has enough."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._give_up(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Sends what is still buffered, and all that follows, to nowhere, unless the fault may pass, as that of a full disk."""
+        if error.errno in (errno.EPIPE, errno.EIO):  # the reader is gone; the terminal is gone
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Within it standard output and standard error are lasting streams, which escape what their encoding lacks."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = map(LastingStream, before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
 
 
 if __name__ == "__main__":

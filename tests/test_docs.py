@@ -69,7 +69,7 @@ def resolve(command: str, monkeypatch: pytest.MonkeyPatch) -> Config | None:
             raise AssertionError(f"{command}: exit code {code}, it reads no command line")
         if not hasattr(options, "settings"):
             return None
-        future = re.compile(r"runs/\w+/config.yaml")  # of a run that is yet to come
+        future = re.compile(r"runs/\w+(/config.yaml)?$")  # of a run that is yet to come
         return settings.load([arg for arg in options.settings if not future.fullmatch(arg)])
 
 

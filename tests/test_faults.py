@@ -506,3 +506,17 @@ def test_doctor_gives_a_verdict_on_each_need(damage: str | None, copy: Path, cap
     expected = {"checkpoint": "checkpoints", "data": "data", "lock": "folder"}.get(damage or "")
     assert failed == ([f"FAIL  {expected}"] if expected else []) and code == (FAILED if expected else FINISHED), lines
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+# A run that was moved.
+
+
+@pytest.mark.parametrize("given", ["folder", "config", "within", "equals"])
+def test_a_run_is_where_it_lies(given: str, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = copy / ("lr=0.1 moved" if given == "equals" else "moved")
+    (copy / "runs/r").rename(moved)
+    if given == "within":
+        monkeypatch.chdir(moved)
+    arg = {"config": f"{moved}/config.yaml", "within": "config.yaml"}.get(given, str(moved))
+    assert load([arg]).rundir == moved and load([arg]).optim.warmup_steps == 3
+    assert load([arg, "name=other"]).rundir == copy / "other"

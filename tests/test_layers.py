@@ -14,10 +14,11 @@ PACKAGE = "mutransformer"
 FLOORS = ["errors", "mup", "config", "sharding", "model", "data", "training", "generation", "planning", "study"]
 FLOORS += ["commands", "cli"]
 # Those that touch disk, network or clock.
-EFFECTS = {"data", "study", "commands", "cli", "sharding.devices", "sharding.processes"}
-EFFECTS |= {"training.checkpoint", "training.metrics", "training.loop"}
+EFFECTS = {"data", "study", "commands", "cli"}
+EFFECTS |= {f"sharding.{name}" for name in ("devices", "processes", "peers", "stopping")}
+EFFECTS |= {f"training.{name}" for name in ("checkpoint", "metrics", "sinks", "skipped_steps", "run_folder", "preflight", "loop")}
 ALLOWED = {name: {"pathlib", "pathlib.Path"} for name in ("", "config.schema", "errors", "planning.timeline")}
-ALLOWED["config.load"] = {"pathlib", "pathlib.Path", ".read_text"}  # YAML files
+ALLOWED["config.load"] = {"pathlib", "pathlib.Path", "path.read_text"}  # YAML files
 ALLOWED["planning.compiled.simulate"] = {"os", "time"}
 ALLOWED["mup.checks.slopes"] = {"io"}  # a text in memory
 ALLOWED["mup.checks.rate_sweep"] = {"logging", "time"}
@@ -161,7 +162,12 @@ def heavy(source: str) -> set[str]:
     tree = ast.parse(source)
     at_top = ast.unparse(ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], []))
     libraries = {"jax", "equinox", "optax", "numpy", "grain", "orbax"} & {i.split(".")[0] for i in imported(at_top)}
-    own = ours(at_top) - {"sharding.processes", "mup.rules", "mup.checks.slopes"}  # these import NumPy at most
+    own = ours(at_top) - {
+        "sharding.processes",
+        "sharding.stopping",
+        "mup.rules",
+        "mup.checks.slopes",
+    }  # these import NumPy at most
     return libraries | {name for name in own if name.split(".")[0] not in LIGHT}
 
 

@@ -51,11 +51,11 @@ class _Checks:
 def _examine(config: Config, check: _Checks) -> None:
     """All checks; those that need what another one failed to give are left out."""
     from mutransformer.data.batches import pipeline
-    from mutransformer.sharding.mesh import data_share, make_mesh
+    from mutransformer.sharding.mesh import data_share
     from mutransformer.training.checkpoint import Checkpoints
     from mutransformer.training.evaluate import evaluate
     from mutransformer.training.preflight import check_before_data, check_before_training
-    from mutransformer.training.program import Program, build, prepare_data
+    from mutransformer.training.program import Program, Vocabulary, build, prepare_data
     from mutransformer.training.step import make_eval_step
 
     with check("versions") as found:
@@ -64,8 +64,8 @@ def _examine(config: Config, check: _Checks) -> None:
         check_before_data(config)
         found.append(f"{config.rundir} can be written to, and no run has it")
     with check("devices") as found:
-        mesh = make_mesh(config.mesh)
-        found.append(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
+        for_any_text = build(config, vocabulary=Vocabulary(config.model.n_vocab or 256))
+        found.append(" ".join(str(for_any_text).splitlines()[0].split()[1:]))
     corpus, start = None, 0
     with check("data") as found:
         corpus = prepare_data(config)

@@ -19,6 +19,8 @@ from mutransformer.config.tree import Tree, build, kind_of, merge, typed
 from mutransformer.config.values import BadValue, Given, UnknownKey
 from mutransformer.errors import ConfigError, check, redact
 
+RUN_CONFIG = "config.yaml"  # in a run's folder
+
 # Keys of earlier versions, and their names now.
 RENAMED = {
     "mesh.slices": "mesh.replicas",
@@ -39,7 +41,7 @@ RENAMED = {
 
 
 def load(args: Sequence[str]) -> Config:
-    """Reads YAML files, shipped configs by name and `key=value` overrides, merged left to right over the defaults.
+    """Reads YAML files, run folders, shipped configs by name and `key=value` overrides, merged left to right over the defaults.
 
     A text may refer to other settings, ${model.d_model}: it gets their final values.
 
@@ -62,9 +64,9 @@ def load(args: Sequence[str]) -> Config:
 
 
 def is_file(arg: str) -> bool:
-    """Whether an argument names a YAML file or a shipped config rather than being an override."""
+    """Whether an argument names a YAML file, a run's folder or a shipped config rather than being an override."""
     try:
-        return "=" not in arg or Path(arg).is_file()  # a run may be called lr=0.1
+        return "=" not in arg or Path(arg).is_file() or (Path(arg) / RUN_CONFIG).is_file()  # a run may be called lr=0.1
     except OSError:  # longer than any path
         return False
 
@@ -111,11 +113,18 @@ def _read(arg: str) -> Tree:
 
 
 def _file(arg: str) -> dict[Any, Given]:
-    """What a file holds, or a shipped config of that name."""
-    path = arg if Path(arg).is_file() else shipped_configs().get(arg, arg)
-    given = yaml_text.parse(Path(path).read_text(encoding="utf-8"))
+    """What a file holds, or a shipped config of that name, or the config of a run whose folder is given.
+
+    A run is where its config lies, and has the name of its folder, whatever the config says: it may have been copied or moved.
+    """
+    in_folder = Path(arg) / RUN_CONFIG
+    path = in_folder if in_folder.is_file() else Path(arg) if Path(arg).is_file() else Path(shipped_configs().get(arg, arg))
+    given = yaml_text.parse(path.read_text(encoding="utf-8"))
     check(given is not None, f"{arg}: holds no settings; write `key: value` lines, or leave it out")
     check(isinstance(given, dict), f"{arg}: must hold `key: value` lines")
+    if path.name == RUN_CONFIG and (path.parent / "checkpoints").is_dir():
+        folder = path.parent if path.parent.name.strip(".") else path.parent.resolve()
+        given |= {"workdir": str(folder.parent), "name": folder.name}
     return given
 
 

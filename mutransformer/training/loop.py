@@ -25,7 +25,6 @@ from mutransformer.mup.checks.runs import has_diverged
 from mutransformer.sharding.mesh import data_share, put_batch
 from mutransformer.sharding.peers import Watch
 from mutransformer.sharding.stopping import Stopped, StopRequest, stop_on_signals
-from mutransformer.training.bad_steps import BadSteps, NonFiniteLoss
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.evaluate import evaluate
 from mutransformer.training.metrics import Diverged, Metrics
@@ -37,6 +36,7 @@ from mutransformer.training.preflight import (
 )
 from mutransformer.training.program import Program, TrainState, build_with_data
 from mutransformer.training.run_folder import RunFolder, owned_by_all
+from mutransformer.training.skipped_steps import NonFiniteLoss, SkippedSteps
 from mutransformer.training.step import make_eval_step, make_train_step
 
 CONTINUOUS = 0.01  # relative difference of a loss that other devices or another mesh may make, in bfloat16 too
@@ -133,7 +133,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self._train_step, self._eval_step = make_train_step(self.program), make_eval_step(self.program)
         self._skip = jax.jit(lambda state: dataclasses.replace(state, step=state.step + 1), donate_argnums=0)
-        self._bad = BadSteps(self.program.config.bad_steps, self.folder, self.step, lambda step: self.batches.rows(step - 1))
+        self._skipped = SkippedSteps(
+            self.program.config.bad_steps, self.folder, self.step, lambda step: self.batches.rows(step - 1)
+        )
 
     def run(self) -> dict[str, float] | None:
         """All remaining steps, then the final evaluation. Returns its results by tag, or None if asked to stop.
@@ -183,12 +185,12 @@ class Trainer:
             batch = next(self.batches)
         self.watch.doing(f"computing step {self.step + 1}")
         self.step += 1
-        if self.step in self._bad.known:
+        if self.step in self._skipped.known:
             self.state = self._skip(self.state)
             _log.info("step %d is skipped, as it was before the run was resumed", self.step)
             return
         self.state, scalars = self._train_step(self.state, put_batch(batch, self.program.mesh))
-        self._bad.record(self.step, scalars)
+        self._skipped.record(self.step, scalars)
         self.log.record(self.step, scalars)
         self.checkpoints.poll()
 
@@ -219,7 +221,7 @@ class Trainer:
 
     def save(self) -> None:
         self.watch.doing(f"saving step {self.step}")
-        self._bad.read()
+        self._skipped.read()
         self.folder.check_present()
         self.checkpoints.save(self.state, self.batches.get_state(), self.fingerprint, self.probe())
 

@@ -19,9 +19,9 @@ from mutransformer.config.schema import Config
 from mutransformer.errors import ConfigError, first_line, redact
 from mutransformer.sharding.devices import memory_in_use, peak_flops
 from mutransformer.training import sinks
-from mutransformer.training.bad_steps import NonFiniteLoss
 from mutransformer.training.run_folder import RunFolder
 from mutransformer.training.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
+from mutransformer.training.skipped_steps import NonFiniteLoss
 
 _TAGS = {"loss": "train/loss", "learning_rate": "optim/learning_rate"}
 _TAGS |= {f"{name}_norm": f"norm/{name}" for name in ("gradient", "parameter", "update")}
@@ -104,8 +104,8 @@ class Metrics:
         """Takes the scalars of a step just dispatched, and writes those of the previous step if it is to be logged.
 
         step: updates completed after this step. device_scalars: arrays of shape [], the same in all processes: loss (mean nats
-        per target), skipped (1: BadSteps deals with it) and others to log. Raises NonFiniteLoss if the loss or the norm of the
-        weights of a logged step is NaN or infinite; it is written nevertheless.
+        per target), skipped (1: SkippedSteps deals with it) and others to log. Raises NonFiniteLoss if the loss of a logged step
+        that was not skipped, or the norm of the weights, is NaN or infinite; it is written nevertheless.
         """
         # The device may be done already, as a CPU that computes while it dispatches: then the step ended here, not when read.
         done = time.perf_counter() if getattr(device_scalars["loss"], "is_ready", lambda: True)() else None
