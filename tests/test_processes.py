@@ -234,3 +234,17 @@ def test_any_signal_to_one_process_stops_both_at_the_same_step(number: signal.Si
     outputs = [finish(process, expect=75) for process in started]
     last = max(metrics(tmp_path / "runs/r"))
     assert f"Stopped at step {last}; checkpoint saved." in outputs[0]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_suspended_goes_on(tmp_path: Path) -> None:
+    """Ctrl-Z for longer than the watchdog allows a step to take."""
+    (args, _), run = two(tmp_path, "watchdog.timeout=7", "watchdog.start_timeout=60"), tmp_path / "runs/r"
+    process = start("scripts/train.py", [arg for arg in args if "distributed" not in arg], quick=True)
+    wait_for_step(process, run, 5)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(12)
+    process.send_signal(signal.SIGCONT)
+    wait_for_step(process, run, max(metrics(run)) + 50)
+    process.send_signal(signal.SIGTERM)
+    finish(process, expect=75)

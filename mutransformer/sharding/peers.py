@@ -24,6 +24,7 @@ _SIGNS = "mutransformer/signs"  # a key for each process: what it last said of i
 _STOPS = "mutransformer/stops"  # a key for each process that was asked to stop
 _TICKS = "mutransformer/ticks"  # a key for each process, once one was asked: how often it had polled
 _LONGEST = 20.0  # times the longest step so far: by default a longer one is stuck
+_STOPPED = 5.0  # seconds: no thread waits that long for its turn
 _SHORTEST = 300.0  # seconds: by default no step is stuck before that
 
 
@@ -106,9 +107,11 @@ class Watch:
             self._ended.wait(self._config.peer_timeout + 5)
 
     def _run(self) -> None:
-        turn = 0
+        turn, before = 0, time.monotonic()
         while not self._ended.wait(self._pause):
-            turn += 1
+            turn, now = turn + 1, time.monotonic()
+            self._leave_out(now - before - self._pause)
+            before = now
             limit = self._limit()
             if limit and time.monotonic() - self._since > limit:
                 self._stuck(limit)
@@ -119,6 +122,13 @@ class Watch:
             except RuntimeError as error:
                 if not self._ended.is_set():
                     end(f"the coordinator, process 0, is gone, or cannot be reached: {first_line(error)}")
+
+    def _leave_out(self, late: float) -> None:
+        """If this thread did not run either, the whole process was stopped, as by Ctrl-Z: that is no lack of progress."""
+        if late > _STOPPED:
+            self._since += late
+            for peer in self._peers.values():
+                peer.since += late
 
     def _limit(self) -> float:
         """Seconds without progress after which the main thread is stuck; 0: it never is."""
