@@ -23,7 +23,7 @@ from mutransformer.data.tokenizers.tokenizer import Tokenizer
 from mutransformer.sharding.mesh import data_share, lay_mesh, put_batch
 from mutransformer.study.sweep.grid import Point
 from mutransformer.training.program import TrainState, Vocabulary, build, initial_state
-from mutransformer.training.step import device_grads, device_sums, make_eval_step, make_train_step, update
+from mutransformer.training.step import Metrics, device_grads, device_sums, make_eval_step, make_train_step, update
 
 RUNS = PartitionSpec("run")
 BATCHES = PartitionSpec(None, "x")  # [seeds, rows, T], the same on every device
@@ -83,7 +83,7 @@ class ParallelRuns:
         def step(state: TrainState[Array], batches: Batch, hyper: Hyper) -> tuple[TrainState[Array], Array]:
             metrics, gradients = grads(state.params, batches, hyper.data)
             state, metrics = jax.vmap(partial(update, p))(state, metrics, gradients, hyper.lr)
-            return state, metrics["loss"]
+            return state, _loss(metrics)
 
         shapes = jax.eval_shape(init, self.hyper)
         self.shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=per_run), shapes)
@@ -121,7 +121,7 @@ class ParallelRuns:
         """One update of every run.
 
         Takes a state, which is donated, and for each of `seeds` this process's rows of a batch, host arrays [B, T]. Returns the
-        new state, and the losses before the update in nats per token, on the devices.
+        new state, and the losses before the update in nats per token, on the devices: NaN where the gradient was not finite.
         """
         return self._step(state, self.place(batches), self.hyper)
 
@@ -166,7 +166,7 @@ class ShardedRun:
 
     def step(self, state: TrainState[Array], batches: Sequence[Batch]) -> tuple[TrainState[Array], Array]:
         state, metrics = self._step(state, put_batch(batches[0], self.mesh))
-        return state, metrics["loss"]
+        return state, _loss(metrics)
 
     def loss_sums(self, state: TrainState[Array], batch: Batch) -> tuple[Array, Array]:
         return self._sums(state.params, put_batch(batch, self.mesh))
@@ -188,3 +188,8 @@ def mean_losses(group: RunGroup, state: TrainState[Array], batches: Sequence[Bat
 def _put(a: np.ndarray, sharding: NamedSharding) -> Array:
     """A host array that every process has whole -> a global array."""
     return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+
+
+def _loss(metrics: Metrics) -> Array:
+    """The loss of a step; NaN if it was skipped for its gradient: in a sweep a run that goes on by skipping has diverged."""
+    return jnp.where(jnp.isfinite(metrics["gradient_norm"]), metrics["loss"], jnp.nan)

@@ -139,6 +139,7 @@ def _train(
         else:
             state = group.init()
         curves = _Curves()
+        stack.callback(lambda: curves.close())
         if config.log.tensorboard and jax.process_index() == 0:
             names = [f"{variant.name} {variant.where.replace(' ', '=')} lr={lr:.6g} seed={seed}" for lr, seed in points]
             # What an interrupted process wrote beyond this step is dropped.
@@ -200,13 +201,18 @@ class _Curves:
                 file.flush()
 
     def finish(self, config: Config, runs: Sequence[records.Run]) -> None:
-        """Adds the validation losses, with the table of hyperparameters, and closes the files."""
+        """Adds the validation losses, with the table of hyperparameters."""
         with self._given_up_if_it_fails():
             for file, run in zip(self._files, runs, strict=False):
                 if run.validation_loss is not None:
                     result = {"validation/loss": run.validation_loss}
                     file.scalars(run.steps, result)
                     file.settings(flatten(config) | {"variant": run.variant, "optim.lr": run.lr, "seed": run.seed}, result)
+
+    def close(self) -> None:
+        files, self._files = self._files, []
+        with self._given_up_if_it_fails():
+            for file in files:
                 file.close()
 
     @contextmanager
