@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -211,6 +212,17 @@ def test_a_folder_has_one_owner(args: list[str], run: Path, capsys: pytest.Captu
     assert f"{run}: in use by process {os.getpid()} on host {os.uname().nodename} since 20" in err
     with RunFolder(run).owned():  # it was given back
         pass
+
+
+def test_a_file_system_without_locks_costs_a_warning(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with RunFolder(run).owned():
+        assert "its file system has no locks (No locks available): start no second run in it" in caplog.text
 
 
 def test_the_folder_of_a_killed_run_is_free(run: Path) -> None:

@@ -116,10 +116,10 @@ class WatchdogConfig:
 
     timeout: Optional[float] = setting(
         None,
-        "seconds that a step, a save or a batch of an evaluation may take; 0: any; null: 20 times the longest step, at least 300",
+        "seconds that a step or a batch of an evaluation may take; 0: any; null: 20 times the longest step, at least 300",
         min=0,
     )
-    start_timeout: float = setting(3600.0, "seconds until two steps are completed, compilation included; 0: any", min=0)
+    start_timeout: float = setting(3600.0, "seconds until two steps are completed, compilation included; and of a save", min=0)
     peer_timeout: float = setting(20.0, "seconds without a sign of another process after which it is gone", min=1)
 
     def __post_init__(self) -> None:

@@ -78,9 +78,12 @@ class Watch:
         self._steps, self._step_began = 0, 0.0  # how many began, and when the latest did
         self._longest = 0.0  # seconds of a completed step, but for the first, which includes compilation
 
-    def doing(self, what: str) -> None:
-        """Says what the main thread does from now on, such as "waiting for the batch of step 7": a sign of its progress."""
-        self._doing, self._since = what, time.monotonic()
+    def doing(self, what: str, slow: bool = False) -> None:
+        """Says what the main thread does from now on, such as "waiting for the batch of step 7": a sign of its progress.
+
+        slow: it may take as long as start_timeout says, whatever a step takes: a save waits for a disk or a network.
+        """
+        self._doing, self._since, self._slow = what, time.monotonic(), slow
 
     def step_begins(self) -> None:
         """Tells that a step begins, and with it that the one before, if there was one, is completed."""
@@ -132,7 +135,7 @@ class Watch:
 
     def _limit(self) -> float:
         """Seconds without progress after which the main thread is stuck; 0: it never is."""
-        if self._longest == 0.0:
+        if self._longest == 0.0 or self._slow:
             return self._config.start_timeout
         if self._config.timeout is not None:
             return self._config.timeout

@@ -220,10 +220,11 @@ class Trainer:
             yield batch
 
     def save(self) -> None:
-        self.watch.doing(f"saving step {self.step}")
         self._skipped.read()
         self.folder.check_present()
-        self.checkpoints.save(self.state, self.batches.get_state(), self.fingerprint, self.probe())
+        loss = self.probe()
+        self.watch.doing(f"saving step {self.step}", slow=True)
+        self.checkpoints.save(self.state, self.batches.get_state(), self.fingerprint, loss)
 
 
 class Profile:

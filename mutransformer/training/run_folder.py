@@ -1,8 +1,10 @@
 """A run's folder: one run at a time has it, its files are replaced, never written through, and its loss is noticed."""
 
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import socket
 import time
@@ -15,6 +17,9 @@ from mutransformer.errors import ConfigError, check, first_line, translate_error
 from mutransformer.sharding.processes import all_processes, assert_equal_across_processes
 
 LOCK = "lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of NFS without its lock service, or a bucket that is mounted
+
+_log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -89,7 +94,13 @@ class RunFolder:
                     if path.exists() and _identity(path) == _identity(lock):  # the run before may have removed it meanwhile
                         break
                     os.close(lock)
-                except BlockingIOError:
+                except OSError as error:
+                    if error.errno in _NO_LOCKS:
+                        text = "%s: its file system has no locks (%s): start no second run in it"
+                        _log.warning(text, self.path, error.strerror)
+                        break
+                    if not isinstance(error, BlockingIOError):
+                        raise
                     holder = _holder(lock)
                     os.close(lock)
                     raise ConfigError(f"{self.path}: in use by {holder}; choose another name=..., or stop that run") from None
