@@ -9,7 +9,8 @@ import pytest
 from programs import block_specs, specs
 
 from mutransformer.config.load import load
-from mutransformer.config.schema import Config, Rule
+from mutransformer.config.optim import Rule
+from mutransformer.config.schema import Config
 from mutransformer.model.weights import Transformer
 from mutransformer.mup import RULES, Role, decay_multiplier, eps_multiplier, init_std, init_weights, lr_multiplier
 from mutransformer.sharding.spec import Weight

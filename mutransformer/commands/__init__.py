@@ -30,5 +30,5 @@ def start_jax(config: Config) -> None:
     from mutransformer.training import metrics
 
     metrics.setup_logging()
-    for advice in config.advice():
-        logging.getLogger(__name__).warning("%s", advice)
+    for text in config.warnings():
+        logging.getLogger(__name__).warning("%s", text)

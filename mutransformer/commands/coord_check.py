@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mutransformer.commands import RUN_KEYS, start_jax
 from mutransformer.config.load import is_file
-from mutransformer.config.schema import DEPTH_RULES
+from mutransformer.config.optim import DEPTH_RULES
 from mutransformer.errors import FAILED, FINISHED, check
 from mutransformer.mup.checks.slopes import MAX_SLOPE
 from mutransformer.sharding import processes

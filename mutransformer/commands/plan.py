@@ -39,8 +39,8 @@ def run(args: Namespace) -> int:
     check(args.timeline is None or not args.search, "--timeline: draws one step; with --search there are several")
     check(args.mesh is None or not args.search, "--mesh: --search tries every mesh; give one of them")
     config = load(args.settings)
-    for advice in config.advice():
-        print(f"warning: {advice}", file=sys.stderr)
+    for text in config.warnings():
+        print(f"warning: {text}", file=sys.stderr)
 
     import jax
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mutransformer import mup
-from mutransformer.config.schema import OptimConfig
+from mutransformer.config.optim import OptimConfig
 from mutransformer.model.weights import Transformer
 from mutransformer.mup import Scaling
 from mutransformer.sharding.spec import Weight

@@ -1,4 +1,4 @@
-"""What a run needs until its end, checked before its first step: a fault that can be known must not cost hours of training.
+"""Checks before the first step of what a run needs until its end, so that a fault is found before hours of training.
 
 `check_before_data` needs nothing but the config; `check_before_training` the program and its data.
 """
@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mutransformer.config.schema import Config, OptimConfig, flatten
+from mutransformer.config.optim import OptimConfig
+from mutransformer.config.schema import Config, flatten
 from mutransformer.data.batches import pipeline
 from mutransformer.data.cache.dataset import Corpus
 from mutransformer.errors import ConfigError, check, first_line, translate_errors
@@ -40,12 +41,11 @@ def check_before_data(config: Config) -> None:
     """
     settings = {key: repr(value) for key, value in flatten(config).items() if not key.startswith(OF_A_HOST)}
     assert_equal_across_processes("the configuration", settings)
-    if jax.process_index() == 0:
-        RunFolder(config.rundir).check_free()
-        for folder in (config.rundir, config.rundir / "checkpoints", config.rundir / "tensorboard"):
-            _check_writable(folder)
     with all_processes().first_in_process_0("the run's folder"):
-        pass
+        if jax.process_index() == 0:
+            RunFolder(config.rundir).check_free()
+            for folder in (config.rundir, config.rundir / "checkpoints", config.rundir / "tensorboard"):
+                _check_writable(folder)
 
 
 def check_before_training(program: Program, corpus: Corpus, start: int) -> None:
@@ -59,8 +59,9 @@ def check_before_training(program: Program, corpus: Corpus, start: int) -> None:
     check(start <= config.steps, done)
     share, n_vocab = data_share(program.mesh), program.vocabulary.n_vocab
     next(iter(pipeline.eval_batches(corpus.splits["validation"], config.data, 1, *share, n_vocab)))
-    if start < config.steps and jax.process_index() == 0:
-        _check_room(program, config.rundir)
+    with all_processes().first_in_process_0("the room for checkpoints"):
+        if start < config.steps and jax.process_index() == 0:
+            _check_room(program, config.rundir)
 
 
 def warn_of_another_schedule(program: Program, settings: dict[str, Any], step: int) -> None:
@@ -68,7 +69,7 @@ def warn_of_another_schedule(program: Program, settings: dict[str, Any], step: i
     before = _rate(settings, step)
     now = program.config.optim.lr * float(program.optimizer.schedule(np.int32(step)))
     if before is not None and not math.isclose(before, now, rel_tol=0.02, abs_tol=1e-12):
-        text = "the schedule is another than the checkpoint's: after step %d the learning rate goes on at %.2g, it was %.2g"
+        text = "the schedule differs from the checkpoint's: after step %d the learning rate is %.2g, before it was %.2g"
         _log.warning(text, step, now, before)
 
 

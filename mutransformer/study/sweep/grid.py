@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from mutransformer.config.load import load
-from mutransformer.config.schema import DEPTH_RULES, Config, flatten
+from mutransformer.config.optim import DEPTH_RULES
+from mutransformer.config.schema import Config, flatten
 from mutransformer.errors import ConfigError, check, redact
 from mutransformer.mup.checks.slopes import Axis
 
