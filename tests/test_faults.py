@@ -312,13 +312,13 @@ def test_a_validation_split_without_text_is_told_before_training(
 
 @pytest.mark.parametrize(("steps", "warmup", "told"), [(20, 100, "0.2 x optim.lr"), (20, 20, "1 x optim.lr"), (21, 20, "")])
 def test_a_run_within_its_warm_up_is_told(steps: int, warmup: int, told: str, tmp_path: Path) -> None:
-    advice = load(settings(tmp_path, f"steps={steps}", f"optim.warmup_steps={warmup}")).advice()
-    assert bool(advice) == bool(told) and all(told in line for line in advice)
+    found = load(settings(tmp_path, f"steps={steps}", f"optim.warmup_steps={warmup}")).warnings()
+    assert bool(found) == bool(told) and all(told in line for line in found)
 
 
 def test_a_schedule_that_jumps_is_told(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *settings(copy, *SHORT, "name=r", "steps=12", "checkpoint.allow=[steps]")]) == FINISHED
-    assert "after step 6 the learning rate goes on at 0.01, it was 1.6e-06" in capsys.readouterr().out
+    assert "after step 6 the learning rate is 0.01, before it was 1.6e-06" in capsys.readouterr().out
 
 
 def test_a_loss_above_that_of_no_knowledge_is_a_failure(args: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -496,7 +496,7 @@ def test_a_restored_state_that_scores_differently_is_told(
 
     monkeypatch.setattr(Checkpoints, "restore", damaged)
     assert main(["train", *args]) == FINISHED
-    assert "the restored state is not what was saved: its loss on the first validation batch is" in caplog.text
+    assert "the restored state differs from the saved one: its loss on the first validation batch is" in caplog.text
     shutil.rmtree(copy / "runs/r/checkpoints/7")
     caplog.clear()
     monkeypatch.undo()

@@ -248,3 +248,17 @@ def test_a_run_that_was_suspended_goes_on(tmp_path: Path) -> None:
     wait_for_step(process, run, max(metrics(run)) + 50)
     process.send_signal(signal.SIGTERM)
     finish(process, expect=75)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_ends_the_other(tmp_path: Path) -> None:
+    """Only process 0 has the folder, and sees that it is gone when it is to save."""
+    started = [start("scripts/train.py", args, quick=True) for args in two(tmp_path, "checkpoint.every=20")]
+    wait_for_step(started[0], run := tmp_path / "runs/r", 5)
+    run.rename(tmp_path / "gone")
+    began, (first, second) = time.monotonic(), started
+    _, err = second.communicate(timeout=100)
+    assert second.returncode == STUCK and time.monotonic() - began < 40, err
+    assert re.search(r"error: process 0 failed: .*/runs/r: the run's folder was removed or replaced while the run was", err), err
+    _, err = first.communicate(timeout=100)
+    assert re.search(r"error: .*/runs/r: the run's folder was removed or replaced", err), err

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Reads ahead in two processes, prints "ready" and goes on until it is told to close by a line on standard input.
+# Reads batches ahead in two worker processes. It prints "ready" and closes them when a line arrives on standard input.
 READ = """
 import sys, time
 from mutransformer.config.data import DataConfig

@@ -1,4 +1,4 @@
-"""A watch over the processes of a run: they agree on when to stop; one that is stuck or gone is named, and ends the run.
+"""Watches the processes of a run. A process that is stuck, failed or gone is named and ends the run; all stop at the same step.
 
 A collective waits for ever for a process that never comes, and while it waits the main thread can do nothing. So a thread of each
 process looks after it. The threads meet in JAX's coordination service, since no device is needed for that.
@@ -19,12 +19,14 @@ from typing import Any
 
 from mutransformer.config.run import WatchdogConfig
 from mutransformer.errors import STUCK, first_line
+from mutransformer.sharding.processes import FAILED
 
-_SIGNS = "mutransformer/signs"  # a key for each process: what it last said of itself
+_SIGNS = "mutransformer/signs"  # a key for each process: what it does, with a number that grows, as a sign of life
 _STOPS = "mutransformer/stops"  # a key for each process that was asked to stop
 _TICKS = "mutransformer/ticks"  # a key for each process, once one was asked: how often it had polled
 _LONGEST = 20.0  # times the longest step so far: by default a longer one is stuck
 _STOPPED = 5.0  # seconds: no thread waits that long for its turn
+_ALIKE = 10.0  # seconds that a process has to fail by itself, as when the loss of all is NaN, after another one failed
 _SHORTEST = 300.0  # seconds: by default no step is stuck before that
 
 
@@ -32,11 +34,11 @@ _SHORTEST = 300.0  # seconds: by default no step is stuck before that
 class _Peer:
     """What is known of another process."""
 
-    said: dict[str, Any]
-    since: float  # when it said something new, by this process's clock
+    sign: dict[str, Any]  # the latest it published
+    since: float  # when that changed, by this process's clock
 
     def __str__(self) -> str:
-        return f"on host {self.said.get('host')}, which was {self.said.get('doing')}"
+        return f"on host {self.sign.get('host')}, which was {self.sign.get('doing')}"
 
 
 class Watch:
@@ -52,6 +54,7 @@ class Watch:
         self._client: Any = distributed.global_state.client if self._count > 1 else None
         self.starting("starting")
         self._peers: dict[int, _Peer] = {}
+        self._failure_seen: float | None = None  # when another process announced that it failed
         self._lock = threading.Lock()  # held while the processes agree on when to stop: no poll passes meanwhile
         self._asked, self._ticks, self._last_tick = False, 0, sys.maxsize
         self._ended = threading.Event()
@@ -65,28 +68,28 @@ class Watch:
         self._thread.start()
         try:
             yield self
+            if self._client is not None:  # only of a process that completed the block need the others expect no more signs
+                with suppress(RuntimeError):
+                    self._client.key_value_set(f"{_SIGNS}/{self._index}", json.dumps({"ended": True}), allow_overwrite=True)
         finally:
             self._ended.set()
             self._thread.join(10)
-            if self._client is not None:
-                with suppress(RuntimeError):
-                    self._client.key_value_set(f"{_SIGNS}/{self._index}", json.dumps({"ended": True}), allow_overwrite=True)
 
     def starting(self, what: str) -> None:
-        """Says that the main thread compiles from now on, and that its steps so far tell nothing of those to come."""
+        """Starts new work that is compiled first: the time limit no longer depends on the steps so far."""
         self.doing(what)
         self._steps, self._step_began = 0, 0.0  # how many began, and when the latest did
         self._longest = 0.0  # seconds of a completed step, but for the first, which includes compilation
 
     def doing(self, what: str, slow: bool = False) -> None:
-        """Says what the main thread does from now on, such as "waiting for the batch of step 7": a sign of its progress.
+        """Records what the main thread does from now on, such as "waiting for the batch of step 7". Each call counts as progress.
 
-        slow: it may take as long as start_timeout says, whatever a step takes: a save waits for a disk or a network.
+        slow: the limit is start_timeout, however short the steps are. For a save, which waits for a disk or a network.
         """
         self._doing, self._since, self._slow = what, time.monotonic(), slow
 
     def step_begins(self) -> None:
-        """Tells that a step begins, and with it that the one before, if there was one, is completed."""
+        """Marks the start of a step, which is also the end of the step before."""
         now = time.monotonic()
         if self._steps >= 2:
             self._longest = max(self._longest, now - self._step_began)
@@ -102,9 +105,9 @@ class Watch:
             return self._ticks >= self._last_tick
 
     def explain(self) -> None:
-        """To be called when a collective failed: waits until the thread has found that a process is gone, which ends this one.
+        """Call it when a collective failed: if another process is gone, this one is ended here, with a message that names it.
 
-        Returns after peer_timeout if none is.
+        Returns shortly after peer_timeout otherwise.
         """
         if self._client is not None:
             self._ended.wait(self._config.peer_timeout + 5)
@@ -142,19 +145,23 @@ class Watch:
         return max(_SHORTEST, _LONGEST * self._longest)
 
     def _exchange(self, turn: int) -> None:
-        """Says what this process does, hears what the others do, and whether one was asked to stop."""
+        """Publishes what this process does, and reads what the others do, and whether one failed or was asked to stop."""
         sign = {"turn": turn, "doing": self._doing, "ticks": self._ticks, "host": socket.gethostname(), "pid": os.getpid()}
         self._client.key_value_set(f"{_SIGNS}/{self._index}", json.dumps(sign), allow_overwrite=True)
         now = time.monotonic()
         for key, value in self._client.key_value_dir_get(_SIGNS):
-            index, said = int(key.rpartition("/")[2]), json.loads(value)
+            index, sign = int(key.rpartition("/")[2]), json.loads(value)
             known = self._peers.get(index)
-            if known is None or known.said != said:
-                self._peers[index] = _Peer(said, now)
+            if known is None or known.sign != sign:
+                self._peers[index] = _Peer(sign, now)
         for index, peer in self._peers.items():
             silent = now - peer.since
-            if index != self._index and not peer.said.get("ended") and silent > max(self._config.peer_timeout, 3 * self._pause):
+            if index != self._index and not peer.sign.get("ended") and silent > max(self._config.peer_timeout, 3 * self._pause):
                 end(f"process {index} {peer}, has given no sign for {silent:.0f} s: it was killed, or its host is gone")
+        if failures := self._client.key_value_dir_get(FAILED):
+            self._failure_seen = self._failure_seen or now
+            if now - self._failure_seen > _ALIKE:
+                end(failures[0][1])
         if self._last_tick == sys.maxsize and (self._asked or self._client.key_value_dir_get(_STOPS)):
             self._agree_on_the_last_tick()
 
@@ -182,7 +189,7 @@ class Watch:
             told = f"its stacks cannot be written: {first_line(error)}"
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
         text = f"process {self._index} has been {self._doing} for {limit:.0f} s; {told}"
-        signs = {index: peer.said for index, peer in self._peers.items() if "ticks" in peer.said}
+        signs = {index: peer.sign for index, peer in self._peers.items() if "ticks" in peer.sign}
         if signs:
             late = min(signs, key=lambda index: (signs[index]["ticks"], index != self._index))
             if late != self._index and signs[late]["ticks"] < self._ticks:

@@ -18,7 +18,7 @@ from mutransformer.errors import ConfigError, first_line, translate_errors
 from mutransformer.sharding.stopping import Stopped
 
 _PATIENCE = 24 * 3600  # seconds: one host may have to tokenize everything while others wait; JAX notices a dead host much earlier
-_FAILED = "mutransformer/failed"  # the folder of keys by which processes announce that they failed
+FAILED = "mutransformer/failed"  # the folder of keys by which processes announce that they failed
 _STOPPED = "stopped: "  # begins what is announced of a process that was asked to stop
 _calls = itertools.count()  # of assert_equal_across_processes: no key of the service is written twice
 
@@ -68,7 +68,7 @@ def announce_failure() -> Iterator[None]:
                 if isinstance(error, Stopped):
                     failure = f"{_STOPPED}{error}"
                 with suppress(RuntimeError):  # the coordinator has ended already, and with it every process that waits
-                    client.key_value_set(f"{_FAILED}/{jax.process_index()}", failure)
+                    client.key_value_set(f"{FAILED}/{jax.process_index()}", failure)
         raise
 
 
@@ -131,7 +131,7 @@ def assert_equal_across_processes(what: str, parts: Mapping[str, str]) -> None:
             except RuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
-            if failures := client.key_value_dir_get(_FAILED):
+            if failures := client.key_value_dir_get(FAILED):
                 reason = failures[0][1]
                 if reason.startswith(_STOPPED):
                     raise Stopped(reason.removeprefix(_STOPPED))

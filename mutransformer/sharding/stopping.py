@@ -1,4 +1,4 @@
-"""Signals that ask a program to stop, as a request that it answers when it can: with a checkpoint, or at once."""
+"""Turns signals into a request to stop, which the program answers with a checkpoint, or at once if there is nothing to save."""
 
 import signal
 import threading
@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 
 
 class Stopped(BaseException):
-    """The program was asked to stop, and has nothing more to do than to end. No Exception, which libraries might handle."""
+    """Ends a program that was asked to stop. Not an Exception, since libraries might catch that."""
 
 
 class StopRequest:
@@ -19,7 +19,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self.signal = ""  # its name, if this process got it
-        self.agree: Callable[[bool], bool] | None = None  # of Peers: makes all processes stop at the same call of poll
+        self.agree: Callable[[bool], bool] | None = None  # Watch.agree: all processes stop at the same call of poll
         self._at_once = 0
 
     def poll(self) -> bool:
@@ -30,9 +30,9 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within it a signal raises Stopped: for what may take long and leaves nothing half done. Raises it if one came before.
+        """In the block a signal raises Stopped; so does entering it after a signal. For long work that may be cut off.
 
-        Not once several processes agree on when to stop: the others would wait for the one that did not.
+        Without effect once several processes agree on when to stop: the others would wait for the one that stopped alone.
         """
         self._at_once += 1
         try:
@@ -55,7 +55,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     """Turns SIGNALS into a request to stop; a second Ctrl-C ends the program at once.
 
     A signal that is ignored on purpose, as SIGHUP by nohup, stays ignored. Outside of the main thread, where Python allows no
-    handlers, signals do what they did.
+    signal handlers, nothing changes.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -24,6 +24,7 @@ from mutransformer.errors import FINISHED, STOPPED, check, translate_errors
 from mutransformer.mup.checks.runs import has_diverged
 from mutransformer.sharding.mesh import data_share, put_batch
 from mutransformer.sharding.peers import Watch
+from mutransformer.sharding.processes import all_processes
 from mutransformer.sharding.stopping import Stopped, StopRequest, stop_on_signals
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.evaluate import evaluate
@@ -60,7 +61,7 @@ def train(program: Program, corpus: Corpus, stop: StopRequest | None = None) -> 
     Raises:
         ConfigError: a setting does not fit the data, the checkpoints or the disk; the folder is in use, or was removed.
         NonFiniteLoss: the loss or the weights became NaN or infinite; the latest checkpoint is from before.
-        Diverged: the final loss is that of a model that knows less than none.
+        Diverged: the final loss is far above that of equal probabilities for all ids.
     """
     with ExitStack() as stack:
         stop = stop or stack.enter_context(stop_on_signals())
@@ -87,7 +88,8 @@ def _train(program: Program, corpus: Corpus, stop: StopRequest, folder: RunFolde
             batches.set_state(position)
         else:
             state = program.init_state()
-        _write_run_files(program, corpus, folder)
+        with all_processes().first_in_process_0("the files of the run"):
+            _write_run_files(program, corpus, folder)
         with Watch(config.watchdog, folder.path).running() as watch:
             if jax.process_count() > 1:
                 stop.agree = watch.agree
@@ -162,20 +164,20 @@ class Trainer:
                 return None
 
     def check_loss(self, before: float | None) -> None:
-        """Scores a batch of held-out text, to see before any training that evaluation works, and that a restored state is the one
-        that was saved. before: the loss when it was saved. Raises NonFiniteLoss if the loss is not finite."""
+        """Evaluates one batch before any training, and compares a restored state with the saved one. A difference is logged.
+
+        before: the loss that was saved with the state. Raises NonFiniteLoss if the loss is not finite.
+        """
         loss = self.probe()
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"after step {self.step}: the loss on the first validation batch is {loss}")
         if before is not None and abs(loss - before) > CONTINUOUS * abs(before):
-            text = "the restored state is not what was saved: its loss on the first validation batch is %.5g, it was %.5g"
+            text = "the restored state differs from the saved one: its loss on the first validation batch is %.5g, it was %.5g"
             _log.warning(text, loss, before)
 
     def probe(self) -> float:
         """The loss of the state on the first batch of the validation split."""
-        split, data, mesh = self.corpus.splits["validation"], self.program.config.data, self.program.mesh
-        rows = pipeline.eval_batches(split, data, 1, *data_share(mesh), self.program.vocabulary.n_vocab)
-        return evaluate(self._eval_step, self.state.params, self._watched(rows), mesh, split).results["loss"]
+        return self._score(1)["loss"]
 
     def update(self) -> None:
         """One update. Raises Stopped if asked to stop before it has its batch."""
@@ -208,11 +210,13 @@ class Trainer:
         self.checkpoints.record_loss(self.step, loss)
 
     def evaluate(self, group: str, n_batches: int | None) -> dict[str, float]:
-        """Results on the validation split by tag, group/name."""
+        """Results on the validation split by tag, group/name. Raises Stopped if asked to stop meanwhile."""
+        return {f"{group}/{key}": value for key, value in self._score(n_batches, stop=self.stop.poll).items()}
+
+    def _score(self, n_batches: int | None, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
         split, data, mesh = self.corpus.splits["validation"], self.program.config.data, self.program.mesh
         rows = pipeline.eval_batches(split, data, n_batches, *data_share(mesh), self.program.vocabulary.n_vocab)
-        scored = evaluate(self._eval_step, self.state.params, self._watched(rows), mesh, split, stop=self.stop.poll)
-        return {f"{group}/{key}": value for key, value in scored.results.items()}
+        return evaluate(self._eval_step, self.state.params, self._watched(rows), mesh, split, stop).results
 
     def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for i, batch in enumerate(batches):

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class Diverged(FloatingPointError):
-    """The final loss is finite, but that of a model that has learned nothing, or worse."""
+    """The final loss is finite, but far above that of equal probabilities for all ids."""
 
 
 def setup_logging() -> None:

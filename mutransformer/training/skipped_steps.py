@@ -1,4 +1,4 @@
-"""The list of the steps that a run skipped as bad: what the host learns of them from the metrics, and keeps on the disk."""
+"""Reads from the metrics which steps a run skipped as bad, logs them, and lists them in bad_steps.jsonl."""
 
 import json
 import logging
