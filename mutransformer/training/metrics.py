@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, SupportsFloat, TypeVar
+from typing import SupportsFloat
 
 import jax
 import rich
@@ -29,8 +29,6 @@ _LINE = {"train/loss": "loss {:7.4f}", "optim/learning_rate": "lr {:.2e}", "norm
 _LINE |= {"speed/mfu": "mfu {:.1%}"}
 _BAR = {"train/loss": "loss {:.4f}", "validation/loss": "val {:.4f}"}
 
-
-S = TypeVar("S", bound=Sink)
 
 _log = logging.getLogger(__name__)
 
@@ -76,13 +74,12 @@ class Metrics:
         self._task = self._bar.add_task(f"{self._at(start_step)}  compiling", total=config.steps, completed=start_step)
         if self._writes:
             config.rundir.mkdir(parents=True, exist_ok=True)
-            folder, earlier = RunFolder(config.rundir), list[dict[str, Any]]()
+            folder = RunFolder(config.rundir)
             if config.log.wandb is not None:  # first: the package may be missing
                 self._open("Weights & Biases", lambda: WeightsAndBiases(config, folder, start_step))
-            if lines := self._open(sinks.FILE, lambda: JsonLines(folder, start_step)):
-                earlier = lines.lines
+            self._open(sinks.FILE, lambda: JsonLines(folder, start_step))
             if config.log.tensorboard:
-                self._open("TensorBoard's events", lambda: TensorBoard(config, folder, earlier))
+                self._open("TensorBoard's events", lambda: TensorBoard(config, folder, start_step))
 
     def __enter__(self) -> "Metrics":
         if self._writes and self._console.is_interactive:
@@ -221,16 +218,14 @@ class Metrics:
         if self._bar.live.is_started:
             self._bar.stop()
 
-    def _open(self, name: str, make: Callable[[], S]) -> S | None:
-        """Opens a sink; None if it cannot be opened."""
+    def _open(self, name: str, make: Callable[[], Sink]) -> None:
+        """Opens a sink. One that cannot be opened is left out, with a warning. Raises ConfigError as the sink does."""
         try:
-            self._sinks.append(sink := make())
+            self._sinks.append(make())
         except ConfigError:
             raise
         except Exception as error:
             _give_up(name, error)
-            return None
-        return sink
 
 
 def _give_up(name: str, error: Exception) -> None:

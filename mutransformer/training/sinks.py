@@ -7,6 +7,7 @@ are written from it anew. So no reader sees a step twice, and none is lost with 
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -51,10 +52,9 @@ class JsonLines:
         self.name = str(path)
         kept = [line + b"\n" for line in _complete_lines(path) if _step_of(line) <= start_step]
         folder.write(FILE, b"".join(kept))
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in kept]  # those of earlier processes
         self._file = path.open("r+b")
         self._at = sum(map(len, kept[:-1]))  # where the last line starts
-        self._line: dict[str, Any] = dict(self.lines[-1]) if kept else {}
+        self._line: dict[str, Any] = json.loads(kept[-1]) if kept else {}
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         legal = {tag: value if math.isfinite(value) else str(value) for tag, value in values.items()}
@@ -70,9 +70,9 @@ class JsonLines:
         self._file.close()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, {"step": ..., tag: value, ...}, but for a damaged one; [] if there are none."""
-    return [json.loads(line) for line in _complete_lines(folder / FILE) if _step_of(line) < math.inf]
+def read_metrics(folder: Path, last: float = sys.maxsize) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl up to a step, {"step": ..., tag: value, ...}, without damaged ones; [] without a file."""
+    return [json.loads(line) for line in _complete_lines(folder / FILE) if _step_of(line) <= last]
 
 
 def _complete_lines(path: Path) -> list[bytes]:
@@ -126,14 +126,14 @@ class EventFile:
 class TensorBoard:
     """The scalars, the config and the hyperparameters of a run in TensorBoard."""
 
-    def __init__(self, config: Config, folder: RunFolder, earlier: list[dict[str, Any]]) -> None:
-        """Replaces the events of earlier processes by those of the lines of metrics.jsonl. Raises OSError."""
+    def __init__(self, config: Config, folder: RunFolder, start_step: int) -> None:
+        """Replaces the events of earlier processes by those of metrics.jsonl up to start_step. Raises OSError."""
         directory = folder.path / "tensorboard"
         self.name = f"{directory}"
         old = list(directory.glob("events.out.tfevents.*"))
         self._settings, self._events = flatten(config), EventFile(directory)
         self._events.add(text("config", f"```yaml\n{to_yaml(config)}```"), 0)
-        for line in earlier:  # numbers that are not finite are text there, which float reads
+        for line in read_metrics(folder.path, start_step):  # numbers that are not finite are text there, which float reads
             values = {tag: value for tag, value in line.items() if tag not in ("step", "time")}
             self._events.scalars(line["step"], values, line.get("time"))
         self._events.flush()
