@@ -70,8 +70,8 @@ class JsonLines:
         self._file.close()
 
 
-def read_metrics(folder: Path, last: float = sys.maxsize) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl up to a step, {"step": ..., tag: value, ...}, without damaged ones; [] without a file."""
+def read_metrics(folder: Path, last: int = sys.maxsize) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl up to a step, {"step": ..., tag: value, ...}, without damaged ones."""
     return [json.loads(line) for line in _complete_lines(folder / FILE) if _step_of(line) <= last]
 
 
