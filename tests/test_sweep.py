@@ -10,10 +10,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from runs import ROOT, finish, refuse_before_jax, settings, start
 
@@ -25,7 +29,7 @@ from mutransformer.errors import FINISHED, STOPPED, USAGE_ERROR, ConfigError
 from mutransformer.sharding import devices as hardware
 from mutransformer.study.sweep import grid, records
 from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun
-from mutransformer.study.sweep.run import _groups
+from mutransformer.study.sweep.run import _groups, _latest_snapshot, _snapshots
 from mutransformer.training.loop import train
 from mutransformer.training.program import build_with_data
 
@@ -205,6 +209,26 @@ def test_a_folder_with_other_settings_is_refused(change, complete: Path, folder:
     keys = ", ".join(sorted(text.partition("=")[0] for text in change))
     assert re.fullmatch(r"error: .*\n", err) and f"had other settings: {keys}; choose another --out or --label" in err
     assert lines(complete) == before and trained == []
+
+
+@pytest.mark.parametrize("fault", ["none", "another version", "a truncated file"])
+def test_a_snapshot_that_cannot_be_read_starts_its_runs_again(fault: str, tmp_path: Path, caplog) -> None:
+    with closing(_snapshots(tmp_path, ["identity"])) as snapshots:
+        saved = {"w": jnp.arange(4.0), "n": jnp.int32(3)}
+        snapshots.save(3, args=ocp.args.StandardSave(saved))
+        snapshots.wait_until_finished()
+        if fault == "a truncated file":
+            for file in (Path(snapshots.directory) / "3").rglob("*"):
+                if file.is_file():
+                    os.truncate(file, file.stat().st_size // 2)
+        shapes = {"w": saved["w"], "other" if fault == "another version" else "n": saved["n"]}
+        with caplog.at_level("WARNING", "mutransformer"):
+            step, restored = _latest_snapshot(snapshots, jax.eval_shape(lambda: shapes))
+        if fault == "none":
+            assert step == 3 and restored["w"].tolist() == [0, 1, 2, 3]
+        else:
+            assert (step, restored) == (0, None) and "its runs start again" in caplog.text
+            assert snapshots.latest_step() is None, "it can be saved again"
 
 
 # Groups of runs

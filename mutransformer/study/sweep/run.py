@@ -129,15 +129,13 @@ def _train(
     config, began = variant.config, time.perf_counter()
     train_split, n_vocab, share = corpus.splits["train"], corpus.tokenizer.n_vocab, group.data_share
     losses = np.full((config.steps, len(points)), np.nan, np.float32)
-    shapes = [leaf.shape for leaf in jax.tree.leaves(group.shapes)]  # they depend on the number of devices
+    # Shapes depend on the number of devices, and names on the version.
+    shapes = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree.leaves_with_path(group.shapes)]
     identity = [variant.name, non_defaults(config), points, pipeline.fingerprint(train_split, config.data, 0), shapes]
     with ExitStack() as stack:
         snapshots = stack.enter_context(closing(_snapshots(folder, identity)))
-        if step := snapshots.latest_step() or 0:
-            restored: Any = snapshots.restore(step, args=ocp.args.StandardRestore((group.shapes, losses)))
-            state, losses = restored[0], np.array(restored[1])
-        else:
-            state = group.init()
+        step, restored = _latest_snapshot(snapshots, (group.shapes, losses))
+        state, losses = (restored[0], np.array(restored[1])) if restored else (group.init(), losses)
         curves = _Curves()
         stack.callback(lambda: curves.close())
         if config.log.tensorboard and jax.process_index() == 0:
@@ -229,6 +227,19 @@ def _snapshots(folder: Path, identity: Any) -> ocp.CheckpointManager:
     name = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     return ocp.CheckpointManager((folder / "snapshots" / name).absolute(), options=options)
+
+
+def _latest_snapshot(snapshots: ocp.CheckpointManager, shapes: Any) -> tuple[int, Any]:
+    """The step and the arrays of the latest snapshot; 0 and None if there is none, or, with a warning, if it cannot be read."""
+    step = snapshots.latest_step() or 0
+    if not step:
+        return 0, None
+    try:
+        return step, snapshots.restore(step, args=ocp.args.StandardRestore(shapes))
+    except (OSError, ValueError, KeyError) as error:
+        _log.warning("%s: cannot be read, so its runs start again: %s", snapshots.directory / str(step), first_line(error))
+        snapshots.delete(step)
+        return 0, None
 
 
 def _progress(
