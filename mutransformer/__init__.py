@@ -64,8 +64,8 @@ def build(config: "Config", devices: Sequence[Any] | None = None) -> "Program":
     return program.build(config, devices)
 
 
-def train(program: "Program") -> Path:
-    """Trains a program from its latest checkpoint, if there is one, and returns the run's folder.
+def train(program: "Program") -> str | Path:
+    """Trains a program from its latest checkpoint, if there is one, and returns the run's folder, or its URL.
 
     >>> text = ["data.source=text", "data.files=[notes.txt]", "data.tokenizer=bytes", "data.seq_len=32"]
     >>> folder = train(build(load_config("small", "model.n_layer=1", "steps=2", *text)))  # doctest: +ELLIPSIS
@@ -81,7 +81,7 @@ def train(program: "Program") -> Path:
     from mutransformer.training.program import prepare_data
 
     loop.train(program, prepare_data(program.config))
-    return program.config.rundir
+    return program.config.run_url or program.config.rundir
 
 
 def evaluate(run: str | Path, *args: str) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def evaluate(run: str | Path, *args: str) -> dict[str, Any]:
     from mutransformer.training.evaluate import evaluate_run
     from mutransformer.training.program import build_with_data
 
-    return evaluate_run(*build_with_data(load_config(str(Path(run) / "config.yaml"), *args)))
+    return evaluate_run(*build_with_data(load_config(str(run), *args)))
 
 
 def generate(run: str | Path, prompt: str = "", *args: str, **sampling: Any) -> list[str]:
@@ -117,7 +117,7 @@ def generate(run: str | Path, prompt: str = "", *args: str, **sampling: Any) -> 
     """
     from mutransformer import generation
 
-    config = load_config(str(Path(run) / "config.yaml"), *args)
+    config = load_config(str(run), *args)
     return [sample["text"] for sample in generation.generate(config, prompt, generation.Sampling(**sampling))["samples"]]
 
 

@@ -22,6 +22,8 @@ from mutransformer.model.weights import Transformer
 from mutransformer.sharding.mesh import n_row_groups, replicated
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.program import Program, build
+from mutransformer.training.run_folder import RunFolder
+from mutransformer.training.url_folder import readable
 
 N_TOKENS = 200  # new tokens, unless more are asked for
 
@@ -56,20 +58,21 @@ def generate(config: Config, prompt: str, sampling: Sampling) -> dict[str, Any]:
     Raises:
         ConfigError: the run or its checkpoint is missing or does not fit the config; the text does not fit data.seq_len.
     """
-    tokenizer = saved_tokenizer(config.data, config.rundir)
-    program = build(config, vocabulary=tokenizer)
+    with readable(config) as folder:
+        tokenizer = saved_tokenizer(config.data, folder.path)
+        program = build(config, vocabulary=tokenizer)
+        step, params = restore_params(program, tokenizer, folder)
     prefix, T = prompt_tokens(prompt, tokenizer, config), config.data.seq_len
     n, room = len(prefix), T - len(prefix)
     check(room >= 1, f"the prompt has {n} tokens: data.seq_len = {T} leaves none to add")
     new = sampling.tokens
     check(new is None or new <= room, f"tokens = {new}: data.seq_len = {T} leaves {room} after the prompt")
-    step, params = restore_params(program, tokenizer)
     row = np.zeros(T, np.int32)
     row[:n] = prefix
     end = n + (new or min(N_TOKENS, room))
     rows = np.asarray(make_sampler(program, sampling)(params, row, np.int32(n), np.int32(end)))
     samples = [continuation(prefix, row[n:end].tolist(), tokenizer) for row in rows]
-    return {"run": str(config.rundir), "step": step, "prompt": prompt, "samples": samples}
+    return {"run": folder.name, "step": step, "prompt": prompt, "samples": samples}
 
 
 def continuation(prefix: list[int], new: list[int], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def prompt_tokens(prompt: str, tokenizer: Tokenizer, config: Config) -> list[int
     return [*bos, *tokenizer.encode([prompt])[0].tolist()]
 
 
-def restore_params(program: Program, tokenizer: Tokenizer) -> tuple[int, Transformer[Array]]:
+def restore_params(program: Program, tokenizer: Tokenizer, folder: RunFolder) -> tuple[int, Transformer[Array]]:
     """The step and the weights of the checkpoint that eval.checkpoint names.
 
     Raises ConfigError if there is none, or if it belongs to another model or tokenizer.
@@ -100,7 +103,7 @@ def restore_params(program: Program, tokenizer: Tokenizer) -> tuple[int, Transfo
     # The training tokens do not matter here, and their fingerprint would require reading them all.
     config = program.config
     allow = replace(config.checkpoint, allow=[*config.checkpoint.allow, "fingerprint.tokens"])
-    with closing(Checkpoints(replace(config, checkpoint=allow), read_only=True)) as checkpoints:
+    with closing(Checkpoints(replace(config, checkpoint=allow), folder, read_only=True)) as checkpoints:
         step = checkpoints.chosen()
         checkpoints.check_same(step, {"tokens": None, "tokenizer": tokenizer.fingerprint})
         state, _ = checkpoints.restore(step, program.state)

@@ -29,8 +29,10 @@ from mutransformer.data.cache.store import to_json
 from mutransformer.errors import USAGE_ERROR
 from mutransformer.sharding import devices as hardware
 from mutransformer.training import metrics
-from mutransformer.training.checkpoint import CHECKSUMS, Checkpoints, _checksums
+from mutransformer.training.checkpoint import Checkpoints
+from mutransformer.training.checkpoint_storage import CHECKSUMS, _checksums
 from mutransformer.training.program import build_with_data
+from mutransformer.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(f"line {i} of a small text, number {i * i}\n" for i in range(60))
@@ -241,7 +243,7 @@ def finished(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     program, corpus = build_with_data(load(small_run(folder)))
     config, state = program.config, program.init_state()
-    with closing(Checkpoints(config)) as checkpoints:
+    with closing(Checkpoints(config, RunFolder(config.rundir))) as checkpoints:
         data = fingerprint(corpus.splits["train"], config.data, config.seed)
         checkpoints.save(dataclasses.replace(state, step=state.step + config.steps), {"next_index": config.steps}, data)
         checkpoints.record_loss(config.steps, 5.5)

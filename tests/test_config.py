@@ -588,7 +588,7 @@ RANGES: list[tuple[str, str]] = [
     ("profile.start=5 profile.stop=5", r"profile.stop = 5: must be above profile.start = 5"),
     *((f"name={name}", r"name = .*: must be a plain folder name") for name in ("''", "..", ".hidden", "../x", "a/b", "a\\b")),
     ("workdir=~no-such-user", r"workdir = ~no-such-user: there is no such user"),
-    ("workdir=gs://bucket/runs", r"workdir = gs://bucket/runs: must be a local path, not a URL"),
+    ("data.local_dir=gs://bucket/x", r"data.local_dir = gs://bucket/x: must be a local path, not a URL"),
     *((f"data.sources.a.weight=2 data.{key}={value}", rf"data.{key} is set: with data.sources put it below a source's name")
       for key, value in {"source": "hub", "files": "[a]", "validation_files": "[a]", "test_files": "[a]", "column": "c",
                          "path": "a", "subset": "en", "split": "s", "revision": "r", "max_parts": "1"}.items()),
@@ -711,6 +711,25 @@ def test_a_run_is_a_folder_of_the_work_directory(tmp_path):
     config = load([f"workdir={tmp_path}", "name=a=b c"])
     assert config.rundir == tmp_path / "a=b c"
     assert load(["workdir=~/runs"]).rundir == Path.home() / "runs/run"
+    assert load([f"workdir=file://{tmp_path}"]).rundir == tmp_path / "run" and load(["workdir=runs"]).run_url is None
+
+
+def test_rundir_at_a_url():
+    config = load(["workdir=gs://bucket/runs/", "name=x"])
+    assert config.run_url == "gs://bucket/runs/x"
+    with pytest.raises(ConfigError, match="workdir = gs://bucket/runs/: must be a local path here"):
+        _ = config.rundir
+
+
+def test_config_at_a_url(tmp_path):
+    (tmp_path / "some.yaml").write_text("steps: 7\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("steps: 8\nname: other\n")
+    assert load([f"file://{tmp_path}/some.yaml"]).steps == 7
+    config = load([f"file://{tmp_path}/run"])
+    assert config.steps == 8 and config.rundir == tmp_path / "run", "a run is where its config lies"
+    with pytest.raises(ConfigError, match="file:.*/none: cannot read it: .*"):
+        load([f"file://{tmp_path}/none"])
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,12 @@ from runs import events, finish, metrics, settings, start, wait_for_step
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
+from mutransformer.config.schema import Config
 from mutransformer.errors import FAILED, FINISHED, STOPPED, USAGE_ERROR, ConfigError
 from mutransformer.sharding.stopping import SIGNALS, Stopped, stop_on_signals
 from mutransformer.training import sinks
 from mutransformer.training.checkpoint import Checkpoints
+from mutransformer.training.checkpoint_storage import DiskStorage
 from mutransformer.training.program import Program
 from mutransformer.training.run_folder import LOCK, RunFolder
 
@@ -161,12 +163,12 @@ def test_a_run_goes_on_without_a_sink_that_fails(
 def test_a_checkpoint_that_cannot_be_saved_is_one_line_and_the_next_may_be(
     args: list[str], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(self: Checkpoints) -> None:
+    def full(self: DiskStorage) -> None:
         if not (run / "checkpoints" / "4").exists() and not list((run / "checkpoints").glob("4.*")):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    sealed = Checkpoints._write_checksums
-    monkeypatch.setattr(Checkpoints, "_write_checksums", lambda self: (full(self), sealed(self)))
+    sealed = DiskStorage._seal_all
+    monkeypatch.setattr(DiskStorage, "_seal_all", lambda self: (full(self), sealed(self)))
     assert main(["train", *args]) == FINISHED
     out = capsys.readouterr().out
     assert len([line for line in out.splitlines() if line.startswith("warning: ")]) == 1
@@ -330,6 +332,10 @@ def test_a_loss_above_that_of_no_knowledge_is_a_failure(args: list[str], run: Pa
 # Damaged checkpoints.
 
 
+def open_checkpoints(config: Config, **options: bool) -> Checkpoints:
+    return Checkpoints(config, RunFolder(config.rundir), **options)
+
+
 def files_of(checkpoint: Path) -> list[str]:
     return sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
 
@@ -350,7 +356,7 @@ def test_any_damage_to_any_file_falls_back_in_one_line(
         shutil.copytree(finished / "runs/r", folder / "r")
         damage(folder / "r/checkpoints/6" / name)
         caplog.clear()
-        checkpoints = Checkpoints(load(settings(finished, *SHORT, "name=r", f"workdir={folder}")))
+        checkpoints = open_checkpoints(load(settings(finished, *SHORT, "name=r", f"workdir={folder}")))
         if name in ("_CHECKPOINT_METADATA", "commit_success.txt"):  # Orbax writes them last; their content is not used
             assert checkpoints.latest() == 6
         else:
@@ -374,14 +380,14 @@ def test_a_folder_that_is_no_checkpoint_of_its_step_is_not_used(how: str, copy: 
     else:
         shutil.rmtree(folder / "6" / "state")
         kept = 4
-    checkpoints = Checkpoints(load(settings(copy, *SHORT, "name=r")))
+    checkpoints = open_checkpoints(load(settings(copy, *SHORT, "name=r")))
     assert checkpoints.latest() == kept and len(caplog.messages) == 1
     checkpoints.close()
 
 
 def test_validation_losses_that_are_damaged_cost_only_the_best(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     (copy / "runs/r/checkpoints/validation_losses.json").write_text(json.dumps({"6": [1]}))
-    checkpoints = Checkpoints(load(settings(copy, *SHORT, "name=r")), read_only=True)
+    checkpoints = open_checkpoints(load(settings(copy, *SHORT, "name=r")), read_only=True)
     assert checkpoints.latest() == 6 and checkpoints.best() is None and "validation_losses.json" in caplog.text
     checkpoints.close()
 

@@ -19,6 +19,7 @@ from mutransformer.config.schema import Config
 from mutransformer.errors import ConfigError
 from mutransformer.training import metrics as module
 from mutransformer.training.metrics import Metrics, NonFiniteLoss, setup_logging
+from mutransformer.training.run_folder import RunFolder
 
 FLOPS = 1e6  # a token
 
@@ -52,6 +53,11 @@ def config(tmp_path, **log):
     return Config(name="r", workdir=str(tmp_path), steps=20, data=DataConfig(seq_len=50, batch_size=2), log=LogConfig(**log))
 
 
+def run_of(tmp_path, **log):
+    settings = config(tmp_path, **log)
+    return settings, RunFolder(settings.rundir)
+
+
 def lines(tmp_path):
     return [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
 
@@ -71,7 +77,7 @@ def train(metrics, first, last, clock=None, value=lambda step: float(step), seco
 
 def test_scalars_are_read_one_step_late_and_only_if_due(tmp_path):
     fetched = []
-    with Metrics(config(tmp_path, every=4, tensorboard=False), FLOPS, 1, 0) as metrics:
+    with Metrics(*run_of(tmp_path, every=4, tensorboard=False), FLOPS, 1, 0) as metrics:
         seen = []
         for step in range(1, 11):
             metrics.record(step, {"loss": Scalar(1.0, step, fetched)})
@@ -86,7 +92,7 @@ def test_a_step_ends_when_its_scalars_are_there(tmp_path, ready, seconds, clock)
         def is_ready(self):
             return ready
 
-    with Metrics(config(tmp_path, every=10, tensorboard=False), FLOPS, 1, 0) as metrics:
+    with Metrics(*run_of(tmp_path, every=10, tensorboard=False), FLOPS, 1, 0) as metrics:
         for step in range(1, 12):
             clock.now += 0.09 if step == 11 else 0.5  # in the 11th call, or while it waits for the 10th
             metrics.record(step, {"loss": OnDevice(1.0, step, [])})
@@ -94,7 +100,7 @@ def test_a_step_ends_when_its_scalars_are_there(tmp_path, ready, seconds, clock)
 
 
 def test_flush_writes_what_is_due_once(tmp_path):
-    with Metrics(config(tmp_path, every=4, tensorboard=False), FLOPS, 1, 0) as metrics:
+    with Metrics(*run_of(tmp_path, every=4, tensorboard=False), FLOPS, 1, 0) as metrics:
         train(metrics, 1, 4)
         assert [line["step"] for line in lines(tmp_path)] == [1]
         metrics.flush()
@@ -108,7 +114,7 @@ def test_every_number_under_its_tag_in_both_files(tmp_path, monkeypatch, clock):
     monkeypatch.setattr(module, "peak_flops", lambda device: 1e9)
     monkeypatch.setattr(module, "memory_in_use", lambda devices: {"bytes_in_use": 3, "peak_bytes": 4})
     names = ("loss", "learning_rate", "gradient_norm", "parameter_norm", "update_norm", "z_loss")
-    with Metrics(config(tmp_path), FLOPS, 2, 0) as metrics:
+    with Metrics(*run_of(tmp_path), FLOPS, 2, 0) as metrics:
         for step in range(1, 11):
             clock.now += 60 if step == 1 else 0.5
             metrics.record(step, {name: jnp.float32(2 + i) for i, name in enumerate(names)})
@@ -148,7 +154,7 @@ def test_every_number_under_its_tag_in_both_files(tmp_path, monkeypatch, clock):
 
 
 def test_settings_and_results_stand_in_the_same_run(tmp_path):
-    with Metrics(config(tmp_path), FLOPS, 1, 0) as metrics:
+    with Metrics(*run_of(tmp_path), FLOPS, 1, 0) as metrics:
         train(metrics, 1, 20)
         metrics.close({"validation/loss": 2.25})
     from tensorboard.plugins.hparams import metadata
@@ -167,13 +173,13 @@ def test_settings_and_results_stand_in_the_same_run(tmp_path):
 
 
 def test_resuming_drops_what_lay_beyond(tmp_path):
-    with Metrics(config(tmp_path, every=2), FLOPS, 1, 0) as metrics:
+    with Metrics(*run_of(tmp_path, every=2), FLOPS, 1, 0) as metrics:
         train(metrics, 1, 9)
         metrics.scalars(8, {"validation/loss": 8.5})
     path = tmp_path / "r" / "metrics.jsonl"
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 4, 6, 8]
     path.write_text(path.read_text() + '{"step": 10, "ti')
-    with Metrics(config(tmp_path, every=2), FLOPS, 1, 5) as metrics:
+    with Metrics(*run_of(tmp_path, every=2), FLOPS, 1, 5) as metrics:
         assert [line["step"] for line in lines(tmp_path)] == [1, 2, 4]
         metrics.scalars(5, {"validation/loss": 5.5})
         train(metrics, 6, 9, value=lambda step: step + 0.25)
@@ -194,7 +200,7 @@ def test_resuming_drops_what_lay_beyond(tmp_path):
 
 def test_a_step_that_is_written_again_keeps_one_line(tmp_path):
     for value in (1.0, 2.0):  # the second process resumes a run that is complete
-        with Metrics(config(tmp_path), FLOPS, 1, 20) as metrics:
+        with Metrics(*run_of(tmp_path), FLOPS, 1, 20) as metrics:
             metrics.scalars(20, {"validation/loss": value})
     assert [(line["step"], line["validation/loss"]) for line in lines(tmp_path)] == [(20, 2.0)]
 
@@ -202,14 +208,14 @@ def test_a_step_that_is_written_again_keeps_one_line(tmp_path):
 @pytest.mark.parametrize(("value", "text"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
 def test_a_loss_that_is_not_finite_is_written_and_raised(tmp_path, value, text):
     with pytest.raises(NonFiniteLoss, match=f"^step 10: the loss is {text}$"):
-        with Metrics(config(tmp_path, tensorboard=False), FLOPS, 1, 0) as metrics:
+        with Metrics(*run_of(tmp_path, tensorboard=False), FLOPS, 1, 0) as metrics:
             train(metrics, 1, 20, value=lambda step: value if step >= 9 else 1.0)
     assert lines(tmp_path)[-1]["train/loss"] == text
     assert "NaN" not in (tmp_path / "r" / "metrics.jsonl").read_text()
 
 
 def test_no_checkpoint_is_made_after_a_loss_that_is_not_finite(tmp_path):
-    with Metrics(config(tmp_path, tensorboard=False), FLOPS, 1, 0) as metrics:
+    with Metrics(*run_of(tmp_path, tensorboard=False), FLOPS, 1, 0) as metrics:
         train(metrics, 1, 7, value=lambda step: math.nan if step == 7 else 1.0)
         with pytest.raises(NonFiniteLoss, match="step 7"), metrics.pause():
             pytest.fail("the checkpoint would be written here")
@@ -217,7 +223,7 @@ def test_no_checkpoint_is_made_after_a_loss_that_is_not_finite(tmp_path):
 
 
 def test_a_huge_loss_has_an_infinite_perplexity(tmp_path):
-    with Metrics(config(tmp_path, tensorboard=False), FLOPS, 1, 0) as metrics:
+    with Metrics(*run_of(tmp_path, tensorboard=False), FLOPS, 1, 0) as metrics:
         train(metrics, 1, 1, value=lambda step: 1e4)
     assert lines(tmp_path)[0]["train/perplexity"] == "inf"
 
@@ -226,7 +232,7 @@ def test_other_processes_write_nothing_but_see_the_loss(tmp_path, monkeypatch, c
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     fetched = []
     with pytest.raises(NonFiniteLoss, match="step 10"):
-        with Metrics(config(tmp_path), FLOPS, 1, 0) as metrics:
+        with Metrics(*run_of(tmp_path), FLOPS, 1, 0) as metrics:
             metrics.note("hello")
             metrics.scalars(0, {"validation/loss": 1.0})
             for step in range(1, 20):
@@ -240,7 +246,7 @@ def test_other_processes_write_nothing_but_see_the_loss(tmp_path, monkeypatch, c
 def test_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys, clock):
     console = Console(file=sys.stdout, force_terminal=False, width=40)
     monkeypatch.setattr(module.rich, "get_console", lambda: console)
-    with Metrics(config(tmp_path, tensorboard=False), FLOPS, 1, 0) as metrics:
+    with Metrics(*run_of(tmp_path, tensorboard=False), FLOPS, 1, 0) as metrics:
         metrics.note("[mesh] 1 x 1 :smile: " + "-" * 40)
         for step in range(1, 12):
             clock.now += 0.001
@@ -264,7 +270,7 @@ def test_bar_on_a_terminal_of_80_columns(tmp_path, monkeypatch, colour, clock):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=80, color_system="standard")
     monkeypatch.setattr(module.rich, "get_console", lambda: console)
-    with Metrics(config(tmp_path, tensorboard=False), FLOPS, 1, 0) as metrics:
+    with Metrics(*run_of(tmp_path, tensorboard=False), FLOPS, 1, 0) as metrics:
         metrics.scalars(0, {"validation/loss": 8.5})
         train(metrics, 1, 20, clock, seconds=0.125)
     shown = screen.getvalue()
@@ -293,7 +299,7 @@ def test_log_messages_are_plain_lines(capsys):
 def test_wandb_is_asked_for_by_name_when_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"^log.wandb = proj: .* pip install 'mutransformer\[wandb\]'$"):
-        Metrics(config(tmp_path, wandb="proj"), FLOPS, 1, 0)
+        Metrics(*run_of(tmp_path, wandb="proj"), FLOPS, 1, 0)
     assert not list((tmp_path / "r").iterdir())
 
 
@@ -310,7 +316,7 @@ def test_wandb_gets_the_same_numbers_and_keeps_its_run(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for start in (0, 10, 0):
-        with Metrics(config(tmp_path, wandb="proj", tensorboard=False), FLOPS, 1, start) as metrics:
+        with Metrics(*run_of(tmp_path, wandb="proj", tensorboard=False), FLOPS, 1, start) as metrics:
             metrics.scalars(start, {"validation/loss": 2.0})
             if start:
                 metrics.close({"validation/loss": 2.0})
@@ -323,7 +329,7 @@ def test_wandb_gets_the_same_numbers_and_keeps_its_run(tmp_path, monkeypatch):
 def test_files_are_closed_when_the_loop_fails(tmp_path, monkeypatch):
     closed = []
     monkeypatch.setattr(module.JsonLines, "close", lambda self, final: closed.append(self._file.close()))
-    metrics = Metrics(config(tmp_path, tensorboard=False), FLOPS, 1, 0)
+    metrics = Metrics(*run_of(tmp_path, tensorboard=False), FLOPS, 1, 0)
     with pytest.raises(KeyError):
         with metrics:
             metrics.record(1, {"loss": 1.0})

@@ -15,9 +15,11 @@ from runs import events, finish, metrics, settings, start, wait_for_step
 from mutransformer.config.load import load
 from mutransformer.errors import FINISHED, STOPPED
 from mutransformer.sharding.stopping import StopRequest
-from mutransformer.training.checkpoint import CHECKSUMS, Checkpoints
+from mutransformer.training.checkpoint import Checkpoints
+from mutransformer.training.checkpoint_storage import CHECKSUMS
 from mutransformer.training.loop import train
 from mutransformer.training.program import TrainState, build_with_data
+from mutransformer.training.run_folder import RunFolder
 
 # An epoch is some 40 batches: the run goes through more than one, and is killed within one.
 LENGTH = ["steps=60", "checkpoint.every=7", "eval.every=20"]
@@ -39,7 +41,7 @@ def uninterrupted(folder: Path) -> Path:
 
 def final_state(run: Path) -> TrainState:
     config = load([str(run / "config.yaml")])
-    checkpoints = Checkpoints(config, read_only=True)
+    checkpoints = Checkpoints(config, RunFolder(config.rundir), read_only=True)
     step = checkpoints.latest()
     assert step is not None and step == config.steps
     state, position = checkpoints.restore(step, program(config, jax.devices()[:1]).state)

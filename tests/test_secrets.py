@@ -21,6 +21,7 @@ from mutransformer.data.cache.store import from_json, to_json
 from mutransformer.errors import USAGE_ERROR, ConfigError, redact
 from mutransformer.study.sweep.grid import configs
 from mutransformer.training import metrics
+from mutransformer.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 CANARY = "s3cr3tCANARY"
@@ -129,7 +130,7 @@ def test_wandb_gets_no_secret(tmp_path, monkeypatch):
     run = SimpleNamespace(log=lambda *_, **__: None, summary={}, finish=lambda **_: None)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: given.update(settings) or run))
     args = [f"workdir={tmp_path}", f"data.cache_dir=https://u:{CANARY}@host/a", "log.wandb=project"]
-    with metrics.Metrics(load(args), 1.0, 1, 0):
+    with metrics.Metrics(load(args), RunFolder(load(args).rundir), 1.0, 1, 0):
         assert given["config"]["data"]["cache_dir"] == "https://REDACTED@host/a"
 
 

@@ -18,6 +18,7 @@ from mutransformer.training.evaluate import Scored, evaluate_run
 from mutransformer.training.loop import train
 from mutransformer.training.metrics import Diverged
 from mutransformer.training.program import build_with_data
+from mutransformer.training.run_folder import RunFolder
 
 SHORT = ["steps=6", "eval.every=2", "checkpoint.every=4", "mesh.x=4", "mesh.y=2", "checkpoint.keep=1"]
 
@@ -80,7 +81,7 @@ def test_the_best_checkpoint_outlives_a_restart_and_can_be_scored(tmp_path: Path
     data = bytearray(array.read_bytes())
     data[len(data) // 2] ^= 4
     array.write_bytes(data)
-    with closing(Checkpoints(config, read_only=True)) as checkpoints:
+    with closing(Checkpoints(config, RunFolder(config.rundir), read_only=True)) as checkpoints:
         assert checkpoints.best() == 8
 
 

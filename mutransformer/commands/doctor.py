@@ -11,11 +11,15 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from mutransformer.commands import RUN_KEYS, SIZE_KEYS, start_jax
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config
 from mutransformer.errors import FAILED, FINISHED, ConfigError
+
+if TYPE_CHECKING:
+    from mutransformer.training.run_folder import RunFolder
 
 KEYS = (*RUN_KEYS, "steps", *SIZE_KEYS, "data.source", "data.files", "mesh.x", "mesh.y")
 VERSIONS = ("mutransformer", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "grain")
@@ -24,8 +28,13 @@ VERSIONS = ("mutransformer", "jax", "jaxlib", "equinox", "optax", "orbax-checkpo
 def run(args: Namespace) -> int:
     config = load(args.settings)
     start_jax(config)
-    checks = _Checks()
-    _examine(config, checks)
+    from mutransformer.training.url_folder import run_folder
+
+    checks, folder = _Checks(), run_folder(config)
+    try:
+        _examine(config, folder, checks)
+    finally:
+        folder.discard()
     return FAILED if checks.failed else FINISHED
 
 
@@ -48,7 +57,7 @@ class _Checks:
             print(f"PASS  {name}: {'; '.join(found)}")
 
 
-def _examine(config: Config, check: _Checks) -> None:
+def _examine(config: Config, folder: "RunFolder", check: _Checks) -> None:
     """All checks; those that need what another one failed to give are left out."""
     from mutransformer.data.batches import pipeline
     from mutransformer.sharding.mesh import data_share
@@ -62,17 +71,18 @@ def _examine(config: Config, check: _Checks) -> None:
         found += [f"Python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in VERSIONS)]
     with check("folder") as found:
         check_before_data(config)
-        found.append(f"{config.rundir} can be written to, and no run has it")
+        found.append(f"{folder.name} can be written to, and no run has it")
     with check("devices") as found:
         for_any_text = build(config, vocabulary=Vocabulary(config.model.n_vocab or 256))
         found.append(" ".join(str(for_any_text).splitlines()[0].split()[1:]))
     corpus, start = None, 0
+    folder.pull()
     with check("data") as found:
         corpus = prepare_data(config)
         found += [f"{split} {text.n_tokens:,} tokens" for split, text in corpus.splits.items()]
-    if (config.rundir / "checkpoints").is_dir():
+    if (folder.path / "checkpoints").is_dir():
         resolved = config if corpus is None else config.with_vocab(corpus.tokenizer.n_vocab)
-        with check("checkpoints") as found, closing(Checkpoints(resolved, read_only=True)) as checkpoints:
+        with check("checkpoints") as found, closing(Checkpoints(resolved, folder, read_only=True)) as checkpoints:
             faults = checkpoints.faults()
             found += [f"step {step} intact" for step, fault in faults.items() if fault is None]
             corrupt = [f"step {step} is corrupt: {fault}" for step, fault in faults.items() if fault is not None]
@@ -91,7 +101,7 @@ def _examine(config: Config, check: _Checks) -> None:
     if program is None:
         return
     with check("disk and splits") as found:
-        check_before_training(program, corpus, start)
+        check_before_training(program, corpus, folder.path, start)
         found.append("the checkpoints of the run fit; validation gives a batch")
     with check("evaluation") as found:
         share, mesh, split = data_share(program.mesh), program.mesh, corpus.splits["validation"]

@@ -17,7 +17,7 @@ from mutransformer.config.schema import Config, all_settings
 from mutransformer.config.setting import limits, to_text, type_name
 from mutransformer.config.tree import Tree, build, kind_of, merge, typed
 from mutransformer.config.values import BadValue, Given, UnknownKey
-from mutransformer.errors import ConfigError, check, redact
+from mutransformer.errors import ConfigError, check, is_url, redact, translate_errors
 
 RUN_CONFIG = "config.yaml"  # in a run's folder
 
@@ -117,14 +117,36 @@ def _file(arg: str) -> dict[Any, Given]:
 
     A run is where its config lies, and has the name of its folder, whatever the config says: it may have been copied or moved.
     """
+    if is_url(arg):
+        return _at_url(arg)
     in_folder = Path(arg) / RUN_CONFIG
     path = in_folder if in_folder.is_file() else Path(arg) if Path(arg).is_file() else Path(shipped_configs().get(arg, arg))
-    given = yaml_text.parse(path.read_text(encoding="utf-8"))
-    check(given is not None, f"{arg}: holds no settings; write `key: value` lines, or leave it out")
-    check(isinstance(given, dict), f"{arg}: must hold `key: value` lines")
+    given = _parse(arg, path.read_text(encoding="utf-8"))
     if path.name == RUN_CONFIG and (path.parent / "checkpoints").is_dir():
         folder = path.parent if path.parent.name.strip(".") else path.parent.resolve()
         given |= {"workdir": str(folder.parent), "name": folder.name}
+    return given
+
+
+def _at_url(url: str) -> dict[Any, Given]:
+    """What a file at a URL holds, or the config of a run whose folder is there."""
+    import fsspec  # takes longer to import than all of this module
+
+    file = url if url.endswith((".yaml", ".yml")) else f"{url.rstrip('/')}/{RUN_CONFIG}"
+    with translate_errors(f"{url}: cannot read it"):  # each file system has its own errors
+        with fsspec.open(file, "rb") as handle:
+            text = handle.read().decode()  # pyright: ignore[reportAttributeAccessIssue]  # fsspec's types are too wide
+    given = _parse(url, text)
+    if file.endswith(f"/{RUN_CONFIG}"):
+        workdir, _, name = file.removesuffix(f"/{RUN_CONFIG}").rpartition("/")
+        given |= {"workdir": workdir, "name": name}
+    return given
+
+
+def _parse(arg: str, text: str) -> dict[Any, Given]:
+    given = yaml_text.parse(text)
+    check(given is not None, f"{arg}: holds no settings; write `key: value` lines, or leave it out")
+    check(isinstance(given, dict), f"{arg}: must hold `key: value` lines")
     return given
 
 

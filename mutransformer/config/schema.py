@@ -24,7 +24,7 @@ from mutransformer.config.run import (
     WatchdogConfig,
 )
 from mutransformer.config.setting import INT32, Setting, check_settings, setting, settings_of
-from mutransformer.errors import ConfigError, check, redact
+from mutransformer.errors import ConfigError, check, is_url, redact
 
 AttentionActivation = Literal["softmax", "sqrelu", "elu", "norm_sqrelu", "norm_elu"]
 AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
@@ -149,7 +149,7 @@ class Config:
     """Every setting of a run."""
 
     name: str = setting("run", "the run's folder; by default the name of the first YAML file", resume="free")
-    workdir: str = setting("runs", "holds the runs' folders", path="local", resume="free")
+    workdir: str = setting("runs", "holds the runs' folders; may be a URL: gs://bucket/runs", path="url", resume="free")
     seed: int = setting(0, "of the initial weights and the order of the data", min=0, max=2**31 - 1)
     steps: int = setting(1000, "updates of the weights", min=1)
     model: ModelConfig = setting(ModelConfig)
@@ -203,8 +203,18 @@ class Config:
 
     @property
     def rundir(self) -> Path:
-        """The folder of all that the run writes: checkpoints, TensorBoard events, metrics, the resolved config."""
-        return Path(self.workdir).expanduser() / self.name
+        """The folder of all that the run writes: checkpoints, TensorBoard events, metrics, the resolved config.
+
+        Raises ConfigError if it is at a URL.
+        """
+        check(self.run_url is None, f"workdir = {self.workdir}: must be a local path here, not a URL")
+        return Path(self.workdir.removeprefix("file://")).expanduser() / self.name
+
+    @property
+    def run_url(self) -> str | None:
+        """The URL of the folder of all that the run writes, if it is at one."""
+        remote = is_url(self.workdir) and not self.workdir.startswith("file://")
+        return f"{self.workdir.rstrip('/')}/{self.name}" if remote else None
 
     @property
     def tokens_per_step(self) -> int:

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ _TICKS = "mutransformer/ticks"  # a key for each process, once one was asked: ho
 _LONGEST = 20.0  # times the longest step so far: by default a longer one is stuck
 _STOPPED = 5.0  # seconds: no thread waits that long for its turn
 _ALIKE = 10.0  # seconds that a process has to fail by itself, as when the loss of all is NaN, after another one failed
+_PUBLISHED = 10.0  # seconds: the network may be what is stuck
 _SHORTEST = 300.0  # seconds: by default no step is stuck before that
 
 
@@ -44,12 +45,12 @@ class _Peer:
 class Watch:
     """Watches the main thread of this process and, if the run has several, the other processes."""
 
-    def __init__(self, config: WatchdogConfig, folder: Path) -> None:
-        """folder: gets the stacks of a process that is stuck."""
+    def __init__(self, config: WatchdogConfig, folder: Path, publish: Callable[[], None] = lambda: None) -> None:
+        """folder: gets the stacks of a process that is stuck. publish: makes the other machines see what is written there."""
         import jax
         from jax._src import distributed  # the key-value store has no public interface
 
-        self._config, self._folder = config, folder
+        self._config, self._folder, self._publish = config, folder, publish
         self._index, self._count = jax.process_index(), jax.process_count()
         self._client: Any = distributed.global_state.client if self._count > 1 else None
         self.starting("starting")
@@ -185,6 +186,9 @@ class Watch:
         try:
             with path.open("w") as file:
                 faulthandler.dump_traceback(file)
+            publisher = threading.Thread(target=self._publish, daemon=True)
+            publisher.start()
+            publisher.join(_PUBLISHED)
         except OSError as error:
             told = f"its stacks cannot be written: {first_line(error)}"
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)

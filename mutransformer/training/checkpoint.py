@@ -1,35 +1,27 @@
 """What a run saves and resumes from: state, data position and resolved config, as one atomic Orbax checkpoint.
 
-Orbax publishes a checkpoint atomically, but does not notice what happens to it on disk afterwards, such as a flipped bit. So each
-checkpoint carries its step and SHA-256 checksums of its files, and nothing of it is used before they are compared. A corrupt one
-is logged, renamed, and the previous one loaded. Validation losses are kept beside the checkpoints: a step is saved before it is
-evaluated.
+A corrupt checkpoint is logged, set aside, and the previous one loaded. Validation losses are kept beside the checkpoints: a step
+is saved before it is evaluated.
 """
 
-import hashlib
 import json
 import logging
-import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
-from jax.experimental import multihost_utils
 
 from mutransformer.config.load import check_not_renamed
 from mutransformer.config.schema import Config, flatten, may_change_on_resume
 from mutransformer.errors import ConfigError, check, first_line, translate_errors
+from mutransformer.sharding.processes import all_processes
 from mutransformer.training.program import TrainState
 from mutransformer.training.run_folder import RunFolder
+from mutransformer.training.url_checkpoints import storage
 
-ITEMS = ("state", "run")  # the folders in a checkpoint
-CHECKSUMS = "sha256.json"  # in a checkpoint: its step, and the checksum of each of its other files
-NOT_CHECKED = (CHECKSUMS, "_CHECKPOINT_METADATA")  # Orbax writes times into the latter at the very end
 LOSSES = "validation_losses.json"  # beside the checkpoints: {step: loss}
 
 _log = logging.getLogger(__name__)
@@ -38,59 +30,43 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints in a run's folder. Saving continues in the background: call wait() or close() before the process ends."""
 
-    def __init__(self, config: Config, *, read_only: bool = False):
-        """read_only: create and remove nothing. Raises ConfigError if the folder cannot be created or read."""
-        self._config, self._read_only = config, read_only
-        self.directory = (config.rundir / "checkpoints").absolute()
-        self._files = RunFolder(self.directory)
+    def __init__(self, config: Config, folder: RunFolder, *, read_only: bool = False):
+        """folder: the run's. read_only: create and remove nothing. Raises ConfigError if it cannot be created or read."""
+        self._config = config
+        self._storage = storage(folder, read_only)
+        self.name = self._storage.name  # for messages
         self._failure: str | None = None  # of the latest save
-        exists = self.directory.is_dir()
-        check(exists or not read_only, f"{self.directory}: no checkpoints here")
-        check(exists or not os.path.lexists(self.directory), f"{self.directory}: not a folder, checkpoints need a folder there")
-        self._manager = self._open()
-        self._losses = _read_losses(self.directory / LOSSES)
-
-    def _open(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            cleanup_tmp_directories=not self._read_only,
-            read_only=self._read_only,
-            create=not self._read_only,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
-        )
-        with translate_errors(f"{self.directory}: cannot be used for checkpoints", (OSError, ValueError)):
-            return ocp.CheckpointManager(self.directory, options=options)
+        self._files = RunFolder(self._storage.directory)
+        self._losses = _read_losses(self._storage.directory / LOSSES)
 
     def latest(self) -> int | None:
         """The step (updates completed) of the latest intact checkpoint; None if there are no checkpoints.
 
-        Later ones that are corrupt are logged and, unless read_only, renamed, so that their steps can be saved again. Raises
+        Later ones that are corrupt are logged and, unless read_only, set aside, so that their steps can be saved again. Raises
         ConfigError if there are checkpoints, and all are corrupt.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        found: int | None = None
-        if jax.process_index() == 0:  # reads and verifies the files for all processes
-            found, corrupt = self._first_intact(steps)
-            if found is not None and not self._read_only:
-                for step in corrupt:
-                    self._path(step).rename(self.directory / f"corrupt-{step}-{time.time_ns()}")
-        if jax.process_count() > 1:
-            shared = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
-            found = None if shared < 0 else shared
-        message = f"{self.directory}: every checkpoint here is corrupt; move the folder away to start from scratch"
+        steps = sorted(self._storage.steps(), reverse=True)
+        found, corrupt = self._storage.first_intact(steps)
+        message = f"{self.name}: every checkpoint here is corrupt; move the folder away to start from scratch"
         check(found is not None or not steps, message)
-        self._manager.reload()
+        if corrupt and not self._storage.read_only:
+            with all_processes().first_in_process_0("the corrupt checkpoints"):
+                self._storage.set_aside(corrupt)
+        self._storage.manager.reload()
         return found
 
     def best(self) -> int | None:
         """The intact checkpoint with the lowest validation loss; None if none was evaluated. Corrupt ones are logged."""
-        evaluated = [step for step in self._manager.all_steps() if self.loss(step) is not None]
-        return self._first_intact(sorted(evaluated, key=self._losses.__getitem__))[0]
+        evaluated = [step for step in self._storage.steps() if self.loss(step) is not None]
+        found, _ = self._storage.first_intact(sorted(evaluated, key=self._losses.__getitem__))
+        self._storage.manager.reload()
+        return found
 
     def chosen(self) -> int:
         """The checkpoint that eval.checkpoint names. Raises ConfigError if there is none."""
         step = self.latest() if self._config.eval.checkpoint == "latest" else self.best()
         if step is None:
-            raise ConfigError(f"{self.directory}: holds no checkpoint, or none with a validation loss")
+            raise ConfigError(f"{self.name}: holds no checkpoint, or none with a validation loss")
         return step
 
     def loss(self, step: int) -> float | None:
@@ -99,14 +75,14 @@ class Checkpoints:
 
     def record_loss(self, step: int, loss: float) -> None:
         """Notes the validation loss of a step, which decides on the best checkpoints."""
-        kept = {*self._manager.all_steps(), step}
+        kept = {*self._storage.steps(), step}
         self._losses = {at: of for at, of in {**self._losses, step: loss}.items() if at in kept}
         if jax.process_index() == 0:
             try:
                 self._files.write(LOSSES, json.dumps(self._losses).encode())
             except OSError as error:
                 text = "%s: the validation loss of step %d cannot be written: %s"
-                _log.warning(text, self.directory, step, first_line(error))
+                _log.warning(text, self.name, step, first_line(error))
 
     def check_same(self, step: int, data: dict[str, Any]) -> None:
         """Refuses a checkpoint of another model, optimizer or data. data: the fingerprint of this run's.
@@ -114,7 +90,7 @@ class Checkpoints:
         Raises ConfigError, which lists the settings that differ, with the checkpoint's value and this run's.
         """
         saved = self._run(step)
-        check_not_renamed(saved["config"], str(self._path(step)))
+        check_not_renamed(saved["config"], self._at(step))
         allowed, ours = self._config.checkpoint.allow, flatten(self._config)
         theirs = flatten(Config()) | saved["config"]  # settings that are newer than the checkpoint: defaults
         for key in ("tokens", "tokenizer"):  # the rest of a fingerprint has config keys of its own
@@ -128,7 +104,7 @@ class Checkpoints:
         check(not unknown, f"checkpoint.allow: no such key: {', '.join(unknown)}")
         check(
             not differing,
-            f"{self._path(step)} belongs to another run: {'; '.join(differing)}. "
+            f"{self._at(step)} belongs to another run: {'; '.join(differing)}. "
             "Choose another name=..., or list keys that may change in checkpoint.allow",
         )
 
@@ -137,8 +113,8 @@ class Checkpoints:
 
         Raises ConfigError if the checkpoint cannot be read, or holds other arrays.
         """
-        with translate_errors(f"{self._path(step)}: cannot be restored", (OSError, ValueError, KeyError)):
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))
+        with translate_errors(f"{self._at(step)}: cannot be restored", (OSError, ValueError, KeyError)):
+            restored = self._storage.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))
         return restored["state"], self._run(step)["position"]
 
     def save(self, state: TrainState[Array], position: dict[str, Any], data: dict[str, Any], probe: float | None = None) -> None:
@@ -150,21 +126,21 @@ class Checkpoints:
         """
         self._settle()
         step = int(state.step)
-        if step in self._manager.all_steps():
+        if step in self._storage.steps():
             return
         run = {"config": flatten(self._config), "data": data, "position": position, "probe": probe}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
         try:
             self._prune()
             self._failure = None
-            self._manager.save(step, args=args)
+            self._storage.manager.save(step, args=args)
         except (OSError, ValueError) as error:
             self._failed(error)
 
     def poll(self) -> None:
         """Logs a background save that has failed, as save() does."""
         try:
-            self._manager.check_for_errors()
+            self._storage.manager.check_for_errors()
         except (OSError, ValueError) as error:
             self._failed(error)
 
@@ -177,26 +153,25 @@ class Checkpoints:
     def _settle(self) -> None:
         """Waits for the save that is under way; logs it if it failed."""
         try:
-            self._manager.wait_until_finished()
+            self._storage.manager.wait_until_finished()
         except (OSError, ValueError) as error:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        self._failure = f"{self.directory}: saving a checkpoint failed: {first_line(error)}; {_free(self.directory)}"
+        self._failure = f"{self.name}: saving a checkpoint failed: {first_line(error)}; {_free(self._storage.directory)}"
         check(jax.process_count() == 1, self._failure)
         _log.warning("%s; the run goes on, and tries again when the next checkpoint is due", self._failure)
-        self._manager = self._open()  # the one that failed counts the step as saved
+        self._storage.open()  # the one that failed counts the step as saved
 
     def _prune(self) -> None:
         """Removes all checkpoints but the latest and the best, as many as the config says."""
-        c, steps = self._config.checkpoint, sorted(self._manager.all_steps())
+        c, steps = self._config.checkpoint, sorted(self._storage.steps())
         evaluated = sorted((step for step in steps if step in self._losses), key=self._losses.__getitem__)
-        for step in set(steps) - {*steps[-c.keep :], *evaluated[: c.keep_best]}:
-            self._manager.delete(step)
+        self._storage.remove(set(steps) - {*steps[-c.keep :], *evaluated[: c.keep_best]})
 
     def close(self) -> None:
         """Ends the background work. Call wait() first to surface pending errors."""
-        self._manager.close()
+        self._storage.manager.close()
 
     def settings(self, step: int) -> dict[str, Any]:
         """The settings, by dotted key, of the run that saved a checkpoint."""
@@ -208,65 +183,20 @@ class Checkpoints:
 
     def faults(self) -> dict[int, str | None]:
         """What is wrong with each checkpoint, by step; None: it is intact. Reads all of their files."""
-        return {step: _corruption(self._path(step)) for step in sorted(self._manager.all_steps())}
+        return {step: self._storage.fault(step) for step in sorted(self._storage.steps())}
 
     def _run(self, step: int) -> dict[str, Any]:
         """What is saved beside the state: config, data fingerprint, position."""
         kinds = OSError, ValueError, KeyError, TypeError, AssertionError
-        with translate_errors(f"{self._path(step)}: cannot be read", kinds):
-            run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        with translate_errors(f"{self._at(step)}: cannot be read", kinds):
+            run = self._storage.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
             assert isinstance(run["config"], dict) and isinstance(run["data"], dict)
             assert isinstance(run["position"]["next_index"], int)
         return run
 
-    def _path(self, step: int) -> Path:
-        return self.directory / str(step)
-
-    def _first_intact(self, steps: list[int]) -> tuple[int | None, list[int]]:
-        """The first of these checkpoints that is intact, and the corrupt ones before it, which are logged."""
-        for i, step in enumerate(steps):
-            reason = _corruption(self._path(step))
-            if reason is None:
-                return step, steps[:i]
-            _log.warning("%s is corrupt: %s", self._path(step), reason)
-        return None, steps
-
-    def _write_checksums(self) -> None:
-        """Called by Orbax, in its thread, when all files of a checkpoint are written and before it gets its final name."""
-        if jax.process_index() == 0:
-            for folder in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                step = int(folder.name.partition(".")[0])
-                seal = {"step": step, "files": _checksums(folder)}
-                (folder / CHECKSUMS).write_text(json.dumps(seal), encoding="utf-8")
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    checksums = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in NOT_CHECKED:
-            with path.open("rb") as file:
-                checksums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return checksums
-
-
-def _corruption(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if it is intact."""
-    if folder.is_symlink():
-        return "is a link"
-    missing = [item for item in ITEMS if not (folder / item).is_dir()]
-    if missing:
-        return f"lacks {', '.join(missing)}"
-    try:
-        seal = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        expected, step = seal["files"], seal["step"]
-        actual = _checksums(folder)
-        differing = sorted(name for name in expected if actual.get(name) != expected[name])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"{CHECKSUMS}: {first_line(error)}"
-    if differing:
-        return f"{differing[0]}: checksum mismatch"
-    return None if step == int(folder.name) else f"is of step {step}"
+    def _at(self, step: int) -> str:
+        """A checkpoint, for messages."""
+        return f"{self.name}/{step}"
 
 
 def _read_losses(path: Path) -> dict[int, float]:

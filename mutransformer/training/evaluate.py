@@ -20,6 +20,7 @@ from mutransformer.sharding.stopping import Stopped
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.program import Program
 from mutransformer.training.step import make_eval_step
+from mutransformer.training.url_folder import readable
 
 AHEAD = 4  # batches in flight: enough to keep the device busy, few enough to hold in memory
 COUNTED = 1 << 26  # tokens of a split in which n-grams are counted, at most: a gigabyte of memory
@@ -74,7 +75,7 @@ def evaluate_run(program: Program, corpus: Corpus) -> dict[str, Any]:
     """
     config, n_vocab, mesh = program.config, program.vocabulary.n_vocab, program.mesh
     train, held_out = corpus.splits["train"], corpus.splits[config.eval.split]
-    with closing(Checkpoints(config, read_only=True)) as checkpoints:
+    with readable(config) as folder, closing(Checkpoints(config, folder, read_only=True)) as checkpoints:
         step = checkpoints.chosen()
         checkpoints.check_same(step, pipeline.fingerprint(train, config.data, config.seed))
         state, _ = checkpoints.restore(step, program.state)
@@ -84,7 +85,7 @@ def evaluate_run(program: Program, corpus: Corpus) -> dict[str, Any]:
     if targets == held_out.n_tokens:  # with packing=pad the n-grams would also predict what is cut off
         ngrams = ngram_losses(train.first(COUNTED), held_out.first(COUNTED), n_vocab)
     return {
-        "run": str(config.rundir),
+        "run": folder.name,
         "step": step,
         "split": config.eval.split,
         "tokens": held_out.n_tokens,

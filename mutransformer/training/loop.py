@@ -39,6 +39,7 @@ from mutransformer.training.program import Program, TrainState, build_with_data
 from mutransformer.training.run_folder import RunFolder, owned_by_all
 from mutransformer.training.skipped_steps import NonFiniteLoss, SkippedSteps
 from mutransformer.training.step import make_eval_step, make_train_step
+from mutransformer.training.url_folder import run_folder
 
 CONTINUOUS = 0.01  # relative difference of a loss that other devices or another mesh may make, in bfloat16 too
 
@@ -65,7 +66,8 @@ def train(program: Program, corpus: Corpus, stop: StopRequest | None = None) -> 
     """
     with ExitStack() as stack:
         stop = stop or stack.enter_context(stop_on_signals())
-        folder = stack.enter_context(owned_by_all(program.config.rundir))
+        folder = run_folder(program.config)
+        stack.enter_context(owned_by_all(folder))
         return _train(program, corpus, stop, folder)
 
 
@@ -74,14 +76,14 @@ def _train(program: Program, corpus: Corpus, stop: StopRequest, folder: RunFolde
     fingerprint = pipeline.fingerprint(split, config.data, config.seed)
     share = data_share(program.mesh)
     batches = pipeline.train_batches(split, config.data, config.seed, *share, program.vocabulary.n_vocab)
-    with closing(Checkpoints(config)) as checkpoints, closing(batches):
+    with closing(Checkpoints(config, folder)) as checkpoints, closing(batches):
         start = checkpoints.latest() or 0
-        check_before_training(program, corpus, start)
+        check_before_training(program, corpus, folder.path, start)
         if start:
-            check(config.checkpoint.resume, f"checkpoint.resume = false: {config.rundir} holds a run; choose another name=...")
+            check(config.checkpoint.resume, f"checkpoint.resume = false: {folder.name} holds a run; choose another name=...")
             checkpoints.check_same(start, fingerprint)
             if start == config.steps and (result := final_result(folder.path, start)) is not None:
-                _log.info("%s: finished, step %d/%d, validation loss %.5g", folder.path, start, start, result)
+                _log.info("%s: finished, step %d/%d, validation loss %.5g", folder.name, start, start, result)
                 return FINISHED
             state, position = checkpoints.restore(start, program.state)
             warn_of_another_schedule(program, checkpoints.settings(start), start)
@@ -90,12 +92,12 @@ def _train(program: Program, corpus: Corpus, stop: StopRequest, folder: RunFolde
             state = program.init_state()
         with all_processes().first_in_process_0("the files of the run"):
             _write_run_files(program, corpus, folder)
-        with Watch(config.watchdog, folder.path).running() as watch:
+        with Watch(config.watchdog, folder.path, folder.publish).running() as watch:
             if jax.process_count() > 1:
                 stop.agree = watch.agree
-            with Metrics(config, program.flops_per_token, program.mesh.size, start) as log:
+            with Metrics(config, folder, program.flops_per_token, program.mesh.size, start) as log:
                 trainer = Trainer(program, corpus, checkpoints, batches, log, stop, watch, folder, fingerprint, state, start)
-                log.note(_heading(program, corpus, start))
+                log.note(_heading(program, corpus, folder, start))
                 try:
                     trainer.check_loss(checkpoints.probe(start) if start else None)
                     final = trainer.run()
@@ -145,7 +147,7 @@ class Trainer:
         A step is saved before it is evaluated: what can fail comes last.
         """
         config = self.program.config
-        with closing(Profile(config.profile, config.rundir / "tensorboard", wait_for=lambda: self.state.step)) as profile:
+        with closing(Profile(config.profile, self.folder.path / "tensorboard", wait_for=lambda: self.state.step)) as profile:
             try:
                 if self.step and self.checkpoints.loss(self.step) is None:  # stopped before this step was evaluated
                     self.validate_if_due()
@@ -267,13 +269,13 @@ def _due(step: int, every: int) -> bool:
 def _write_run_files(program: Program, corpus: Corpus, folder: RunFolder) -> None:
     """The resolved config and the tokenizer, beside the checkpoints."""
     if jax.process_index() == 0:
-        with translate_errors(f"{folder.path}: cannot hold a run", OSError):
+        with translate_errors(f"{folder.name}: cannot hold a run", OSError):
             folder.write("config.yaml", to_yaml(program.config).encode())
             for name, path in corpus.tokenizer.files().items():
                 folder.write(name, Path(path).read_bytes())
 
 
-def _heading(program: Program, corpus: Corpus, start: int) -> str:
+def _heading(program: Program, corpus: Corpus, folder: RunFolder, start: int) -> str:
     """The first lines of a run on the console: the program, its data and its length."""
     config, split = program.config, corpus.splits["train"]
     sources = " + ".join(config.data.sources) or config.data.source
@@ -281,7 +283,7 @@ def _heading(program: Program, corpus: Corpus, start: int) -> str:
     rows = {
         "data": f"{sources}, {split.n_tokens:,} tokens to train on, {split.n_bytes / split.n_tokens:.2f} bytes each",
         "run": f"{config.steps:,} steps of {config.tokens_per_step:,} tokens, {epochs:.2f} epochs",
-        "folder": f"{config.rundir}" + (f"; resumes after step {start}" if start else ""),
+        "folder": folder.name + (f"; resumes after step {start}" if start else ""),
     }
     lines = [f"mutransformer {__version__}, JAX {jax.__version__}", str(program)]
     return "\n".join([*lines, *(f"{name:<12}{value}" for name, value in rows.items())])

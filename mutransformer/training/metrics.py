@@ -55,8 +55,8 @@ class Metrics:
     last step. Rates are measured from one logged step to the next, so compilation, in the first step, does not count.
     """
 
-    def __init__(self, config: Config, flops_per_token: float, n_device: int, start_step: int) -> None:
-        """Opens the files in config.rundir and drops what an earlier process wrote after start_step, the updates completed.
+    def __init__(self, config: Config, folder: RunFolder, flops_per_token: float, n_device: int, start_step: int) -> None:
+        """Opens the files in the run's folder and drops what an earlier process wrote after start_step, the updates completed.
 
         flops_per_token: of the model, forward and backward. n_device: in all processes. Raises ConfigError if log.wandb is set
         and the package is missing.
@@ -73,8 +73,7 @@ class Metrics:
         self._bar = Progress(*columns, console=self._console, expand=True, refresh_per_second=4)
         self._task = self._bar.add_task(f"{self._at(start_step)}  compiling", total=config.steps, completed=start_step)
         if self._writes:
-            config.rundir.mkdir(parents=True, exist_ok=True)
-            folder = RunFolder(config.rundir)
+            folder.path.mkdir(parents=True, exist_ok=True)
             if config.log.wandb is not None:  # first: the package may be missing
                 self._open("Weights & Biases", lambda: WeightsAndBiases(config, folder, start_step))
             self._open(sinks.FILE, lambda: JsonLines(folder, start_step))

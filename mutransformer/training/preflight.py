@@ -5,10 +5,8 @@
 
 import logging
 import math
-import os
 import resource
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,14 @@ from mutransformer.config.optim import OptimConfig
 from mutransformer.config.schema import Config, flatten
 from mutransformer.data.batches import pipeline
 from mutransformer.data.cache.dataset import Corpus
-from mutransformer.errors import ConfigError, check, first_line, translate_errors
+from mutransformer.errors import ConfigError, check, first_line
 from mutransformer.sharding.mesh import data_share
 from mutransformer.sharding.processes import all_processes, assert_equal_across_processes
 from mutransformer.training.optim import make_schedule
 from mutransformer.training.program import Program
-from mutransformer.training.run_folder import RunFolder
+from mutransformer.training.run_folder import existing
 from mutransformer.training.sinks import read_metrics
+from mutransformer.training.url_folder import run_folder
 
 # What may differ between the hosts of a run: how they find each other, and where they keep copies of the same data.
 OF_A_HOST = ("distributed.", "workdir", "data.cache_dir", "data.local_dir", "data.files", "data.path")
@@ -43,13 +42,13 @@ def check_before_data(config: Config) -> None:
     assert_equal_across_processes("the configuration", settings)
     with all_processes().first_in_process_0("the run's folder"):
         if jax.process_index() == 0:
-            RunFolder(config.rundir).check_free()
-            for folder in (config.rundir, config.rundir / "checkpoints", config.rundir / "tensorboard"):
-                _check_writable(folder)
+            run_folder(config).check_free()
 
 
-def check_before_training(program: Program, corpus: Corpus, start: int) -> None:
-    """Checks that what the run will need at its evaluations, its checkpoints and its end is there. start: updates completed.
+def check_before_training(program: Program, corpus: Corpus, folder: Path, start: int) -> None:
+    """Checks that what the run will need at its evaluations, its checkpoints and its end is there.
+
+    folder: where this machine keeps the run's files. start: updates completed.
 
     Raises ConfigError if the run is behind its latest checkpoint, the validation split gives no batch, or the disk has no room
     for the checkpoints.
@@ -61,7 +60,7 @@ def check_before_training(program: Program, corpus: Corpus, start: int) -> None:
     next(iter(pipeline.eval_batches(corpus.splits["validation"], config.data, 1, *share, n_vocab)))
     with all_processes().first_in_process_0("the room for checkpoints"):
         if start < config.steps and jax.process_index() == 0:
-            _check_room(program, config.rundir)
+            _check_room(program, folder)
 
 
 def warn_of_another_schedule(program: Program, settings: dict[str, Any], step: int) -> None:
@@ -90,23 +89,6 @@ def final_result(folder: Path, step: int) -> float | None:
     return found if isinstance(found, float) and math.isfinite(found) else None
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    return folder
-
-
-def _check_writable(folder: Path) -> None:
-    """Raises ConfigError unless a file can be written in a folder, or in the nearest above it that exists."""
-    folder = _existing(folder)
-    check(folder.is_dir(), f"{folder}: not a folder, the run needs one there")
-    probe = folder / f".probe-{uuid.uuid4().hex}"
-    with translate_errors(f"{folder}: cannot be written to", OSError):
-        probe.write_bytes(b"x")
-        probe.unlink()
-
-
 def _check_room(program: Program, folder: Path) -> None:
     """Raises ConfigError if the checkpoints that the run keeps, and one more while it is written, do not fit on the disk."""
     c, steps = program.config.checkpoint, program.config.steps
@@ -120,7 +102,7 @@ def _check_room(program: Program, folder: Path) -> None:
         check(fits, f"{folder}: {a_checkpoint}, but no file may be larger than {_megabytes(largest)} (ulimit -f)")
     try:
         there = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
-        free = shutil.disk_usage(_existing(folder)).free
+        free = shutil.disk_usage(existing(folder)).free
     except OSError as error:
         _log.warning("%s: its free space is not known: %s", folder, first_line(error))
         return

@@ -1,4 +1,7 @@
-"""A run's folder: one run at a time has it, its files are replaced, never written through, and its loss is noticed."""
+"""A run's folder: one run at a time has it, its files are replaced, never written through, and its loss is noticed.
+
+This is a folder on a disk. mutransformer.training.url_folder has those at a URL.
+"""
 
 import errno
 import fcntl
@@ -8,8 +11,9 @@ import logging
 import os
 import socket
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -26,7 +30,8 @@ class RunFolder:
     """The folder at a path, which is created when it is owned or first written to."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path  # where its files are on this machine
+        self.name = str(path)  # for messages
         self._identity: tuple[int, int] | None = None  # device and inode, once it is owned
 
     def write(self, name: str, data: bytes) -> None:
@@ -66,8 +71,32 @@ class RunFolder:
                 for path in created:
                     path.rmdir()
 
+    def changing(self) -> AbstractContextManager[object]:
+        """Within it a file is changed that others may read meanwhile, but should not."""
+        return nullcontext()
+
+    def pull(self) -> None:
+        """Returns when the run's files are on this machine. Raises ConfigError if they cannot be read."""
+
+    def publish(self) -> None:
+        """Returns when what is written can be read by all machines. Raises ConfigError if it cannot be written there."""
+
+    def discard(self) -> None:
+        """Removes copies of the run's files on this machine."""
+
+    def lock_seen(self) -> bytes:
+        """What the lock holds; a network file system may take some seconds to show it."""
+        for _ in range(20):
+            with suppress(OSError):
+                if found := (self.path / LOCK).read_bytes():
+                    return found
+            time.sleep(0.25)
+        return b""
+
     def check_free(self) -> None:
-        """Raises ConfigError if a run has the folder. Creates nothing."""
+        """Raises ConfigError if a run has the folder, or it cannot be written to. Creates nothing."""
+        for folder in (self.path, self.path / "checkpoints", self.path / "tensorboard"):
+            _check_writable(folder)
         if (self.path / LOCK).exists():
             with self.owned():
                 pass
@@ -119,31 +148,40 @@ def _holder(lock: int) -> str:
 
 
 @contextmanager
-def owned_by_all(path: Path) -> Iterator[RunFolder]:
-    """The folder of a run of any number of processes, which process 0 owns, and which all of them see.
+def owned_by_all(folder: RunFolder) -> Iterator[None]:
+    """Process 0 owns the folder of a run of any number of processes, and all of them see it.
 
     Raises ConfigError, on all, if another run has it, or it is not the same folder for all.
     """
-    folder, processes = RunFolder(path), all_processes()
+    processes = all_processes()
     with ExitStack() as stack:
+        stack.callback(folder.discard)
         with processes.first_in_process_0("the run's folder"):
             if processes.index == 0:
                 stack.enter_context(folder.owned())
-            seen = _lock_seen_in(path)
+            seen = folder.lock_seen()
         if processes.count > 1:
-            where = f"workdir: the folder of the run, which must be on a file system that all processes see, here {path},"
+            where = f"workdir: the folder of the run, which must be on a file system that all processes see, here {folder.name},"
             assert_equal_across_processes(where, {"lock": hashlib.sha256(seen).hexdigest() if seen else "none"})
-        yield folder
+        folder.pull()
+        yield
 
 
-def _lock_seen_in(path: Path) -> bytes:
-    """What the lock holds; a network file system may take some seconds to show it."""
-    for _ in range(20):
-        with suppress(OSError):
-            if found := (path / LOCK).read_bytes():
-                return found
-        time.sleep(0.25)
-    return b""
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    return folder
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises ConfigError unless a file can be written in a folder, or in the nearest above it that exists."""
+    folder = existing(folder)
+    check(folder.is_dir(), f"{folder}: not a folder, the run needs one there")
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    with translate_errors(f"{folder}: cannot be written to", OSError):
+        probe.write_bytes(b"x")
+        probe.unlink()
 
 
 def _identity(path: Path | int) -> tuple[int, int]:

@@ -48,8 +48,8 @@ class JsonLines:
 
     def __init__(self, folder: RunFolder, start_step: int) -> None:
         """Drops what an earlier process wrote after start_step, the updates completed. Raises OSError."""
-        path = folder.path / FILE
-        self.name = str(path)
+        path, self._folder = folder.path / FILE, folder
+        self.name = f"{folder.name}/{FILE}"
         kept = [line + b"\n" for line in _complete_lines(path) if _step_of(line) <= start_step]
         folder.write(FILE, b"".join(kept))
         self._file = path.open("r+b")
@@ -61,10 +61,11 @@ class JsonLines:
         if self._line.get("step") != step:
             self._at, self._line = self._file.seek(0, os.SEEK_END), {}
         self._line |= {"step": step, "time": time.time(), **legal}
-        self._file.seek(self._at)
-        self._file.write(json.dumps(self._line).encode() + b"\n")
-        self._file.truncate()
-        self._file.flush()
+        with self._folder.changing():
+            self._file.seek(self._at)
+            self._file.write(json.dumps(self._line).encode() + b"\n")
+            self._file.truncate()
+            self._file.flush()
 
     def close(self, final: Mapping[str, float]) -> None:
         self._file.close()
@@ -129,7 +130,7 @@ class TensorBoard:
     def __init__(self, config: Config, folder: RunFolder, start_step: int) -> None:
         """Replaces the events of earlier processes by those of metrics.jsonl up to start_step. Raises OSError."""
         directory = folder.path / "tensorboard"
-        self.name = f"{directory}"
+        self.name = f"{folder.name}/tensorboard"
         old = list(directory.glob("events.out.tfevents.*"))
         self._settings, self._events = flatten(config), EventFile(directory)
         self._events.add(text("config", f"```yaml\n{to_yaml(config)}```"), 0)

@@ -1,7 +1,7 @@
-"""The cache of tokens and tokenizers: a folder, or an object store behind a URL, that any number of processes use at once.
+"""A store of objects: a folder, or an object store behind a URL. It holds the cache of tokens and tokenizers, and runs at a URL.
 
-An object appears complete or not at all, and whoever writes a name writes the same bytes: so no lock is needed, and the slower of
-two writers does no harm. Everything that is read is checked against a checksum first.
+An object appears complete or not at all. Of the cache, whoever writes a name writes the same bytes: so no lock is needed, and the
+slower of two writers does no harm. What is read of it is checked against a checksum first.
 """
 
 import hashlib
@@ -38,6 +38,7 @@ class Store:
     root: str  # a folder, or a URL of anything to which fsspec can write complete objects; it need not rename or append
     local_dir: str  # for copies of objects at a URL, named by their checksums
     read_only: bool = False  # missing objects are not made
+    where: str | None = None  # for messages; None: data.cache_dir
 
     @property
     def remote(self) -> bool:
@@ -55,6 +56,35 @@ class Store:
             self._fs().invalidate_cache()
             return {path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs().ls(self._url(folder), detail=False)}
         return set()
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """The bytes of each object at any depth below a folder, by its name within the folder; none if it does not exist."""
+        with self._errors("read"), suppress(FileNotFoundError, NotADirectoryError):
+            fs, url = self._fs(), self._url(folder).rstrip("/")
+            fs.invalidate_cache()
+            top = fs._strip_protocol(url).rstrip("/") + "/"
+            found = fs.find(url, detail=True)
+            return {path.removeprefix(top): info["size"] for path, info in found.items() if path.startswith(top)}
+        return {}
+
+    def write(self, name: str, data: bytes) -> None:
+        """Publishes an object of a store at a URL."""
+        with self._errors("write"):
+            self._fs().pipe_file(self._url(name), data)
+
+    def upload(self, name: str, file: Path) -> None:
+        """Publishes a copy of a file in a store at a URL."""
+        with self._errors("write"):
+            self._fs().put_file(str(file), self._url(name))
+
+    def download(self, name: str, file: Path) -> None:
+        """Copies an object to a file, whose folder is created. If there is no such object, there is no file."""
+        with self._errors("read"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._fs().get_file(self._url(name), str(file))
+            except FileNotFoundError:
+                file.unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
         """Removes an object if it exists."""
@@ -119,9 +149,9 @@ class Store:
             return check_file(copy, size, sha256)
         file = self.scratch(name)
         try:
-            with self._errors("read"), suppress(FileNotFoundError):  # then check_file finds no file
+            with self._errors("read"):
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                self._fs().get_file(self._url(name), str(file))
+            self.download(name, file)
             check_file(file, size, sha256, name)
             os.replace(file, copy)
         finally:
@@ -139,7 +169,7 @@ class Store:
 
     def _errors(self, action: str) -> AbstractContextManager[None]:
         kinds = Exception if self.remote else (OSError, ValueError)  # each file system of fsspec has its own
-        return translate_errors(f"data.cache_dir = {self.root}: cannot {action} there", kinds)
+        return translate_errors(f"{self.where or f'data.cache_dir = {self.root}'}: cannot {action} there", kinds)
 
 
 def check_file(path: Path, size: int, sha256: str, name: str = "") -> Path:
