@@ -1,5 +1,6 @@
 """Several processes are one with all their devices: the same global batches exactly, the same losses to float error."""
 
+import json
 import re
 import signal
 import time
@@ -262,3 +263,44 @@ def test_a_process_that_fails_alone_ends_the_other(tmp_path: Path) -> None:
     assert re.search(r"error: process 0 failed: .*/runs/r: the run's folder was removed or replaced while the run was", err), err
     _, err = first.communicate(timeout=100)
     assert re.search(r"error: .*/runs/r: the run's folder was removed or replaced", err), err
+
+
+POISONED = """
+import sys
+import jax.numpy as jnp
+from mutransformer.cli import main
+from mutransformer.model.transformer import Forward
+from mutransformer.training import loop
+loss, put_batch, n_put = Forward.loss, loop.put_batch, 0
+def poisoned_loss(self, params, tokens, *of):
+    factor = jnp.where(jnp.any(tokens == 300), jnp.nan, 1.0)
+    return tuple(value * factor for value in loss(self, params, tokens, *of))
+def put(batch, mesh):
+    global n_put
+    n_put += 1
+    if n_put in (3, 4) and {who!r} in sys.argv[-1]:
+        batch.tokens[0, 0] = 300  # no byte
+    return put_batch(batch, mesh)
+Forward.loss, loop.put_batch = poisoned_loss, put
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [10, 2])
+def test_nan_in_one_process_is_skipped_by_all_or_ends_all(limit: int, tmp_path: Path) -> None:
+    """Rows of process 1 alone make the loss of steps 3 and 4 NaN. Both skip them, or both end after the second."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISONED.format(who="process_id=1"))
+    started = [start(str(script), args, quick=True) for args in two(tmp_path, "steps=6", f"bad_steps.limit={limit}")]
+    outputs = [process.communicate(timeout=200) for process in started]
+    run = tmp_path / "runs/r"
+    listed = [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in listed] == [3, 4] and {line["loss"] for line in listed} == {"nan"}
+    if limit == 10:
+        assert [process.returncode for process in started] == [0, 0], outputs
+        assert metrics(run)[6]["train/loss"] < metrics(run)[1]["train/loss"] and "skipped" in outputs[0][0]
+    else:
+        assert [process.returncode for process in started] == [1, 1], outputs
+        errors = ["error: step 4: the loss is nan; 2 steps in a row were skipped" in err for _, err in outputs]
+        assert errors == [True, True], outputs
