@@ -104,7 +104,7 @@ def restore_params(program: Program, tokenizer: Tokenizer, folder: RunFolder) ->
     config = program.config
     allow = replace(config.checkpoint, allow=[*config.checkpoint.allow, "fingerprint.tokens"])
     with closing(Checkpoints(replace(config, checkpoint=allow), folder, read_only=True)) as checkpoints:
-        step = checkpoints.chosen()
+        step = checkpoints.chosen(program.state)
         checkpoints.check_same(step, {"tokens": None, "tokenizer": tokenizer.fingerprint})
         state, _ = checkpoints.restore(step, program.state)
     return step, state.params

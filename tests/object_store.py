@@ -12,6 +12,8 @@ from uuid import uuid4
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
+HIDDEN = ".upload-"  # begins the name of a file that is no object yet
+
 
 class ObjectStore(AbstractFileSystem):
     protocol = "objects"
@@ -40,7 +42,7 @@ class ObjectStore(AbstractFileSystem):
         file, name = self._file(path), self._name(path).rstrip("/")
         if not file.is_dir():
             raise FileNotFoundError(path)
-        found = [self.info(f"{name}/{below.name}") for below in sorted(file.iterdir()) if not below.name.startswith(".")]
+        found = [self.info(f"{name}/{below.name}") for below in sorted(file.iterdir()) if not below.name.startswith(HIDDEN)]
         return found if detail else [entry["name"] for entry in found]
 
     def _open(self, path: str, mode: str = "rb", *_: Any, **__: Any) -> Any:
@@ -70,7 +72,7 @@ class _Upload(io.BytesIO):
     def close(self) -> None:
         if not self.closed:
             self._to.parent.mkdir(parents=True, exist_ok=True)
-            hidden = self._to.with_name(f".{uuid4()}")
+            hidden = self._to.with_name(f"{HIDDEN}{uuid4()}")
             hidden.write_bytes(self.getvalue())
             hidden.rename(self._to)
         super().close()

@@ -17,17 +17,19 @@ import fsspec
 import jax
 import numpy as np
 import pytest
-from object_store import ObjectStore, install
+from object_store import HIDDEN, ObjectStore, install
 from programs import program
 from runs import events, finish, free_port, metrics, settings, start, wait_for_step
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
+from mutransformer.data.cache.store import Corrupt
 from mutransformer.errors import FINISHED, USAGE_ERROR, ConfigError
 from mutransformer.training import url_folder
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.metrics import setup_logging
 from mutransformer.training.run_folder import LOCK, RunFolder
+from mutransformer.training.url_checkpoints import _needed
 from mutransformer.training.url_folder import Lease, UrlFolder, readable
 
 LENGTH = ["steps=40", "checkpoint.every=7", "eval.every=20"]
@@ -77,8 +79,9 @@ def assert_same_run(run: Path, args: list[str], whole: Path, whole_args: list[st
 
 def checkpoints_in(run: Path) -> dict[int, bool]:
     """The steps of which there are objects, and whether they have a seal."""
-    folders = [path for path in (run / "checkpoints").glob("*") if any(file.is_file() for file in path.rglob("*"))]
-    return {int(path.name): bool(list(path.glob("sha256.*"))) for path in folders}
+    files = [path for path in (run / "checkpoints").glob("*/**/*") if path.is_file() and not path.name.startswith(HIDDEN)]
+    steps = {int(path.relative_to(run / "checkpoints").parts[0]) for path in files}
+    return {step: bool(list((run / "checkpoints" / str(step)).glob("sha256.*"))) for step in steps}
 
 
 @pytest.fixture(scope="module")
@@ -136,20 +139,51 @@ def test_twenty_kills_at_random_moments_change_nothing(module_folder: Path, whol
 
 
 @pytest.mark.slow
-def test_each_process_uploads_its_own_shards_and_any_number_restores_them(bucket: Path, module_folder: Path) -> None:
-    shared = [f"distributed.coordinator=127.0.0.1:{free_port()}", "distributed.n_process=2", "mesh.x=2", "mesh.y=1"]
-    args = at_url(module_folder, *SHORT, "precision.compute=float32", "name=two")
-    processes = [start(TRAIN, [*args, *shared, f"distributed.process_id={i}"], quick=True) for i in range(2)]
-    for process in processes:
-        finish(process)
-    seals = [json.loads((bucket / f"two/checkpoints/6/sha256.{i}-of-2.json").read_text())["files"] for i in range(2)]
+def test_each_process_moves_only_its_own_shards(bucket: Path, module_folder: Path) -> None:
+    """Of a run that is stopped after four steps and goes on, and is then the run that was not stopped, bit for bit."""
+
+    def run(name: str, *more: str) -> None:
+        shared = [f"distributed.coordinator=127.0.0.1:{free_port()}", "distributed.n_process=2", "mesh.x=2", "mesh.y=1"]
+        args = at_url(
+            module_folder, *SHORT, "precision.compute=float32", "optim.schedule=constant", f"name={name}", *more, *shared
+        )
+        for process in [start(TRAIN, [*args, f"distributed.process_id={i}"], quick=True) for i in range(2)]:
+            finish(process)
+
+    run("two", "steps=4")
+    seals = [json.loads((bucket / f"two/checkpoints/4/sha256.{i}-of-2.json").read_text())["files"] for i in range(2)]
     assert not set(seals[0]) & set(seals[1]), "a file was uploaded twice"
     sizes = [sum(file["bytes"] for file in files.values()) for files in seals]
     assert sizes[1] > sizes[0] / 2, "a process uploaded the shards of the other"
-    one = settings(module_folder, *SHORT, "precision.compute=float32", "name=one")
-    finish(start(TRAIN, one, quick=True))
-    (ours, _), (theirs, _) = state_and_position(args), state_and_position(one)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours.params, theirs.params)
+    run("two", "checkpoint.allow=[steps]")
+    run("whole")
+    ours, theirs = metrics(bucket / "two"), metrics(bucket / "whole")
+    assert list(ours) == list(range(1, 7)) and [ours[step]["train/loss"] for step in ours] == [
+        theirs[step]["train/loss"] for step in theirs
+    ]
+    states = [state_and_position(at_url(module_folder, f"name={name}", "steps=6"))[0] for name in ("two", "whole")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_a_process_needs_the_chunks_that_its_devices_overlap(tmp_path: Path) -> None:
+    """An array of 8 x 6 in chunks of 2 x 3, saved by four by two devices, for a process that has rows 4 to 7."""
+
+    class Sharding:
+        def addressable_devices_indices_map(self, shape: tuple[int, ...]) -> dict[int, tuple[slice, ...]]:
+            return {0: (slice(4, 6), slice(None)), 1: (slice(6, None), slice(0, 6))} if shape else {0: ()}
+
+    class Array:
+        def __init__(self, *shape: int) -> None:
+            self.shape, self.sharding = shape, Sharding()
+
+    for name, chunks in {"w": [2, 3], "n": []}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".zarray").write_text(json.dumps({"chunks": chunks}))
+    saved = {f"state/w/{i}.{j}" for i in range(4) for j in range(2)} | {"state/n/0"}
+    expected = {"state/w/2.0", "state/w/2.1", "state/w/3.0", "state/w/3.1", "state/n/0"}
+    assert _needed(saved, {"w": Array(8, 6), "n": Array()}, tmp_path) == expected
+    with pytest.raises(Corrupt, match="state/gone"):
+        _needed(saved, {"gone": Array(8, 6)}, tmp_path)
 
 
 @pytest.mark.parametrize(

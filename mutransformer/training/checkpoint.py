@@ -39,14 +39,16 @@ class Checkpoints:
         self._files = RunFolder(self._storage.directory)
         self._losses = _read_losses(self._storage.directory / LOSSES)
 
-    def latest(self) -> int | None:
+    def latest(self, shapes: TrainState | None = None) -> int | None:
         """The step (updates completed) of the latest intact checkpoint; None if there are no checkpoints.
+
+        shapes: Program.state, if that is all that will be restored: at a URL each process then reads only what its devices need.
 
         Later ones that are corrupt are logged and, unless read_only, set aside, so that their steps can be saved again. Raises
         ConfigError if there are checkpoints, and all are corrupt.
         """
         steps = sorted(self._storage.steps(), reverse=True)
-        found, corrupt = self._storage.first_intact(steps)
+        found, corrupt = self._storage.first_intact(steps, shapes)
         message = f"{self.name}: every checkpoint here is corrupt; move the folder away to start from scratch"
         check(found is not None or not steps, message)
         if corrupt and not self._storage.read_only:
@@ -55,16 +57,16 @@ class Checkpoints:
         self._storage.manager.reload()
         return found
 
-    def best(self) -> int | None:
-        """The intact checkpoint with the lowest validation loss; None if none was evaluated. Corrupt ones are logged."""
+    def best(self, shapes: TrainState | None = None) -> int | None:
+        """As latest(), the one with the lowest validation loss; None if none was evaluated. Corrupt ones are logged."""
         evaluated = [step for step in self._storage.steps() if self.loss(step) is not None]
-        found, _ = self._storage.first_intact(sorted(evaluated, key=self._losses.__getitem__))
+        found, _ = self._storage.first_intact(sorted(evaluated, key=self._losses.__getitem__), shapes)
         self._storage.manager.reload()
         return found
 
-    def chosen(self) -> int:
-        """The checkpoint that eval.checkpoint names. Raises ConfigError if there is none."""
-        step = self.latest() if self._config.eval.checkpoint == "latest" else self.best()
+    def chosen(self, shapes: TrainState | None = None) -> int:
+        """The checkpoint that eval.checkpoint names, as latest(). Raises ConfigError if there is none."""
+        step = self.latest(shapes) if self._config.eval.checkpoint == "latest" else self.best(shapes)
         if step is None:
             raise ConfigError(f"{self.name}: holds no checkpoint, or none with a validation loss")
         return step

@@ -75,16 +75,19 @@ class DiskStorage:
         """The folder of a checkpoint on this machine."""
         return self.directory / str(step)
 
-    def fault(self, step: int) -> str | None:
-        """What is wrong with a checkpoint; None if it is intact. Reads all of its files."""
+    def fault(self, step: int, shapes: Any = None) -> str | None:
+        """What is wrong with a checkpoint; None if it is intact.
+
+        shapes: the state to be restored, arrays by shape and sharding, where other files need not be read; None: all are read.
+        """
         return _corruption(self.path(step))
 
-    def first_intact(self, steps: Iterable[int]) -> tuple[int | None, list[int]]:
+    def first_intact(self, steps: Iterable[int], shapes: Any = None) -> tuple[int | None, list[int]]:
         """The first of these that is intact in all processes, and the corrupt ones before it, which are logged."""
         corrupt = list[int]()
         for step in steps:
             reads = self.primary_host in (None, jax.process_index())
-            reason = self.fault(step) if reads else None
+            reason = self.fault(step, shapes) if reads else None
             if reason is not None:
                 _log.warning("%s/%d is corrupt: %s", self.name, step, reason)
             wrong = np.bool_(reason is not None)

@@ -76,7 +76,7 @@ def evaluate_run(program: Program, corpus: Corpus) -> dict[str, Any]:
     config, n_vocab, mesh = program.config, program.vocabulary.n_vocab, program.mesh
     train, held_out = corpus.splits["train"], corpus.splits[config.eval.split]
     with readable(config) as folder, closing(Checkpoints(config, folder, read_only=True)) as checkpoints:
-        step = checkpoints.chosen()
+        step = checkpoints.chosen(program.state)
         checkpoints.check_same(step, pipeline.fingerprint(train, config.data, config.seed))
         state, _ = checkpoints.restore(step, program.state)
     batches = pipeline.eval_batches(held_out, config.data, None, *data_share(mesh), n_vocab)

@@ -77,7 +77,7 @@ def _train(program: Program, corpus: Corpus, stop: StopRequest, folder: RunFolde
     share = data_share(program.mesh)
     batches = pipeline.train_batches(split, config.data, config.seed, *share, program.vocabulary.n_vocab)
     with closing(Checkpoints(config, folder)) as checkpoints, closing(batches):
-        start = checkpoints.latest() or 0
+        start = checkpoints.latest(program.state) or 0
         check_before_training(program, corpus, folder.path, start)
         if start:
             check(config.checkpoint.resume, f"checkpoint.resume = false: {folder.name} holds a run; choose another name=...")

@@ -3,7 +3,9 @@
 Nothing can be renamed there, so a checkpoint counts when each process has written its seal, after all of its other files.
 """
 
+import itertools
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ from mutransformer.training.checkpoint_storage import FOLDER, THREADS, DiskStora
 from mutransformer.training.run_folder import RunFolder
 from mutransformer.training.url_folder import UrlFolder
 
+_CHUNK = re.compile(r"state/[^/]+/[0-9.]+")  # a file that holds a part of an array, named by its place in the grid of parts
 SEAL = "sha256.{}-of-{}.json"  # process and number of processes: the step, and size and checksum of each file that it wrote
 
 
@@ -51,8 +54,8 @@ class UrlStorage(DiskStorage):
     def steps(self) -> set[int]:
         return set(self._complete)
 
-    def fault(self, step: int) -> str | None:
-        """As of a disk. An intact one has been copied to this machine."""
+    def fault(self, step: int, shapes: Any = None) -> str | None:
+        """As of a disk. The files that are read are copied to this machine, if all of them are intact."""
         files = dict[str, dict[str, Any]]()
         for name in _seals(self._files().get(step, set())):
             try:
@@ -70,9 +73,11 @@ class UrlStorage(DiskStorage):
             except Corrupt as error:
                 raise Corrupt(f"{name}: {str(error).partition(': ')[2]}") from None
 
+        chunks = {name for name in files if _CHUNK.fullmatch(name)}
         try:
             with ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(copy, files))
+                list(pool.map(copy, files.keys() - chunks))
+                list(pool.map(copy, chunks if shapes is None else _needed(chunks, shapes, self.path(step) / "state")))
         except Corrupt as error:
             shutil.rmtree(self.path(step), ignore_errors=True)
             return str(error)
@@ -123,6 +128,25 @@ class UrlStorage(DiskStorage):
             for step, names in files.items():
                 for name in sorted(names, key=lambda name: not name.startswith("sha256.")):
                     self._store.remove(f"{FOLDER}/{step}/{name}")
+
+
+def _needed(chunks: set[str], shapes: Any, folder: Path) -> set[str]:
+    """Of the chunks of all arrays, those that overlap the shards of this process's devices.
+
+    folder: holds a folder for each array, with its chunks' shape in .zarray. Raises Corrupt if that cannot be read.
+    """
+    needed = set[str]()
+    for path, array in jax.tree.leaves_with_path(shapes):
+        name = ".".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
+        try:
+            chunk = json.loads((folder / name / ".zarray").read_text())["chunks"]
+        except (OSError, ValueError, KeyError) as error:
+            raise Corrupt(f"state/{name}: {first_line(error)}") from None
+        for index in array.sharding.addressable_devices_indices_map(array.shape).values():
+            bounds = [part.indices(n)[:2] for part, n in zip(index, array.shape, strict=True)]
+            places = [range(start // c, -(-stop // c)) for (start, stop), c in zip(bounds, chunk, strict=True)]
+            needed |= {f"state/{name}/{'.'.join(map(str, place or (0,)))}" for place in itertools.product(*places)}
+    return needed & chunks
 
 
 def _seals(names: set[str]) -> list[str]:
