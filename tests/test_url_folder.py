@@ -103,7 +103,7 @@ def test_a_run_at_a_url_is_one_on_the_disk(
     assert "resumes after step" in finish(start(TRAIN, args, quick=True))
     assert_same_run(run, args, whole, settings(module_folder, *LENGTH, "name=whole"))
     assert not (run / LOCK).exists() and (run / "config.yaml").is_file()
-    assert sorted(checkpoints_in(run)) == [28, 35, 40]
+    assert sorted(checkpoints_in(run)) == sorted(checkpoints_in(whole)) == [35, 40]
     more = [f"data.cache_dir={module_folder / 'cache'}", f"data.local_dir={module_folder / 'local'}"]
     capsys.readouterr()
     assert main(["evaluate", "objects://bucket/runs/r", *more]) == FINISHED
@@ -112,7 +112,7 @@ def test_a_run_at_a_url_is_one_on_the_disk(
     assert main(["generate", "objects://bucket/runs/r", *more, "--prompt", "1", "--tokens", "3"]) == FINISHED
     assert main(["doctor", "objects://bucket/runs/r", *more]) == FINISHED
     out = capsys.readouterr().out
-    assert "PASS  checkpoints: step 28 intact; step 35 intact; step 40 intact" in out
+    assert "PASS  checkpoints: step 35 intact; step 40 intact" in out
     assert [path.name for path in (module_folder / "local").iterdir() if path.name.startswith(".run")] == []
 
 
