@@ -73,7 +73,7 @@ def events(run: Path) -> list[tuple[str, int, float]]:
     """(tag, step, value) of every number in TensorBoard's files, read without what TensorBoard forgets of them."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    files = sorted((run / "tensorboard").glob("events*"))
+    files = sorted(run.glob("events*"))
     found = [event for file in files for event in EventFileLoader(str(file)).Load()]
     numbers = [(event.step, value) for event in found for value in event.summary.value if value.HasField("tensor")]
     return [(value.tag, step, value.tensor.float_val[0]) for step, value in numbers if len(value.tensor.float_val)]

@@ -65,7 +65,7 @@ def lines(tmp_path):
 def events(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
+    return EventAccumulator(str(tmp_path / "r")).Reload()
 
 
 def train(metrics, first, last, clock=None, value=lambda step: float(step), seconds=0.5):
@@ -148,9 +148,10 @@ def test_every_number_under_its_tag_in_both_files(tmp_path, monkeypatch, clock):
     assert last["speed/step_seconds"] == 0.25 and last["validation/loss"] == 2.25
 
     board = events(tmp_path)
-    assert set(board.Tags()["scalars"]) == set(middle) - {"step"}
-    for tag in set(middle) - {"step"}:
-        assert [(e.step, e.value) for e in board.Scalars(tag) if e.step == 10] == [(10, pytest.approx(middle[tag], rel=1e-6))]
+    shown = {{"train/loss": "loss/train", "validation/loss": "loss/validation"}.get(tag, tag): middle[tag] for tag in middle}
+    assert set(board.Tags()["scalars"]) == set(shown) - {"step"}
+    for tag in set(shown) - {"step"}:
+        assert [(e.step, e.value) for e in board.Scalars(tag) if e.step == 10] == [(10, pytest.approx(shown[tag], rel=1e-6))]
 
 
 def test_settings_and_results_stand_in_the_same_run(tmp_path):
@@ -162,14 +163,16 @@ def test_settings_and_results_stand_in_the_same_run(tmp_path):
     board = events(tmp_path)
     text = board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text.startswith("```yaml\nname: r\n") and text.endswith("```")
-    assert [path for path in (tmp_path / "r" / "tensorboard").iterdir() if path.is_dir()] == []
+    assert [path for path in (tmp_path / "r").iterdir() if path.is_dir()] == []
     tags = board.summary_metadata
     start = metadata.parse_session_start_info_plugin_data(tags[metadata.SESSION_START_INFO_TAG].plugin_data.content)
     assert start.hparams["optim.lr"].number_value == 2**-6 and start.hparams["optim.rule"].string_value == "mup"
     assert start.hparams["steps"].number_value == 20
     experiment = metadata.parse_experiment_plugin_data(tags[metadata.EXPERIMENT_TAG].plugin_data.content)
-    assert [info.name.tag for info in experiment.metric_infos] == ["validation/loss"]
-    assert [(e.step, e.value) for e in board.Scalars("validation/loss")] == [(20, 2.25)]
+    assert [info.name.tag for info in experiment.metric_infos] == ["loss/validation"]
+    columns = [info.name for info in experiment.hparam_infos]
+    assert columns == ["name", "workdir", "steps", "data.seq_len", "data.batch_size"], "what is not the default"
+    assert [(e.step, e.value) for e in board.Scalars("loss/validation")] == [(20, 2.25)]
 
 
 def test_resuming_drops_what_lay_beyond(tmp_path):
@@ -194,8 +197,8 @@ def test_resuming_drops_what_lay_beyond(tmp_path):
     assert "validation/loss" not in lines(tmp_path)[-1]
     assert list(path.parent.glob("*.new")) == []
     board = events(tmp_path)
-    assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (4, 4.0), (6, 6.25), (8, 8.25)]
-    assert [e.step for e in board.Scalars("validation/loss")] == [5]
+    assert [(e.step, e.value) for e in board.Scalars("loss/train")] == [(1, 1.0), (2, 2.0), (4, 4.0), (6, 6.25), (8, 8.25)]
+    assert [e.step for e in board.Scalars("loss/validation")] == [5]
 
 
 def test_a_step_that_is_written_again_keeps_one_line(tmp_path):

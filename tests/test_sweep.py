@@ -23,7 +23,7 @@ from runs import ROOT, finish, refuse_before_jax, settings, start
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
-from mutransformer.config.schema import Config
+from mutransformer.config.schema import Config, non_defaults
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.errors import FINISHED, STOPPED, USAGE_ERROR, ConfigError
 from mutransformer.sharding import devices as hardware
@@ -116,7 +116,7 @@ def test_each_run_is_recorded(complete: Path, folder: Path) -> None:
         assert run.logged == list(range(10, STEPS + 1, 10)) and len(run.train_loss) == 8
         losses = np.array([*run.train_loss, run.validation_loss], float)
         assert np.isfinite(losses).all() and losses[-2] < losses[0]
-        assert run.settings == grid.non_defaults(load(arguments(folder, f"model.d_model={run.width}")))
+        assert run.settings == non_defaults(load(arguments(folder, f"model.d_model={run.width}")))
     assert len({run.validation_loss for run in runs}) == len(runs)
     assert not list((complete / "snapshots").glob("*")), "snapshots are deleted when their runs have ended"
 
@@ -139,19 +139,23 @@ def test_tensorboard_has_the_curve_and_settings_of_each_run(complete: Path) -> N
     from tensorboard.plugins.hparams import metadata
 
     runs = records.read(complete)
-    names = {f"{r.variant} width={r.width} lr={r.lr:.6g} seed={r.seed}": r for r in runs}
+    names = {f"{r.variant} width={r.width} lr=2^{math.log2(r.lr):g} seed={r.seed}": r for r in runs}
     assert {path.name for path in (complete / "tensorboard").iterdir()} == set(names)
     for name, run in names.items():
         board = EventAccumulator(str(complete / "tensorboard" / name)).Reload()
-        curve = {e.step: e.value for e in board.Scalars("train/loss")}
+        curve = {e.step: e.value for e in board.Scalars("loss/train")}
         assert curve == pytest.approx(dict(zip(run.logged, run.train_loss, strict=True)), abs=1e-5)
-        assert [(e.step, e.value) for e in board.Scalars("validation/loss")] == [
+        assert [(e.step, e.value) for e in board.Scalars("loss/validation")] == [
             (STEPS, pytest.approx(run.validation_loss, abs=1e-5))
         ]
         content = board.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
         hparams = metadata.parse_session_start_info_plugin_data(content).hparams
         assert hparams["optim.lr"].number_value == run.lr and hparams["seed"].number_value == run.seed
         assert hparams["model.d_model"].number_value == run.width and hparams["variant"].string_value == "mup"
+        table = metadata.parse_experiment_plugin_data(board.summary_metadata[metadata.EXPERIMENT_TAG].plugin_data.content)
+        columns = [info.name for info in table.hparam_infos]
+        assert columns[:4] == ["variant", "model.d_model", "optim.lr", "seed"] and "model.d_head" in columns
+        assert "optim.beta1" not in columns, "a setting that has its default"
 
 
 # Resuming
@@ -306,7 +310,7 @@ def test_sweeps_over_steps_and_batch_sizes(folder: Path, sweep, trained, capsys)
     assert [records.AXES["tokens"].size(run) for run in runs] == [20 * 128, 40 * 128, 50 * 128, 20 * 32, 20 * 64]
     assert len({run.validation_loss for run in runs}) == 5 and len(trained) == 5
     names = {path.name for path in (folder / "axes/tensorboard").iterdir()}
-    assert {"mup steps=20 lr=0.015625 seed=0", "rows batch=2 lr=0.015625 seed=0"} <= names
+    assert {"mup steps=20 lr=2^-6 seed=0", "rows batch=2 lr=2^-6 seed=0"} <= names
     assert sweep(*common, "--steps", "20,40", "optim.beta2=0.9") == USAGE_ERROR
     assert "its runs of mup at steps 20 had other settings: optim.beta2" in capsys.readouterr().err
 
@@ -403,8 +407,8 @@ def test_a_rule_that_follows_the_axis_must_know_its_base(axis: grid.SweepAxis, r
 
 
 def test_non_default_settings() -> None:
-    assert grid.non_defaults(Config()) == {}
-    assert grid.non_defaults(load(["optim.lr=0.5", "steps=1000", "model.n_vocab=300", "data.threads=1"])) == {
+    assert non_defaults(Config()) == {}
+    assert non_defaults(load(["optim.lr=0.5", "steps=1000", "model.n_vocab=300", "data.threads=1"])) == {
         "optim.lr": 0.5,
         "model.n_vocab": 300,
         "data.threads": 1,

@@ -19,6 +19,7 @@ from mutransformer.training.loop import train
 from mutransformer.training.metrics import Diverged
 from mutransformer.training.program import build_with_data
 from mutransformer.training.run_folder import RunFolder
+from mutransformer.training.sinks import board_tag
 
 SHORT = ["steps=6", "eval.every=2", "checkpoint.every=4", "mesh.x=4", "mesh.y=2", "checkpoint.keep=1"]
 
@@ -32,7 +33,7 @@ def test_a_run_writes_what_it_should(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert list(lines) == [1, 2, 3, 4, 5, 6]
     assert {step for step, line in lines.items() if "validation/loss" in line} == {2, 4, 6}
     assert lines[6]["train/loss"] < lines[1]["train/loss"]
-    assert list((run / "tensorboard").rglob("*.xplane.pb"))
+    assert list(run.rglob("*.xplane.pb"))
     kept = {int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()}
     losses = {step: line["validation/loss"] for step, line in lines.items() if step in (4, 6)}
     assert kept == {6, min(losses, key=losses.__getitem__)}, "the latest and the best are kept"
@@ -123,8 +124,8 @@ def test_the_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
 
     train(*build_with_data(load(settings(tmp_path, "steps=3", "name=shown"))))
     run = tmp_path / "runs" / "shown"
-    shown = EventAccumulator(str(run / "tensorboard")).Reload()
+    shown = EventAccumulator(str(run)).Reload()
     for tag in ("train/loss", "optim/learning_rate", "norm/update", "validation/bits_per_byte"):
         told = {step: line[tag] for step, line in metrics(run).items() if tag in line}
-        assert {e.step: e.value for e in shown.Scalars(tag)} == pytest.approx(told)
+        assert {e.step: e.value for e in shown.Scalars(board_tag(tag))} == pytest.approx(told)
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1

@@ -321,7 +321,7 @@ def test_a_run_that_lost_its_folder_publishes_nothing_more(how: str, bucket: Pat
 
 def test_only_what_changed_is_uploaded_and_what_is_removed_goes(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = UrlFolder("objects://bucket/runs/o", str(bucket / "local"))
-    for name in ("metrics.jsonl", "tensorboard/events.1", "checkpoints/validation_losses.json", "checkpoints/3/state/w"):
+    for name in ("metrics.jsonl", "events.1", "checkpoints/validation_losses.json", "checkpoints/3/state/w"):
         (bucket / "o" / name).parent.mkdir(parents=True, exist_ok=True)
         (bucket / "o" / name).write_text("old")
     folder.pull()
@@ -336,10 +336,10 @@ def test_only_what_changed_is_uploaded_and_what_is_removed_goes(bucket: Path, mo
     folder.publish()
     assert uploaded == []
     folder.write("metrics.jsonl", b"new")
-    (folder.path / "tensorboard/events.1").unlink()
-    (folder.path / "tensorboard/events.2").write_text("new")
+    (folder.path / "events.1").unlink()
+    (folder.path / "events.2").write_text("new")
     folder.publish()
     assert uploaded == ["metrics.jsonl", "events.2"]
     found = {path.relative_to(bucket / "o").as_posix() for path in (bucket / "o").rglob("*") if path.is_file()}
     kept = {"metrics.jsonl", "checkpoints/validation_losses.json", "checkpoints/3/state/w"}
-    assert found == {*kept, "tensorboard/events.2"}
+    assert found == {*kept, "events.2"}

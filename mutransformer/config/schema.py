@@ -262,3 +262,9 @@ def flatten(nested: Config | dict[str, Any]) -> dict[str, Any]:
         below = flatten(value) if isinstance(value, dict) else {}
         flat |= {f"{key}.{k}": v for k, v in below.items()} or {key: value}
     return flat
+
+
+def non_defaults(config: Config) -> dict[str, object]:
+    """The settings whose values are not the defaults, by dotted key."""
+    defaults = flatten(Config())
+    return {key: value for key, value in flatten(config).items() if value != defaults[key]}

@@ -147,7 +147,7 @@ class Trainer:
         A step is saved before it is evaluated: what can fail comes last.
         """
         config = self.program.config
-        with closing(Profile(config.profile, self.folder.path / "tensorboard", wait_for=lambda: self.state.step)) as profile:
+        with closing(Profile(config.profile, self.folder.path, wait_for=lambda: self.state.step)) as profile:
             try:
                 if self.step and self.checkpoints.loss(self.step) is None:  # stopped before this step was evaluated
                     self.validate_if_due()

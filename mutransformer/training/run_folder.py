@@ -95,7 +95,7 @@ class RunFolder:
 
     def check_free(self) -> None:
         """Raises ConfigError if a run has the folder, or it cannot be written to. Creates nothing."""
-        for folder in (self.path, self.path / "checkpoints", self.path / "tensorboard"):
+        for folder in (self.path, self.path / "checkpoints"):
             _check_writable(folder)
         if (self.path / LOCK).exists():
             with self.owned():

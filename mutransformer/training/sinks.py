@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +21,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from tensorboardX.summary import hparams, text
 
 from mutransformer.config.load import to_yaml
-from mutransformer.config.schema import Config, flatten
+from mutransformer.config.schema import Config, flatten, non_defaults
 from mutransformer.errors import ConfigError, redact
 from mutransformer.training.run_folder import RunFolder
 
@@ -102,16 +102,22 @@ class EventFile:
 
     def scalars(self, step: int, values: Mapping[str, Any], when: float | None = None) -> None:
         """Adds numbers by tag. when: seconds since 1970; None: now."""
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()])
+        summary = Summary(value=[Summary.Value(tag=board_tag(tag), simple_value=float(value)) for tag, value in values.items()])
         self.add(summary, step, when)
 
-    def settings(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
-        """Adds a row of the table of hyperparameters. The results' values are those of the curves of these tags.
+    def settings(self, config: Config, changed: Mapping[str, Any], results: Iterable[str]) -> None:
+        """Adds a row of the table of hyperparameters.
 
-        Not by add_hparams, which would make a second TensorBoard run in a subfolder.
+        changed: settings that vary, which are its first columns and win over the config's; then come those that are not the
+        defaults. results: tags; their values are those of their curves. Not by add_hparams, which would make a second TensorBoard
+        run in a subfolder.
         """
-        plain = {key: value for key, value in settings.items() if isinstance(value, bool | int | float | str)}
-        for summary in hparams(plain, dict(results)):
+        everything = _plain({**flatten(config), **changed})
+        columns = _plain({**changed, **non_defaults(config), **changed})
+        # The columns of the first run that TensorBoard finds are those of the table, so that a row needs a value for any column.
+        table, _, end = hparams(columns, {board_tag(tag): 0.0 for tag in results})
+        _, row, _ = hparams(everything, {})
+        for summary in (table, row, end):
             self.add(summary, 0)
 
     def add(self, summary: Summary, step: int, when: float | None = None) -> None:
@@ -124,15 +130,24 @@ class EventFile:
         self._writer.close()
 
 
+def board_tag(tag: str) -> str:
+    """A tag as TensorBoard shows it: the losses first, since it sorts groups by name."""
+    group, _, name = tag.rpartition("/")
+    return f"loss/{group}" if group and name == "loss" else tag
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    return {key: value for key, value in settings.items() if isinstance(value, bool | int | float | str)}
+
+
 class TensorBoard:
     """The scalars, the config and the hyperparameters of a run in TensorBoard."""
 
     def __init__(self, config: Config, folder: RunFolder, start_step: int) -> None:
         """Replaces the events of earlier processes by those of metrics.jsonl up to start_step. Raises OSError."""
-        directory = folder.path / "tensorboard"
-        self.name = f"{folder.name}/tensorboard"
-        old = list(directory.glob("events.out.tfevents.*"))
-        self._settings, self._events = flatten(config), EventFile(directory)
+        self.name = f"{folder.name}/events.out.tfevents.*"
+        old = list(folder.path.glob("events.out.tfevents.*"))
+        self._config, self._events = config, EventFile(folder.path)
         self._events.add(text("config", f"```yaml\n{to_yaml(config)}```"), 0)
         for line in read_metrics(folder.path, start_step):  # numbers that are not finite are text there, which float reads
             values = {tag: value for tag, value in line.items() if tag not in ("step", "time")}
@@ -147,7 +162,7 @@ class TensorBoard:
 
     def close(self, final: Mapping[str, float]) -> None:
         if final:
-            self._events.settings(self._settings, final)
+            self._events.settings(self._config, {}, final)
         self._events.close()
 
 

@@ -137,9 +137,3 @@ def _numbers(option: str, text: str, parse: Callable[[str], T], form: str) -> li
         raise ConfigError(f"{option} {text}: must be {form}") from None
     check(len(set(found)) == len(found), f"{option} {text}: a value is repeated")
     return sorted(found)
-
-
-def non_defaults(config: Config) -> dict[str, object]:
-    """The settings whose values are not the defaults, by dotted key."""
-    defaults = flatten(Config())
-    return {key: value for key, value in flatten(config).items() if value != defaults[key]}

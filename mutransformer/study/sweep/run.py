@@ -22,7 +22,7 @@ from jax import Array
 from jaxtyping import Float
 
 from mutransformer.config.run import WatchdogConfig
-from mutransformer.config.schema import Config, flatten
+from mutransformer.config.schema import Config, non_defaults
 from mutransformer.data.batches import pipeline
 from mutransformer.data.cache.dataset import Corpus
 from mutransformer.errors import FINISHED, STOPPED, check, first_line
@@ -31,7 +31,7 @@ from mutransformer.sharding.devices import memory_limit
 from mutransformer.sharding.peers import Watch
 from mutransformer.sharding.stopping import StopRequest, stop_on_signals
 from mutransformer.study.sweep import records
-from mutransformer.study.sweep.grid import Point, VariantConfig, non_defaults
+from mutransformer.study.sweep.grid import Point, VariantConfig
 from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun, mean_losses
 from mutransformer.study.sweep.records import AXES
 from mutransformer.training.program import prepare_data
@@ -139,7 +139,9 @@ def _train(
         curves = _Curves()
         stack.callback(lambda: curves.close())
         if config.log.tensorboard and jax.process_index() == 0:
-            names = [f"{variant.name} {variant.where.replace(' ', '=')} lr={lr:.6g} seed={seed}" for lr, seed in points]
+            names = [
+                f"{variant.name} {variant.where.replace(' ', '=')} lr=2^{math.log2(lr):g} seed={seed}" for lr, seed in points
+            ]
             # What an interrupted process wrote beyond this step is dropped.
             curves = _Curves([folder / "tensorboard" / name.replace("/", "_") for name in names], step + 1)
         sources = [pipeline.train_batches(train_split, config.data, seed, *share, n_vocab) for seed in group.seeds]
@@ -205,7 +207,8 @@ class _Curves:
                 if run.validation_loss is not None:
                     result = {"validation/loss": run.validation_loss}
                     file.scalars(run.steps, result)
-                    file.settings(flatten(config) | {"variant": run.variant, "optim.lr": run.lr, "seed": run.seed}, result)
+                    swept = {"variant": run.variant, "model.d_model": config.model.d_model, "optim.lr": run.lr, "seed": run.seed}
+                    file.settings(config, swept, result)
 
     def close(self) -> None:
         files, self._files = self._files, []
