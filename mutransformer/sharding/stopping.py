@@ -1,10 +1,12 @@
 """Turns signals into a request to stop, which the program answers with a checkpoint, or at once if there is nothing to save."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+CLEAR_LINE = "\r\x1b[2K"  # of a terminal
 # Of a scheduler (TERM; USR1 and USR2 are SLURM's warnings), a person (INT) and a terminal that was closed (HUP).
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -45,9 +47,19 @@ class StopRequest:
     def on_signal(self, number: int) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        first = not self.requested
         self.requested, self.signal = True, signal.Signals(number).name
         if self._at_once and self.agree is None:
             raise Stopped(self.signal)
+        if first:
+            again = "; Ctrl-C again to abort" if number == signal.SIGINT else ""
+            _say(f"{self.signal}: stopping after this step{again}")
+
+
+def _say(text: str) -> None:
+    """Prints a line on standard error, in place of a progress bar there. The streams of Python cannot be used within a signal."""
+    with suppress(OSError):
+        os.write(2, (CLEAR_LINE * os.isatty(2) + text + "\n").encode())
 
 
 @contextmanager

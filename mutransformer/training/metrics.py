@@ -8,12 +8,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import SupportsFloat
+from dataclasses import dataclass
+from typing import Any, SupportsFloat
 
 import jax
 import rich
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from mutransformer.config.schema import Config
 from mutransformer.errors import ConfigError, first_line, redact
@@ -27,7 +29,7 @@ _TAGS = {"loss": "train/loss", "learning_rate": "optim/learning_rate"}
 _TAGS |= {f"{name}_norm": f"norm/{name}" for name in ("gradient", "parameter", "update")}
 _LINE = {"train/loss": "loss {:7.4f}", "optim/learning_rate": "lr {:.2e}", "norm/gradient": "grad {:6.3f}"}
 _LINE |= {"speed/mfu": "mfu {:.1%}"}
-_BAR = {"train/loss": "loss {:.4f}", "validation/loss": "val {:.4f}"}
+_BAR = {"train/loss": "loss {:.4f}"}  # more does not fit in 80 columns; validation losses are lines above it
 
 
 _log = logging.getLogger(__name__)
@@ -69,9 +71,14 @@ class Metrics:
         self._sinks: list[Sink] = []
         self._writes = jax.process_index() == 0
         self._console = rich.get_console() if self._writes else Console(quiet=True)
-        columns = BarColumn(bar_width=None), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-        self._bar = Progress(*columns, console=self._console, expand=True, refresh_per_second=4)
-        self._task = self._bar.add_task(f"{self._at(start_step)}  compiling", total=config.steps, completed=start_step)
+        done = (
+            TextColumn("{task.percentage:.0f}%"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        )
+        columns = *done, TextColumn("{task.description}", markup=False), _Elapsed()
+        self._bar = _Bar(*columns, console=self._console, expand=True, refresh_per_second=4)
+        self._task = self._bar.add_task("compiling", total=config.steps, completed=start_step)
         if self._writes:
             folder.path.mkdir(parents=True, exist_ok=True)
             if config.log.wandb is not None:  # first: the package may be missing
@@ -106,6 +113,7 @@ class Metrics:
         # The device may be done already, as a CPU that computes while it dispatches: then the step ended here, not when read.
         done = time.perf_counter() if getattr(device_scalars["loss"], "is_ready", lambda: True)() else None
         before, self._pending = self._pending, (step, device_scalars, done)
+        self._bar.update(self._task, completed=step - 1)  # the step before this one is computed, or nearly
         if before and self._due(before[0]):
             self._read(*before)
         if step == self._start_step + 1:  # compilation took longer than this wait, and the first loss is worth seeing at once
@@ -135,7 +143,7 @@ class Metrics:
         group = next(iter(values)).partition("/")[0]
         named = (f"{tag.removeprefix(group + '/').replace('_', ' ')} {value:.5g}" for tag, value in values.items())
         self.note(f"step {self._at(step)}  {group} {'  '.join(named)}")
-        self._bar.update(self._task, description=self._text(step, self._latest, _BAR))
+        self._bar.update(self._task, description=self._in_bar(step))
 
     def close(self, final: Mapping[str, float]) -> None:
         """Flushes, writes settings and final results (by tag) for tables that compare runs, and closes. Raises as flush does.
@@ -163,9 +171,10 @@ class Metrics:
             values |= self._rates(step, time.perf_counter() if done is None else done)
             values |= {f"memory/{key}": float(value) for key, value in (memory_in_use(jax.local_devices()) or {}).items()}
             self._write(step, values)
-            self._bar.update(self._task, completed=step, description=self._text(step, self._latest, _BAR))
+            self._bar.update(self._task, completed=step, description=self._in_bar(step))
             if not self._console.is_interactive:
-                self.note(f"step {self._text(step, values, _LINE)}")
+                left = f"eta {self._left(step, values)}" if "speed/step_seconds" in values else ""
+                self.note("  ".join(filter(None, [f"step {self._at(step)}", *_formatted(values, _LINE), left])))
         if not math.isfinite(loss) and not float(device_scalars.get("skipped", 0.0)):
             raise NonFiniteLoss(f"step {step}: the loss is {loss}")
         # The loss is from before the update: the weights after it may not be finite.
@@ -197,12 +206,13 @@ class Metrics:
                 with contextlib.suppress(Exception):
                     sink.close({})
 
-    def _text(self, step: int, values: Mapping[str, float], formats: Mapping[str, str]) -> str:
-        parts = [self._at(step), *(text.format(values[tag]) for tag, text in formats.items() if tag in values)]
-        if "speed/step_seconds" in values:
-            parts.append(f"{values['speed/tokens_per_second'] / 1000:,.1f}k tok/s")
-            parts.append(f"eta {_duration((self._config.steps - step) * values['speed/step_seconds'])}")
-        return "  ".join(parts)
+    def _in_bar(self, step: int) -> str:
+        """The latest numbers, for the progress bar, which itself counts the steps."""
+        left = f"{self._left(step, self._latest)} left" if "speed/step_seconds" in self._latest else ""
+        return "  ".join(filter(None, [*_formatted(self._latest, _BAR), left]))
+
+    def _left(self, step: int, values: Mapping[str, float]) -> str:
+        return _duration((self._config.steps - step) * values["speed/step_seconds"])
 
     def _at(self, step: int) -> str:
         return f"{step:>{len(str(self._config.steps))}}/{self._config.steps}"
@@ -225,6 +235,35 @@ class Metrics:
             raise
         except Exception as error:
             _give_up(name, error)
+
+
+class _Bar(Progress):
+    """A progress bar that leaves room for the ^C which a terminal adds: on a new line that would leave the bar behind."""
+
+    def get_renderable(self) -> RenderableType:
+        return _Narrower(super().get_renderable())
+
+
+@dataclass
+class _Narrower:
+    content: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        yield from console.render(self.content, options.update_width(options.max_width - len("^C") - 1))
+
+
+class _Elapsed(TimeElapsedColumn):
+    """The time since the start, with its label."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{_duration(task.elapsed or 0.0)} elapsed", style="progress.elapsed")
+
+
+def _formatted(values: Mapping[str, float], formats: Mapping[str, str]) -> list[str]:
+    """Some of the values, and the speed."""
+    parts = [text.format(values[tag]) for tag, text in formats.items() if tag in values]
+    speed = values.get("speed/tokens_per_second")
+    return parts if speed is None else [*parts, f"{speed / 1000:,.1f}k tok/s"]
 
 
 def _give_up(name: str, error: Exception) -> None:
