@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     from mutransformer import mup
@@ -102,23 +102,39 @@ def evaluate(run: str | Path, *args: str) -> dict[str, Any]:
     return evaluate_run(*build_with_data(load_config(str(run), *args)))
 
 
-def generate(run: str | Path, prompt: str = "", *args: str, **sampling: Any) -> list[str]:
-    """Continuations of a prompt, without the prompt, by the model of the run in a folder. With no prompt a new text begins.
+@overload
+def generate(run: str | Path, prompts: str = "", *args: str, stop: str | Sequence[str] = (), **sampling: Any) -> list[str]: ...
+@overload
+def generate(
+    run: str | Path, prompts: Sequence[str], *args: str, stop: str | Sequence[str] = (), **sampling: Any
+) -> list[list[str]]: ...
+def generate(
+    run: str | Path, prompts: str | Sequence[str] = "", *args: str, stop: str | Sequence[str] = (), **sampling: Any
+) -> list[str] | list[list[str]]:
+    """Continuations of prompts, without the prompts, by the model of the run in a folder. With an empty prompt a new text begins.
 
-    The further arguments are overrides, such as eval.checkpoint=best, and fields of generation.Sampling: samples, tokens,
-    temperature, top_k, top_p, seed.
+    Of one prompt a list of its samples; of several, which are computed together, a list of such lists. The further arguments are
+    overrides, such as eval.checkpoint=best; stop, strings before which a text ends; and fields of generation.sampling.Sampling:
+    samples, tokens, temperature, top_k, top_p, seed, batch.
 
     >>> texts = generate("runs/small", "def ", samples=2, tokens=8)
     >>> len(texts)
     2
+    >>> generate("runs/small", ["def ", "class "], samples=2, tokens=8)[0] == texts
+    True
 
     Raises:
-        ConfigError: the run or its checkpoint is missing; the text does not fit data.seq_len; a number is out of range.
+        ConfigError: the run or its checkpoint is missing; a text does not fit data.seq_len; a number is out of range.
     """
-    from mutransformer import generation
+    from mutransformer.generation import generate
+    from mutransformer.generation.sampling import Sampling
 
     config = load_config(str(run), *args)
-    return [sample["text"] for sample in generation.generate(config, prompt, generation.Sampling(**sampling))["samples"]]
+    one = isinstance(prompts, str)
+    how = Sampling(stop=(stop,) if isinstance(stop, str) else tuple(stop), **sampling)
+    found = generate.generate(config, [prompts] if one else prompts, how)["prompts"]
+    texts = [[sample["text"] for sample in prompt["samples"]] for prompt in found]
+    return texts[0] if one else texts
 
 
 def sweep(

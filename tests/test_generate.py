@@ -1,6 +1,7 @@
-"""Sampling beside a cache: the logits of a pass over the whole text, on every mesh; draws by their settings; the script."""
+"""Sampling beside a cache: the logits of a pass over the whole text, on every mesh; draws by their settings; the command."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,24 +20,18 @@ from test_ops import distance
 from test_sharding import params
 
 from mutransformer.cli import main
-from mutransformer.commands.generate import read_prompt
+from mutransformer.commands.generate import Screen, read_prompt, read_prompts
 from mutransformer.config.load import load
 from mutransformer.data.tokenizers.registry import convert_hf, saved_tokenizer
 from mutransformer.data.tokenizers.tokenizer import ByteTokenizer
 from mutransformer.errors import FINISHED, USAGE_ERROR, ConfigError
-from mutransformer.generation import (
-    Sampling,
-    choose,
-    continuation,
-    filter_logits,
-    make_decode,
-    make_prefill,
-    make_sampler,
-    prompt_tokens,
-)
+from mutransformer.generation import decoding
+from mutransformer.generation.decoding import Decoder, Request, make_decode, make_prefill, padded_length
+from mutransformer.generation.sampling import Sampling, choose, filter_logits
+from mutransformer.generation.text import Continuation, prompt_tokens
 from mutransformer.model.ops import shift_right
 from mutransformer.sharding import devices as hardware
-from mutransformer.sharding.mesh import put_batch
+from mutransformer.sharding.mesh import n_row_groups, put_batch
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.loop import train
 from mutransformer.training.program import Program, Vocabulary, build, build_with_data
@@ -77,38 +72,42 @@ def make(model: str, on: str = "1 x 1", *more: str) -> Program:
     return build(config, jax.devices()[: x * y * config.mesh.replicas], Vocabulary(V, BOS, NONE))
 
 
-FIRST = 4  # tokens of the prompt
+FIRST = 4  # tokens of the shortest prompt
+FIRSTS = np.arange(B) + FIRST  # of each row's prompt
 
 
 @cache
 def texts() -> np.ndarray:
-    """Rows that differ behind the prompt."""
-    rows = np.random.default_rng(0).integers(0, V, (B, T), dtype=np.int32)
-    rows[:, :FIRST] = rows[0, :FIRST]
-    return rows
+    return np.random.default_rng(0).integers(0, V, (B, T), dtype=np.int32)
+
+
+STEPS = T - int(FIRSTS[-1])
 
 
 def from_scratch(program: Program) -> list[np.ndarray]:
-    """Logits of each token after the prompt, by a pass over the row in which the token and those after it are 0."""
-    logits, weights = make_logits(program), params(program.config)
-    rows = (put_batch(np.where(np.arange(T) < t, texts(), 0), program.mesh) for t in range(FIRST, T))
-    return [np.asarray(logits(weights, row)[:, t]) for t, row in enumerate(rows, start=FIRST)]
+    """Logits of each token after the prompt of its row, by a pass over the rows in which the token and those after it are 0."""
+    logits, weights, found = make_logits(program), params(program.config), []
+    for at in (FIRSTS + k for k in range(STEPS)):
+        row = put_batch(np.where(np.arange(T) < at[:, None], texts(), 0), program.mesh)
+        found.append(np.asarray(logits(weights, row))[np.arange(B), at])
+    return found
 
 
 @cache
 def jitted(model: str, on: str, *more: str) -> tuple[Any, Any]:
     made = make(model, on, *more)
-    return jax.jit(make_prefill(made, B)), jax.jit(make_decode(made))
+    return jax.jit(make_prefill(made, T)), jax.jit(make_decode(made))
 
 
 def beside_a_cache(model: str, on: str = "1 x 1", *more: str, off: int = 0) -> list[np.ndarray]:
-    """The same, token by token. off: by how much positions are wrong."""
+    """The same, token by token, of prompts of different lengths. off: by how much positions are wrong."""
     prefill, decode = jitted(model, on, *more)
-    weights, row = params(make(model).config), np.where(np.arange(T) < FIRST, texts()[0], 0)
+    weights, rows = params(make(model).config), np.where(np.arange(T) < FIRSTS[:, None], texts(), 0)
+    of_text = np.arange(B, dtype=np.int32) % (B // n_row_groups(make(model, on).mesh))
     inputs = np.asarray(shift_right(jnp.asarray(texts()), BOS))
-    kept, found = prefill(weights, shift_right(jnp.asarray(row[None]), BOS)[0]), []
-    for t in range(FIRST, T - off):
-        logits, kept = decode(weights, kept, inputs[:, t], np.int32(t + off))
+    kept, found = prefill(weights, shift_right(jnp.asarray(rows), BOS), of_text), []
+    for at in (FIRSTS + k for k in range(STEPS - off)):
+        logits, kept = decode(weights, kept, inputs[np.arange(B), at], (at + off).astype(np.int32))
         assert logits.dtype == jnp.float32
         found.append(np.asarray(logits))
     return found
@@ -147,15 +146,25 @@ def test_in_bfloat16() -> None:
     assert 1e-4 < max(apart) < 0.03  # roundings to eight bits, in two layers
 
 
-@cache
-def sampler(how: Sampling, on: str, eos: int, n_vocab: int) -> Any:
-    return make_sampler(replace(make("relu", on), vocabulary=Vocabulary(n_vocab, BOS, eos)), how)
+PROMPT = tuple(int(token) for token in np.random.default_rng(1).integers(0, V, T))
 
 
-def sampled(how: Sampling, on: str = "1 x 1", eos: int = NONE, n_vocab: int = V, first: int = FIRST) -> Any:
-    row = np.where(np.arange(T) < first, texts()[0], 0)
-    weights = params(make("relu").config)
-    return np.asarray(sampler(how, on, eos, n_vocab)(weights, row, np.int32(first), np.int32(T)))
+def sampled(how: Sampling, on: str = "1 x 1", eos: int = NONE, n_vocab: int = V, first: int = FIRST) -> np.ndarray:
+    """Rows of a prompt and its samples, then padding."""
+    return decoded([PROMPT[:first]], how, on, eos, n_vocab)
+
+
+def decoded(
+    prompts: list[tuple[int, ...]], how: Sampling, on: str = "1 x 1", eos: int = NONE, n_vocab: int = V, model: str = "relu"
+) -> np.ndarray:
+    """Rows of prompts and their samples, then padding: prompt by prompt."""
+    made = replace(make(model, on), vocabulary=Vocabulary(n_vocab, BOS, eos))
+    asked = [Request(prompt, number, T) for prompt in prompts for number in range(how.samples)]
+    rows = [list(request.prompt) for request in asked]
+    for first, new in Decoder(made, how, asked).decode(params(make(model).config)):
+        for row, tokens in zip(rows[first:], new.tolist(), strict=False):
+            row += [token for token in tokens if token != NONE]
+    return np.array([row + [0] * (T - len(row)) for row in rows])
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -165,7 +174,8 @@ GREEDY = Sampling(temperature=0.0)
 def test_greedy_sampling_takes_the_largest_logit_of_a_pass_from_scratch(first: int) -> None:
     made = make("relu")
     logits, weights = make_logits(made), params(made.config)
-    rows = np.where(np.arange(T) < first, texts()[:1], 0)
+    rows = np.zeros((1, T), np.int32)
+    rows[0, :first] = PROMPT[:first]
     for t in range(first, T):
         rows[:, t] = np.asarray(logits(weights, rows))[:, t, :V].argmax(1)
     assert np.array_equal(sampled(GREEDY, first=first), rows)
@@ -212,12 +222,102 @@ def test_sampling_ends_when_all_have_come_to_an_eos() -> None:
     assert np.array_equal(found[0], before), "another sample's end changes this one"
 
 
+# Several prompts
+
+
+PROMPTS = [PROMPT[:n] for n in (0, 1, FIRST, T - 1)]
+
+
+@cache
+def alone() -> np.ndarray:
+    return np.concatenate([decoded([prompt], Sampling(samples=2, temperature=1.0)) for prompt in PROMPTS])
+
+
+@pytest.mark.parametrize(("on", "batch"), [("1 x 1", 3), ("4 x 2", 5)])
+def test_a_text_does_not_depend_on_the_others(on: str, batch: int) -> None:
+    how = Sampling(samples=2, temperature=1.0, batch=batch)
+    together = decoded(PROMPTS, how, on)
+    assert np.array_equal(together, alone())
+    assert not np.array_equal(together[2:4, FIRST:], together[4:6, FIRST:]), "the control: prompts make no difference"
+
+
+def test_the_first_token_comes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "CHUNK", 3)
+    asked = [Request(prompt, 0, T) for prompt in PROMPTS]
+    program, weights = make("relu"), params(make("relu").config)
+    found = [new for _, new in Decoder(program, GREEDY, asked).decode(weights)]
+    assert [new.shape[1] for new in found] == [1, 3, 3, 3, 3]
+    tokens = np.concatenate(found, axis=1)
+    lengths = (tokens != NONE).sum(1)
+    assert (found[0] != NONE).all() and lengths.tolist() == [T, T - 1, T - FIRST, 1]
+    assert np.array_equal(decoded(PROMPTS, GREEDY)[:, -1], tokens[np.arange(4), lengths - 1])
+
+
+def test_texts_that_have_ended_are_not_continued() -> None:
+    asked = [Request(PROMPT[:1], number, T) for number in range(2)]
+    decoder, weights = Decoder(make("relu"), Sampling(), asked), params(make("relu").config)
+    found = [new for _, new in decoder.decode(weights, ended=lambda i: i == 0)]
+    assert [(new != NONE).sum(1).tolist() for new in found] == [[1, 1], [0, T - 2]]
+    assert len(list(decoder.decode(weights, ended=lambda i: True))) == 1
+
+
+def test_short_texts_take_programs_of_few_positions() -> None:
+    long = make("relu", "1 x 1", "data.seq_len=300")
+    assert [padded_length(long, n) for n in (0, 1, 64, 65, 128, 129, 257, 300)] == [64, 64, 64, 128, 128, 256, 300, 300]
+    assert padded_length(make("norm_elu", "1 x 1", "data.seq_len=300"), 1) == 300
+    kernel = ("model.d_head=64", "model.d_model=64", "model.attention_kernel=splash", "data.seq_len=384")
+    assert [padded_length(make("relu", "1 x 1", *kernel), n) for n in (1, 129, 257)] == [128, 256, 384]
+
+
+# Where a text ends
+
+
+BYTES = ByteTokenizer()
+
+
+def continuation(prefix: list[int], new: list[int], *stop: str, most: int = 99, tokenizer: Any = BYTES) -> Continuation:
+    made = Continuation("", prefix, most, tokenizer, stop)
+    made.add(new)
+    return made
+
+
 def test_a_text_ends_before_its_first_eos() -> None:
-    tokenizer, eos = ByteTokenizer(), ByteTokenizer.eos_id
-    found = continuation([*b"caf"], [*"é!".encode(), eos, 65, eos], tokenizer)
-    assert found == {"text": "é!", "tokens": [*"é!".encode()], "ended": True}
-    assert continuation([65], [66, 67], tokenizer) == {"text": "BC", "tokens": [66, 67], "ended": False}
-    assert continuation([], [eos], tokenizer) == {"text": "", "tokens": [], "ended": True}
+    eos = ByteTokenizer.eos_id
+    found = continuation([*b"caf"], [*"é!".encode(), eos, 65, eos])
+    assert found.result() == {"text": "é!", "tokens": [*"é!".encode()], "end": "eos"}
+    assert continuation([65], [66, 67], most=2).result() == {"text": "BC", "tokens": [66, 67], "end": "length"}
+    assert continuation([65], [66, 67, 68], most=2).result() == {"text": "BC", "tokens": [66, 67], "end": "length"}
+    assert continuation([65], [66, 67]).end is None
+    assert continuation([], [eos]).result() == {"text": "", "tokens": [], "end": "eos"}
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 99])
+def test_a_text_ends_before_the_first_stop_string(chunk: int) -> None:
+    new = [*b"one, two; three, four", ByteTokenizer.eos_id]
+    for stop, text, n in (
+        (["; "], "one, two", 10),
+        (["three", "o; t"], "one, tw", 11),
+        (["o", "one"], "", 1),
+        ([" two", "two"], "one,", 8),
+        (["four"], "one, two; three, ", 21),
+    ):
+        found = continuation([], [], *stop)
+        shown = [found.settled]
+        for first in range(0, len(new), chunk):
+            found.add(new[first : first + chunk])
+            shown.append(found.settled)
+        assert (found.text, found.tokens, found.end) == (text, new[:n], "stop")
+        assert all(after.startswith(before) for before, after in zip(shown, shown[1:], strict=False)) and shown[-1] == text
+    assert continuation([], new, "five").end == "eos"
+
+
+def test_a_character_is_shown_when_it_is_complete() -> None:
+    shown, made = [], continuation([], [])
+    for byte in "aé中".encode():
+        made.add([byte])
+        shown.append(made.settled)
+    assert shown == ["a", "a", "aé", "aé", "aé", "aé中"]
+    assert continuation([], [0xC3], most=1).settled == "\ufffd", "the text ends there"
 
 
 def plain_filter(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
@@ -265,7 +365,7 @@ def test_the_tokenizer_is_read_from_the_runs_folder(tmp_path: Path) -> None:
     tokenizer = saved_tokenizer(config.data, config.rundir)
     given, new = (ids.tolist() for ids in tokenizer.encode(["the cat", "sat"]))
     assert tokenizer.decode([*given, *new]) == "the cat sat" and tokenizer.decode(new) == "sat"
-    assert continuation(given, new, tokenizer)["text"] == " sat"
+    assert continuation(given, new, tokenizer=tokenizer).text == " sat"
 
 
 def test_a_prompt_begins_as_a_document_does() -> None:
@@ -305,18 +405,54 @@ def script(run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return call
 
 
-def test_the_script(script: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(script: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompt.txt").write_text("12: the", encoding="utf-8")
     args = ["--prompt-file", str(tmp_path / "prompt.txt"), "--samples", "2", "--tokens", "9", "--seed", "5"]
     assert script(*args, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["prompt"], found["step"]) == ("12: the", 4) and len(found["samples"]) == 2
-    for sample in found["samples"]:
-        assert isinstance(sample["text"], str) and len(sample["tokens"]) + sample["ended"] <= 9
-        assert sample["ended"] or len(sample["tokens"]) == 9
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    (prompt,) = found["prompts"]
+    assert (prompt["prompt"], found["step"]) == ("12: the", 4) and len(prompt["samples"]) == 2
+    for sample in prompt["samples"]:
+        assert isinstance(sample["text"], str) and len(sample["tokens"]) + (sample["end"] == "eos") <= 9
+        assert sample["end"] == "eos" or len(sample["tokens"]) == 9
+    assert re.search(r"^2 texts, \d+ tokens; the first after \d+\.\d s, then [\d,]+ tokens/s$", err, re.MULTILINE)
     assert script(*args) == 0
-    one, two = (sample["text"] for sample in found["samples"])
+    one, two = (sample["text"] for sample in prompt["samples"])
     assert capsys.readouterr().out == f"--- 1 of 2\n12: the{one}\n--- 2 of 2\n12: the{two}\n"
+
+
+def test_prompts_in_one_call(script: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lines.txt").write_bytes(b"\xef\xbb\xbf7: the\r\n\n \n8: a")
+    args = ["--prompt", "1: the", "--prompt-lines", str(tmp_path / "lines.txt"), "--prompt", "", "--tokens", "6"]
+    assert script(*args, "--json") == 0
+    found = {one["prompt"]: one["samples"][0]["text"] for one in json.loads(capsys.readouterr().out)["prompts"]}
+    assert list(found) == ["1: the", "7: the", "8: a", ""]
+    assert script("--prompt", "8: a", "--tokens", "6") == 0
+    assert capsys.readouterr().out == f"8: a{found['8: a']}\n"
+    stop = next(c for c in found["7: the"][1:] if c not in found["7: the"][:1])
+    assert script(*args, "--stop", stop) == 0
+    texts = [f"{prompt}{text.split(stop)[0]}" for prompt, text in found.items()]
+    assert capsys.readouterr().out == "".join(f"--- prompt {i} of 4\n{text}\n" for i, text in enumerate(texts, start=1))
+
+
+def test_texts_are_shown_as_they_grow(capsys: pytest.CaptureFixture[str]) -> None:
+    texts, shown = [continuation([], [], most=3) for _ in range(3)], []
+    screen = Screen(3, 1, 0.0, quiet=False)
+
+    def now() -> str:
+        screen.show(texts)
+        return capsys.readouterr().out
+
+    shown.append(now())
+    for tokens in ("ax ", "b", "c"):
+        for text, token in zip(texts, tokens, strict=False):
+            text.add([*token.encode()] if token != " " else [ByteTokenizer.eos_id])
+        shown.append(now())
+    assert shown[0] == "--- prompt 1 of 3\n" and shown[1:] == ["a", "b", "c\n--- prompt 2 of 3\nx"]
+    texts[1].add([ByteTokenizer.eos_id])
+    assert now() == "\n--- prompt 3 of 3\n\n"
+    assert re.fullmatch(r"3 texts, 6 tokens; the first after .* s, then .* tokens/s", screen.speed())
 
 
 @pytest.mark.parametrize(
@@ -331,6 +467,7 @@ def test_the_script(script: Callable[..., int], tmp_path: Path, capsys: pytest.C
 def test_a_prompt_file_is_read_as_training_reads_text(data: bytes, prompt: str, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_bytes(data)
     assert read_prompt(tmp_path / "prompt.txt") == prompt
+    assert read_prompts([("prompt", "a"), ("prompt-file", str(tmp_path / "prompt.txt"))]) == ["a", prompt]
     (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfab\xff")
     with pytest.raises(ConfigError, match=r"prompt\.txt: not UTF-8 at byte 5$"):
         read_prompt(tmp_path / "prompt.txt")
@@ -342,7 +479,7 @@ def test_the_best_checkpoint(
     monkeypatch.setattr(Checkpoints, "best", lambda self: 2)
     assert script("--tokens", "1", "--temperature", "0", "--json", "eval.checkpoint=best") == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["step"], found["prompt"]) == (2, "") and len(found["samples"]) == 1
+    assert found["step"] == 2 and [(one["prompt"], len(one["samples"])) for one in found["prompts"]] == [("", 1)]
 
 
 @pytest.mark.parametrize(
@@ -351,6 +488,10 @@ def test_the_best_checkpoint(
         (["name=none"], "none: no run here"),
         (["--prompt", "1" * 32], "the prompt has 32 tokens: data.seq_len = 32 leaves none to add"),
         (["--prompt", "1" * 30, "--tokens", "3"], "tokens = 3: data.seq_len = 32 leaves 2 after the prompt"),
+        (["--prompt", "1", "--prompt", "1" * 32], "prompt 2 of 2 has 32 tokens: data.seq_len = 32 leaves none to add"),
+        (["--stop", ""], "stop: a stop string must not be empty"),
+        (["--batch", "0"], "batch = 0: must be at least 1"),
+        (["--prompt-lines", "/dev/null"], "--prompt-lines /dev/null: has no line with text"),
         (["--temperature", "-1"], "temperature = -1.0: must be 0, or lie in 1e-6 ... 1e6"),
         (["--top-p", "0"], "top_p = 0.0: must be above 0, and at most 1"),
         (["--top-p", "1.1"], "top_p = 1.1: must be above 0, and at most 1"),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
@@ -82,7 +82,10 @@ def attention(
 
 
 class KVCache(NamedTuple):
-    """Keys and values of a row of T positions, of one layer; or of all layers, stacked in dim 0."""
+    """Keys and values of a row of T positions, of one layer; or of all layers, stacked in dim 0.
+
+    It may have a wider dtype than the keys and values that were put in.
+    """
 
     k: Float[Array, "*L b k T D"]
     v: Float[Array, "*L b k T D"]
@@ -92,12 +95,17 @@ class KVCache(NamedTuple):
         """Keys and values in the layout of attention's products, so that decoding does not transpose them for every token."""
         return cls(*(jnp.transpose(a, (0, 2, 1, 3)) for a in (k, v)))
 
+    def insert(self, new: "KVCache", positions: Int[Array, " b"]) -> "KVCache":
+        """The cache with keys and values of one position, each row's own."""
+        at = (jnp.arange(self.k.shape[-2])[None] == positions[:, None])[:, None, :, None]
+        return KVCache(*(jnp.where(at, one.astype(kept.dtype), kept) for kept, one in zip(self, new, strict=True)))
+
 
 class DecodeState(NamedTuple):
-    """What precedes a position: a cache that is valid before it, whatever the cache holds from there on."""
+    """What precedes a position of each row: a cache that is valid before it, whatever the cache holds from there on."""
 
     cache: KVCache
-    position: Int[Array, ""]
+    positions: Int[Array, " b"]
 
 
 def decode_attention(
@@ -109,16 +117,16 @@ def decode_attention(
     activation: str,
     eps: float,
 ) -> Float[Array, "b 1 h D"]:
-    """What `attention` computes at one position of a row, from that position's q, k, v and the cache of what precedes it."""
+    """What `attention` computes at one position of each row, from that position's q, k, v and the cache of what precedes it."""
     b, _, h, D = q.shape
     n_kv = k.shape[2]
-    insert = partial(lax.dynamic_update_slice_in_dim, start_index=past.position, axis=2)
-    k, v = map(insert, past.cache, KVCache.of(k, v))
-    readable = (jnp.arange(k.shape[2]) <= past.position)[None, None, None]
-    logits = scale * contract("bkgd,bksd->bkgs", q.reshape(b, n_kv, h // n_kv, D), k)
+    k, v = past.cache.insert(KVCache.of(k, v), past.positions)
+    readable = (jnp.arange(k.shape[2])[None] <= past.positions[:, None])[:, None, None]
+    logits = scale * contract("bkgd,bksd->bkgs", q.reshape(b, n_kv, h // n_kv, D).astype(k.dtype), k)
     logits = jnp.where(readable, logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1) if activation == "softmax" else ATTENTION_ACTIVATIONS[activation](logits, eps)
-    return contract("bkgs,bksd->bkgd", weights.astype(v.dtype), v).astype(v.dtype).reshape(q.shape)
+    rounded = weights.astype(q.dtype).astype(v.dtype)
+    return contract("bkgs,bksd->bkgd", rounded, v).astype(q.dtype).reshape(q.shape)
 
 
 def _named(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:

@@ -33,14 +33,17 @@ def rms_norm_y(x: Float[Array, "b T m"], eps: float) -> Float[Array, "b T m"]:
 
 
 def rotary(
-    x: Float[Array, "b T n D"], base: float, first: Int[Array, ""] | None = None, context: int | None = None
+    x: Float[Array, "b T n D"], base: float, positions: Int[Array, "b T"] | None = None, context: int | None = None
 ) -> Float[Array, "b T n D"]:
-    """Rotary positions (Su et al., arXiv 2104.09864) on split halves: pair i is (x[i], x[i + D/2]), at base^(-2i/D). The position
-    of x[:, 0] is `first`, of `context` positions in all, or 0."""
+    """Rotary positions (Su et al., arXiv 2104.09864) on split halves: pair i is (x[i], x[i + D/2]), at base^(-2i/D).
+
+    Position t is that of x[:, t], or the positions are given, of `context` ones in all.
+    """
     tables = rotary_table(x.shape[1] if context is None else context, x.shape[-1] // 2, base)
-    if first is not None:
-        tables = (lax.dynamic_slice_in_dim(jnp.asarray(table), first, x.shape[1]) for table in tables)
-    cos, sin = (table[None, :, None, :] for table in tables)
+    if positions is None:
+        cos, sin = (table[None, :, None, :] for table in tables)
+    else:
+        cos, sin = (jnp.take(jnp.asarray(table), positions, axis=0)[:, :, None] for table in tables)
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, low * sin + high * cos], axis=-1).astype(x.dtype)
 

@@ -68,7 +68,7 @@ class Forward:
     ) -> tuple[Stream, Any]:
         """The residual stream after the last layer, and what `keep` selects of `intermediates`, stacked over layers.
 
-        With `past`, for decoding, the inputs are one token each, at past.position.
+        With `past`, for decoding, the inputs are one token each, at past.positions.
         """
         s = self.specs
         table = self.gather_vector(params.embed, s.embed, typed=jnp.float32)
@@ -79,7 +79,7 @@ class Forward:
         def layer(xs: tuple[Array, ...], of_layer: tuple[Block[Array], Any]) -> tuple[tuple[Array, ...], Any]:
             block, cache = of_layer
             w = jax.tree.map(self.gather, block, self.block_specs)
-            layer_past = None if past is None else DecodeState(cache, past.position)
+            layer_past = None if past is None else DecodeState(cache, past.positions)
             done = [self.layer(w, x, rows, layer_past) for x, rows in zip(xs, groups, strict=True)]
             return tuple(x for x, _ in done), None if keep is None else keep(done[0][1])
 
@@ -110,8 +110,8 @@ class Forward:
         if c.qk_norm:
             q, k = (_gained(ops.rms_norm(z, c.norm_eps), g) for z, g in ((q, w.q_norm), (k, w.k_norm)))
         if c.rotary_base:
-            first, context = (None, None) if past is None else (past.position, past.cache.k.shape[2])
-            q, k = (ops.rotary(z, c.rotary_base, first, context) for z in (q, k))
+            where = (None, None) if past is None else (past.positions[:, None], past.cache.k.shape[2])
+            q, k = (ops.rotary(z, c.rotary_base, *where) for z in (q, k))
         settings = c.logit_scale, c.attention_activation, c.norm_eps
         if past is None:
             o = attention(q, k, v, *settings, segments, self.execution.attention)
@@ -153,7 +153,7 @@ class Forward:
         return self.apply_layers(params, inputs, None, keep=_kv)[1]
 
     def decode_step(self, params: Params, inputs: Int[Array, "b 1"], past: DecodeState) -> tuple[Float[Array, "b T v"], KVCache]:
-        """float32 logits after one token at past.position, and the token's keys and values [L b k 1 D]."""
+        """float32 logits after one token at past.positions, and the token's keys and values [L b k 1 D]."""
         x, new = self.apply_layers(params, inputs, None, keep=_kv, past=past)
         return self.unembed(params, self.final_hidden(params, x).astype(jnp.float32)), new
 
