@@ -361,7 +361,7 @@ def test_the_tokenizer_fills_in_the_vocabulary():
 LEAVES = [one for one in all_settings().values() if one.field.type is not one.group]
 
 
-MIXED = load(["data.sources.NAME.weight=1"])  # has an instance of every group
+MIXED = load(["data.sources.NAME.weight=1", "eval.sets.NAME.files=[a]"])  # has an instance of every group
 
 
 def accepts(one: Setting, value: Any) -> bool:

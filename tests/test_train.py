@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from contextlib import closing
 from pathlib import Path
@@ -46,6 +47,21 @@ def test_a_run_writes_what_it_should(tmp_path: Path, capsys: pytest.CaptureFixtu
     found = evaluate_run(*build_with_data(config))
     assert found["model"]["loss"] == pytest.approx(lines[6]["validation_whole/loss"], rel=1e-6)
     assert found["step"] == 6 and found["scored"] == found["tokens"] and found["unigram"]["loss"] > found["bigram"]["loss"] > 0
+    assert sum(one["targets"] for one in found["by_position"]) == found["scored"] and found["by_position"][-1]["last"] == 31
+
+    (tmp_path / "other.txt").write_text("7: the 49 of 7 is 49\n")  # too short to be divided
+    other = [f"eval.sets.one.files=[{tmp_path}/other.txt]", f"eval.sets.all.files=[{tmp_path}/text.txt, {tmp_path}/other.txt]"]
+    assert main(["evaluate", str(run), *other]) == FINISHED
+    table = capsys.readouterr().out
+    assert max(map(len, table.splitlines()[1:])) < 80 and re.search(r"^one +22 +0.95 +\d\.\d+ ", table, re.MULTILINE)
+    assert re.search(r"^16-31 +(\d+\.\d{4} +){2}\d+\.\d{4}$", table, re.MULTILINE)
+    assert main(["evaluate", str(run), *other, "--json"]) == FINISHED
+    again = json.loads(capsys.readouterr().out)
+    sets = again.pop("sets")
+    assert again | {"sets": {}} == found
+    assert (sets["one"]["tokens"], sets["one"]["bytes"]) == (22, 21), "the text with its eos"
+    data = (tmp_path / "text.txt").read_bytes()
+    assert (sets["all"]["tokens"], sets["all"]["bytes"]) == (len(data) + 23, len(data) + 21)
 
 
 @pytest.mark.parametrize("steps", [1, pytest.param(9, marks=pytest.mark.slow)])

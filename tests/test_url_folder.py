@@ -106,7 +106,7 @@ def test_a_run_at_a_url_is_one_on_the_disk(
     assert sorted(checkpoints_in(run)) == sorted(checkpoints_in(whole)) == [35, 40]
     more = [f"data.cache_dir={module_folder / 'cache'}", f"data.local_dir={module_folder / 'local'}"]
     capsys.readouterr()
-    assert main(["evaluate", "objects://bucket/runs/r", *more]) == FINISHED
+    assert main(["evaluate", "objects://bucket/runs/r", "--json", *more]) == FINISHED
     loss = metrics(whole)[40]["validation_whole/loss"]
     assert json.loads(capsys.readouterr().out)["model"]["loss"] == pytest.approx(loss, rel=1e-5)
     assert main(["generate", "objects://bucket/runs/r", *more, "--prompt", "1", "--tokens", "3"]) == FINISHED

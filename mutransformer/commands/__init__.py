@@ -6,7 +6,8 @@ it has checked its arguments.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config
@@ -15,6 +16,19 @@ from mutransformer.sharding import processes
 RUN_KEYS = ("name", "workdir")
 DATA_KEYS = ("data.source", "data.files", "data.path", "data.tokenizer", "data.vocab_size", "data.cache_dir")
 SIZE_KEYS = ("model.d_model", "model.n_layer", "data.seq_len", "data.batch_size", "optim.lr", "optim.rule")
+
+
+@contextmanager
+def messages_on_stderr() -> Iterator[None]:
+    """Within it log messages and progress go to standard error, so that standard output holds a command's results alone."""
+    import rich
+
+    console = rich.get_console()
+    before, console.stderr = console.stderr, True
+    try:
+        yield
+    finally:
+        console.stderr = before
 
 
 def start(settings: Sequence[str]) -> Config:

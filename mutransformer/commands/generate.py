@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mutransformer.commands import RUN_KEYS, start_jax
+from mutransformer.commands import RUN_KEYS, messages_on_stderr, start_jax
 from mutransformer.config.load import load
 from mutransformer.errors import FINISHED, ConfigError, check
 
@@ -52,9 +52,10 @@ def run(args: Namespace) -> int:
 
     options = args.samples, args.tokens, args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop), args.batch
     sampling = Sampling(*options)
-    start_jax(config)
     screen = Screen(len(prompts), sampling.samples, began, quiet=args.json)
-    result = generate(config, prompts, sampling, screen.show)
+    with messages_on_stderr():
+        start_jax(config)
+        result = generate(config, prompts, sampling, screen.show)
     if args.json:
         print(json.dumps(result, indent=2))
     print(screen.speed(), file=sys.stderr)

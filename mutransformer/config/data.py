@@ -14,10 +14,28 @@ NEEDED |= {"path": ("hub", "tokens"), "subset": ("hub",), "revision": ("hub",)}
 
 
 @dataclass(frozen=True)
-class SourceConfig:
+class FilesConfig:
+    """Files of documents, read as one text."""
+
+    source: Literal["text", "jsonl", "parquet", "arrow"] = setting(
+        "text", "text: a document per file of `files`; jsonl: per line (also .gz, .zst); parquet, arrow: per row"
+    )
+    files: list[str] = setting(list, "paths, globs or URLs (gs://, s3://, ...)", path="url")
+    column: str = setting("text", "the field or column that holds the text")
+    max_parts: Optional[int] = setting(None, "use only the first files, this many", min=1)
+
+    def check(self, at: str) -> None:
+        """Raises ConfigError, naming the key below `at`, if a setting is out of bounds."""
+        check_settings(self, f"{at}.")
+        check(bool(self.files), f"{at}.files is empty: name at least one file or glob")
+        check(bool(self.column), f"{at}.column is empty: name the column that holds the text")
+
+
+@dataclass(frozen=True)
+class SourceConfig(FilesConfig):
     """A source of documents. Without train, validation and test splits of its own it is divided into them by a hash."""
 
-    source: Literal["stdlib", "text", "jsonl", "parquet", "arrow", "hub", "tokens"] = setting(
+    source: Literal["stdlib", "text", "jsonl", "parquet", "arrow", "hub", "tokens"] = setting(  # pyright: ignore[reportIncompatibleVariableOverride]  # wider, and never assigned
         "stdlib",
         "where text comes from. stdlib: the source code of Python's standard library; text: a document per file of `files`; "
         "jsonl: per line (also .gz, .zst); parquet, arrow: per row; hub: the Hugging Face data set `path`; tokens: the folder "

@@ -12,7 +12,7 @@ from typing import Any, Optional
 import yaml
 
 from mutransformer.config import yaml_text
-from mutransformer.config.data import MixedSourceConfig
+from mutransformer.config.data import FilesConfig, MixedSourceConfig
 from mutransformer.config.schema import Config, all_settings
 from mutransformer.config.setting import limits, to_text, type_name
 from mutransformer.config.tree import Tree, build, kind_of, merge, typed
@@ -55,8 +55,8 @@ def load(args: Sequence[str]) -> Config:
         tree["name"] = Path(first).stem
     for arg in args:
         tree = merge(tree, _read(arg))
-    sources = tree["data"]["sources"]
-    sources |= {name: asdict(MixedSourceConfig()) | source for name, source in sources.items()}
+    for group, kind in ((tree["data"]["sources"], MixedSourceConfig), (tree["eval"]["sets"], FilesConfig)):
+        group |= {name: asdict(kind()) | given for name, given in group.items()}
     try:
         return build(Config, tree, tree)
     except UnknownKey as error:  # in a ${...}
@@ -69,6 +69,17 @@ def is_file(arg: str) -> bool:
         return "=" not in arg or Path(arg).is_file() or (Path(arg) / RUN_CONFIG).is_file()  # a run may be called lr=0.1
     except OSError:  # longer than any path
         return False
+
+
+def list_configs(width: int) -> str:
+    """The shipped configs that can be trained, with the first words of the comments that they begin with, as lines of a width."""
+    paths = {name: path for name, path in shipped_configs().items() if not name.startswith("presets/")}
+    widest = max(map(len, paths), default=0)
+    lines = []
+    for name, path in paths.items():
+        comment = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        lines.append(f"  {name:{widest}}  {textwrap.shorten(comment, width - widest - 5, placeholder=' ...')}")
+    return "\n".join(lines)
 
 
 @cache
@@ -173,14 +184,22 @@ def _unknown(key: str) -> str:
     """What is wrong with a key that the schema does not have."""
     if key in RENAMED:
         return f"{key}: renamed to {RENAMED[key]}"
-    known = {one.key: one.key.rpartition(".")[2] for one in all_settings().values()}
-    if key in known:  # with a dot in a YAML file
+    if key in all_settings():  # with a dot in a YAML file
         group, _, name = key.rpartition(".")
         return f"{key}: in a file this is written {group}: {{{name}: ...}}"
+    close = similar_keys(key)
+    return f"{key}: no such key" + (f"; did you mean {' or '.join(close)}?" if close else "")
+
+
+def similar_keys(key: str) -> list[str]:
+    """The keys that may be meant by one: itself; else those of that name, of a similar name, or whose meaning begins with it."""
+    known = {one.key: one.key.rpartition(".")[2] for one in all_settings().values()}
+    if key in known:
+        return [key]
     last = key.rpartition(".")[2]
     close = [other for other, name in known.items() if name == last] or difflib.get_close_matches(key, known, 1, 0.75)
     close = close or [other for other, name in known.items() if difflib.get_close_matches(last, [name], 1, 0.8)]
-    return f"{key}: no such key" + (f"; did you mean {' or '.join(close)}?" if close else "")
+    return close or [one.key for one in all_settings().values() if one.field.metadata["meaning"].split(" ")[0] == last]
 
 
 def to_yaml(config: Config) -> str:

@@ -1,8 +1,10 @@
 """Settings of how a run executes: devices, processes, evaluation, logs, checkpoints and profiler traces."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal, Optional
 
+from mutransformer.config.data import FilesConfig
 from mutransformer.config.setting import check_settings, setting
 from mutransformer.errors import check
 
@@ -63,10 +65,16 @@ class EvalConfig:
     batches: int = setting(16, "validation batches of data.batch_size rows, the same ones every time", min=1)
     final_batches: Optional[int] = setting(None, "batches at the end of the run; null: the whole validation split", min=1)
     split: Literal["validation", "test"] = setting("validation", "for `evaluate`, which scores the whole split")
+    sets: dict[str, FilesConfig] = setting(dict, "further texts by name, for `evaluate`, which scores each as a whole")
     checkpoint: Literal["latest", "best"] = setting("latest", "for `evaluate` and `generate`; best: by validation loss")
 
     def __post_init__(self) -> None:
         check_settings(self, "eval.")
+        for name, files in self.sets.items():
+            valid = re.fullmatch(r"[\w-]+", name) is not None
+            check(valid, f"eval.sets.{name}: a text's name must consist of letters, digits, _ and -")
+            check(name not in ("validation", "test"), f"eval.sets.{name}: the name of a split of the data; choose another")
+            files.check(f"eval.sets.{name}")
 
 
 @dataclass(frozen=True)

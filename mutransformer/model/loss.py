@@ -47,6 +47,18 @@ def head_loss(
     return _head(h, w, bias, targets, mask, head, with_grads=False)[0]
 
 
+def target_losses(
+    h: Float[Array, "b T M"],
+    w: Float[Array, "..."],
+    bias: Float[Array, " v"] | None,
+    targets: Int[Array, "b T"],
+    mask: Bool[Array, "b T"],
+    head: Head,
+) -> Float[Array, "b T"]:
+    """The loss of each target in nats, 0 where it is masked: what head_loss sums. Without a gradient."""
+    return _head(h, w, bias, targets, mask, head, with_grads=False)[1]
+
+
 def _head_backward(head: Head, grads: tuple[Any, Any, Any], by: tuple[Array, Array]) -> tuple[Any, Any, Any, None, None]:
     scaled = jax.tree.map(lambda g: (g * by[0]).astype(g.dtype), grads)
     return *scaled, None, None
@@ -54,8 +66,9 @@ def _head_backward(head: Head, grads: tuple[Any, Any, Any], by: tuple[Array, Arr
 
 def _head(
     h: Array, w: Array, bias: Array | None, targets: Array, mask: Array, head: Head, with_grads: bool = True
-) -> tuple[tuple[Array, Array], tuple[Any, Any, Any]]:
-    """head_loss, and with_grads the gradients of the objective by h, by w (reduce-scattered over x) and by bias."""
+) -> tuple[tuple[Array, Array], Any]:
+    """head_loss, and with_grads the gradients of the objective by h, by w (reduce-scattered over x) and by bias; else the loss of
+    each target."""
     gathered = gather_x(w, head.spec, head.policy.compute, head.policy.grad_reduce_dtype)
     M, v = gathered.shape
     entry = index_y() * v + jnp.arange(v)
@@ -75,7 +88,8 @@ def _head(
         power = jnp.exp(logits - top[:, None])
         norm = sum_y(jnp.sum(power, axis=-1))
         at_target = sum_y(jnp.sum(jnp.where(is_target, logits, 0), axis=-1))
-        log_norm, loss = jnp.log(norm) + top, jnp.sum(count * (jnp.log(norm) + top - at_target))
+        log_norm, each = jnp.log(norm) + top, count * (jnp.log(norm) + top - at_target)
+        loss = jnp.sum(each)
         scale = count / norm  # of the softmax's numerators in the gradient by the logits
         if head.z_loss:
             objective = objective + loss + head.z_loss * jnp.sum(count * jnp.square(log_norm))
@@ -84,7 +98,7 @@ def _head(
             objective = objective + loss
         sums = objective, total + loss
         if not with_grads:
-            return (sums, grad_w, grad_b), jnp.zeros(())
+            return (sums, grad_w, grad_b), each
         grad = (power * scale[:, None] - jnp.where(is_target, count[:, None], 0)).astype(x.dtype)
         grad_b = grad_b + jnp.sum(grad, axis=0, dtype=jnp.float32) if bias is not None else grad_b
         grad_w = grad_w + dot_rows(x, grad, tiled=head.policy.merge_dims)
@@ -95,11 +109,11 @@ def _head(
     chunks: Any = tuple(_in_chunks(a, n) for a in (h.reshape(-1, M), targets.reshape(-1), counts.reshape(-1)))
     zeros = varying(jnp.zeros((M, v) if with_grads else (), jnp.float32)), varying(jnp.zeros(v if bias is not None else ()))
     zero = varying(jnp.zeros(()), "x")
-    (sums, grad_w, grad_b), grad_h = lax.scan(chunk, ((zero, zero), *zeros), chunks)
+    (sums, grad_w, grad_b), stacked = lax.scan(chunk, ((zero, zero), *zeros), chunks)
     if not with_grads:
-        return sums, (None, None, None)
+        return sums, stacked.reshape(-1)[: targets.size].reshape(targets.shape)
     return sums, (
-        grad_h.reshape(-1, M)[: targets.size].reshape(h.shape),
+        stacked.reshape(-1, M)[: targets.size].reshape(h.shape),
         scatter_x(grad_w, head.spec, head.policy.grad_reduce_dtype),
         None if bias is None else grad_b.astype(bias.dtype),
     )

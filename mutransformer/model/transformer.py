@@ -18,7 +18,7 @@ from mutransformer.config.schema import ModelConfig
 from mutransformer.model import ops
 from mutransformer.model.attention import DecodeState, KVCache, attention, attention_logits, decode_attention
 from mutransformer.model.execution import Execution
-from mutransformer.model.loss import Head, head_loss
+from mutransformer.model.loss import Head, head_loss, target_losses
 from mutransformer.model.matmul import MatmulPolicy, gather_matrix, look_up, project
 from mutransformer.model.ops import Segments
 from mutransformer.model.weights import Block, Transformer
@@ -182,11 +182,20 @@ class Forward:
         Each segment is predicted as if it were alone in a row: its first token from bos, the others from their own segment.
         Positions need no change, since rotary positions are relative.
         """
+        return head_loss(*self._head_inputs(params, tokens, mask, segments, bos_id))
+
+    def target_losses(
+        self, params: Params, tokens: Tokens, mask: Bool[Array, "b T"], segments: Segments, bos_id: int
+    ) -> Float[Array, "b T"]:
+        """The loss of each target in nats, 0 where it is masked; as `loss`, without a gradient."""
+        return target_losses(*self._head_inputs(params, tokens, mask, segments, bos_id))
+
+    def _head_inputs(self, params: Params, tokens: Tokens, mask: Array, segments: Segments, bos_id: int) -> tuple[Any, ...]:
         assert self.c.n_vocab is not None
         bias = self.gather(params.b_unembed, self.specs.b_unembed)
         head = Head(self.specs.unembed, self.policy, self.c.n_vocab, self.execution.head_chunk, self.z_loss)
         x, _ = self.apply_layers(params, ops.shift_right(tokens, bos_id, segments), segments)
-        return head_loss(self.final_hidden(params, x), params.unembed, bias, tokens, mask, head)
+        return self.final_hidden(params, x), params.unembed, bias, tokens, mask, head
 
     def gather(self, w: Array | None, s: Weight | None) -> Any:
         """A weight over x, as the mathematics takes it: a Matrix, or a vector in the compute dtype."""

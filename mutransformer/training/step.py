@@ -15,7 +15,7 @@ from mutransformer.data.batches.rows import Batch
 from mutransformer.errors import translate_errors
 from mutransformer.model.ops import shift_right
 from mutransformer.model.weights import Transformer
-from mutransformer.sharding.collectives import sum_rows, sum_z, varying_on_z
+from mutransformer.sharding.collectives import sum_rows, sum_z, varying_as, varying_on_z
 from mutransformer.training.bad_steps import judge
 from mutransformer.training.program import Program, TrainState
 
@@ -125,6 +125,29 @@ def device_sums(program: Program, params: Transformer[Array], batch: Batch) -> t
 def make_eval_step(program: Program) -> Callable[[Transformer[Array], Batch], tuple[Array, Array]]:
     """The jitted sum of losses over unmasked targets, in nats, and the number of these targets."""
     sums, in_specs = partial(device_sums, program), (program.forward.pspecs, program.batch_pspec)
+    return jax.jit(jax.shard_map(sums, mesh=program.mesh, in_specs=in_specs, out_specs=PartitionSpec()))
+
+
+def make_position_sums(program: Program) -> Callable[[Transformer[Array], Batch], tuple[Array, Array]]:
+    """The jitted sums [T] of losses over unmasked targets at each position, in nats, and the numbers of these targets.
+
+    Position t has read t tokens: it counts from the beginning of the row or, with segments, of its segment.
+    """
+
+    def sums(params: Transformer[Array], batch: Batch) -> tuple[Array, Array]:
+        losses = program.forward.target_losses(params, *batch, program.bos_id)
+        at = jnp.broadcast_to(jnp.arange(losses.shape[1])[None], losses.shape)
+        if batch.segments is not None:
+            begins = batch.segments != jnp.pad(batch.segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+            at = at - lax.cummax(jnp.where(begins, at, 0), axis=1)
+
+        def by_position(values: Array) -> Array:
+            zeros = varying_as(jnp.zeros(losses.shape[1], values.dtype), values, at)
+            return sum_rows(zeros.at[at].add(values))
+
+        return by_position(losses), by_position(batch.mask.astype(jnp.int32))
+
+    in_specs = (program.forward.pspecs, program.batch_pspec)
     return jax.jit(jax.shard_map(sums, mesh=program.mesh, in_specs=in_specs, out_specs=PartitionSpec()))
 
 

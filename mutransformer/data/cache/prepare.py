@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mutransformer.config.data import DataConfig, MixedSourceConfig
+from mutransformer.config.data import DataConfig, FilesConfig, MixedSourceConfig
 from mutransformer.data.cache.build import NOT_SHARED, TokenShards, build, collect
 from mutransformer.data.cache.dataset import Corpus, TokenDataset, TokenSplit, combine_checksums, dtype_for, open_shard
 from mutransformer.data.cache.store import MANIFEST, Corrupt, Store, cache_key, digest, from_json
@@ -42,13 +42,29 @@ def prepare(config: DataConfig, processes: Processes = SINGLE_PROCESS) -> Corpus
     with processes.first_in_process_0("the tokenizer"):
         tokenizer = open_tokenizer(config, store, list(sources.values()))
     opened = [
-        _tokens(config, name, sources[name], tokenizer, store, processes)
+        _tokens(config, name, config.mixture[name].source, sources[name], tokenizer, store, processes)
         if name in sources
         else _tokens_made_elsewhere(config, name, tokenizer, processes.index)
         for name in config.mixture
     ]
     weights = tuple(source.weight for source in config.mixture.values())
     return Corpus(tokenizer, {split: TokenSplit(split, tuple(tokens[split] for tokens in opened), weights) for split in SPLITS})
+
+
+def prepare_files(
+    config: DataConfig, name: str, files: FilesConfig, tokenizer: Tokenizer, processes: Processes = SINGLE_PROCESS
+) -> TokenSplit:
+    """The tokens of all text of eval.sets.NAME as one split, from data.cache_dir or put there. All processes of a run call it.
+
+    Raises ConfigError if the files, or the cache, cannot be used.
+    """
+    key, store = f"eval.sets.{name}", _store(config)
+    check(
+        REDACTED not in str(files.files), f"{key}.files: lacks a secret, which a run does not save; give it again as an override"
+    )
+    source = open_source(files, key, held_out_fractions(config))
+    found = _tokens(config, name, files.source, source, tokenizer, store, processes if config.cache_is_shared else SINGLE_PROCESS)
+    return TokenSplit("validation", (found["validation"],), (1.0,))
 
 
 def prepare_tokenizer(config: DataConfig, processes: Processes = SINGLE_PROCESS) -> Tokenizer:
@@ -154,7 +170,7 @@ def _token_shards(config: DataConfig, source: Source, tokenizer: Tokenizer, stor
 
 
 def _tokens(
-    config: DataConfig, name: str, source: Source, tokenizer: Tokenizer, store: Store, processes: Processes
+    config: DataConfig, name: str, kind: str, source: Source, tokenizer: Tokenizer, store: Store, processes: Processes
 ) -> dict[Split, TokenDataset]:
     """The tokens of a source, made if they are missing or corrupt.
 
@@ -180,7 +196,7 @@ def _tokens(
     if incomplete and processes.index == 0:
         manifest = {
             "shards": collect(target),
-            "source": config.mixture[name].source,
+            "source": kind,
             "identity": digest(source.identity),
             "tokenizer": tokenizer.fingerprint,
             "add_bos": config.add_bos,

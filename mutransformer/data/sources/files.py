@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
 
-from mutransformer.config.data import SourceConfig
+from mutransformer.config.data import FilesConfig, SourceConfig
 from mutransformer.data.cache.store import checksum
 from mutransformer.data.sources.formats import HEAD_BYTES, check_compressed, check_table, check_text
 from mutransformer.data.sources.source import SPLITS, Split
@@ -120,15 +120,17 @@ def find(patterns: Iterable[str], key: str) -> list[File]:
     return sorted(map_parallel(examine, matches), key=lambda file: (file.name, file.path))
 
 
-def find_by_split(config: SourceConfig, key: str) -> list[tuple[Split | None, File]]:
+def find_by_split(config: FilesConfig, key: str) -> list[tuple[Split | None, File]]:
     """The files of a source, at most max_parts of each split; with the split None if documents are divided by a hash.
+
+    What is no SourceConfig has no splits: all files are of one, validation.
 
     Raises ConfigError as find() does, if a file is named for two splits, or if a local file is not of the source's format.
     """
-    if not config.validation_files:
-        unsplit = find(config.files, f"{key}.files")[: config.max_parts]
-        map_parallel(partial(_check_format, config.source, f"{key}.files"), unsplit)
-        return [(None, file) for file in unsplit]
+    if not isinstance(config, SourceConfig) or not config.validation_files:
+        together = find(config.files, f"{key}.files")[: config.max_parts]
+        map_parallel(partial(_check_format, config.source, f"{key}.files"), together)
+        return [(None if isinstance(config, SourceConfig) else "validation", file) for file in together]
     found: list[tuple[Split | None, File]] = []
     named: dict[str, str] = {}  # the setting that names a file, by its path
     for split in SPLITS:

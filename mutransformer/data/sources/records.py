@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from mutransformer.config.data import SourceConfig
+from mutransformer.config.data import FilesConfig
 from mutransformer.data.sources.files import COMPRESSED, File, find_by_split, map_parallel, pyarrow, warn_of_empty
 from mutransformer.data.sources.formats import HEAD_BYTES, check_text
 from mutransformer.data.sources.source import (
@@ -25,7 +25,7 @@ _BATCH_ROWS = 1024  # read at a time
 _ARRAY = "JSON array, not JSON lines; write one record a line"
 
 
-def jsonl_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
+def jsonl_shards(config: FilesConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
     for split, file in find_by_split(config, key):
         for start in range(0, 1 if file.compressed else max(1, file.size), SHARD_BYTES):
             stop = None if file.compressed else min(start + SHARD_BYTES, file.size)
@@ -33,7 +33,7 @@ def jsonl_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterat
             yield _shard(config, split, file, (stop or file.size) - start, [start, stop], records)
 
 
-def parquet_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
+def parquet_shards(config: FilesConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
     files = find_by_split(config, key)
     found = map_parallel(_row_groups, [file for _, file in files])
     warn_of_empty(key, len(files), [file for (_, file), groups in zip(files, found, strict=True) if not groups])
@@ -49,14 +49,14 @@ def parquet_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iter
                 first, size, first_row = i, 0, row
 
 
-def arrow_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
+def arrow_shards(config: FilesConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
     for split, file in find_by_split(config, key):
         records = partial(read_rows, file, config.column, f"{key}.column")
         yield _shard(config, split, file, file.size, [None], records)
 
 
 def _shard(
-    config: SourceConfig, split: Split | None, file: File, size: int, part: list[Any], records: Callable[[], Iterator[Record]]
+    config: FilesConfig, split: Split | None, file: File, size: int, part: list[Any], records: Callable[[], Iterator[Record]]
 ) -> SourceShard:
     identity = [file.name, file.version, *part, config.column, split]
     return SourceShard(file.path, file.remote, size, identity, records, split)

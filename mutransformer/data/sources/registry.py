@@ -6,9 +6,9 @@ A new source is a function that lists its shards, its line in SOURCES, and its n
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from mutransformer.config.data import DataConfig, MixedSourceConfig, SourceConfig
+from mutransformer.config.data import DataConfig, FilesConfig, SourceConfig
 from mutransformer.data.sources import hub
 from mutransformer.data.sources.records import arrow_shards, jsonl_shards, parquet_shards
 from mutransformer.data.sources.source import (
@@ -31,7 +31,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 # Each lists its shards from the settings, the key below which they stand, and the fractions of whole files to hold out.
-SOURCES: dict[str, Callable[[SourceConfig, str, Fractions], Iterable[SourceShard]]] = {
+SOURCES: dict[str, Callable[[Any, str, Fractions], Iterable[SourceShard]]] = {
     "stdlib": stdlib_shards,
     "text": text_shards,
     "jsonl": jsonl_shards,
@@ -40,13 +40,13 @@ SOURCES: dict[str, Callable[[SourceConfig, str, Fractions], Iterable[SourceShard
 }
 
 
-def open_source(config: MixedSourceConfig, key: str, fractions: Fractions) -> Source:
+def open_source(config: FilesConfig, key: str, fractions: Fractions) -> Source:
     """A source with the identity of its text; a Hub data set, whose revision must be a commit, is not listed yet.
 
     Only whole files are held out by their fractions here; records are divided later, by split_of(). Raises ConfigError if a file
     is missing or unreadable, a glob matches nothing, or there is too little text for three splits.
     """
-    if config.source == "hub":
+    if isinstance(config, SourceConfig) and config.source == "hub":
         return Source(key, hub.identity(config), lambda: list(hub.hub_shards(config, key)))
     shards = list(SOURCES[config.source](config, key, fractions))
     return Source(key, [shard.identity for shard in shards], lambda: shards)

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
-from mutransformer.config.data import SourceConfig
+from mutransformer.config.data import FilesConfig
 from mutransformer.data.sources.files import File, find_by_split, map_parallel, warn_of_empty
 from mutransformer.data.sources.formats import HEAD_BYTES, check_text
 from mutransformer.data.sources.source import SHARD_BYTES, SPLITS, UTF8_BOM, Fractions, Record, SourceShard, Split, assign_splits
@@ -77,7 +77,7 @@ def read_documents(documents: list[Document]) -> Iterator[Record]:
             yield Record(place, None, reason=f"not UTF-8 ({error.reason})")
 
 
-def stdlib_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
+def stdlib_shards(config: FilesConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
     """Python's standard library without its tests: the same for every installation of one Python version. Files are not cut."""
     root = Path(sysconfig.get_path("stdlib"))
     documents: list[Document] = []
@@ -100,7 +100,7 @@ def stdlib_shards(config: SourceConfig, key: str, fractions: Fractions) -> Itera
     return _group(_divide(sorted(documents, key=lambda d: d.name), key, fractions))
 
 
-def text_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
+def text_shards(config: FilesConfig, key: str, fractions: Fractions) -> Iterator[SourceShard]:
     """Files of text. One with more than about 1/100 of the text is cut in pieces of about 1/400 of the text or more.
 
     So some hundred files of similar size are each in one split, and a single file is divided among the splits. The size is a
@@ -108,7 +108,8 @@ def text_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterato
     SHARD_BYTES, or twice as much if it is a file that is not cut.
     """
     files = find_by_split(config, key)
-    if config.validation_files:
+    divided = all(split is None for split, _ in files)
+    if not divided:
         size = SHARD_BYTES // 4
     else:
         total = sum(file.size for _, file in files)
@@ -116,7 +117,7 @@ def text_shards(config: SourceConfig, key: str, fractions: Fractions) -> Iterato
     by_file = map_parallel(lambda found: _pieces(*found, size=size), files)
     warn_of_empty(key, len(files), [file for (_, file), pieces in zip(files, by_file, strict=True) if not pieces])
     pieces = list(chain.from_iterable(by_file))
-    return _group(pieces if config.validation_files else _divide(pieces, key, fractions, f", {key}.files = {config.files}"))
+    return _group(_divide(pieces, key, fractions, f", {key}.files = {config.files}") if divided else pieces)
 
 
 def _pieces(split: Split | None, file: File, size: int) -> list[Document]:
