@@ -9,18 +9,19 @@ import errno
 import importlib
 import io
 import os
+import shutil
 import sys
 import textwrap
 from argparse import Action, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_origin
 
 import mutransformer
-from mutransformer.config.load import describe, load, shipped_configs, to_yaml
+from mutransformer.config.load import describe, load, shipped_configs, similar_keys, to_yaml
 from mutransformer.config.schema import all_settings
-from mutransformer.config.setting import to_text
+from mutransformer.config.setting import to_text, type_name
 from mutransformer.errors import FAILED, FINISHED, INTERRUPTED, STOPPED, USAGE_ERROR, ConfigError, redact
 from mutransformer.sharding.processes import announce_failure
 from mutransformer.sharding.stopping import Stopped
@@ -75,13 +76,15 @@ def command_parser(name: str) -> ArgumentParser:
     if hasattr(command, "add_arguments"):
         command.add_arguments(parser)
     if hasattr(command, "KEYS"):
+        parser.takes_settings = True
         add = parser.add_argument
         settings = "YAML files, folders of runs, shipped configs and overrides, merged left to right over the defaults; shipped: "
         add("settings", nargs="*", metavar="CONFIG | KEY=VALUE", help=settings + ", ".join(shipped_configs()))
         add("--print-config", action="store_true", help="print the resolved config as YAML and exit")
         about = "print keys, types, bounds, defaults and meanings, of all settings or those below PREFIX (optim), and exit"
         add("--help-config", nargs="?", const="", metavar="PREFIX", action=_HelpConfig, help=about)
-        parser.epilog = "\n".join(["most used settings (all: --help-config):", *map(_brief, command.KEYS)])
+        lines = [line for key in command.KEYS for line in _brief(key)]
+        parser.epilog = "\n".join(["most used settings (all: --help-config):", *lines])
     return parser
 
 
@@ -90,8 +93,12 @@ class _Parser(ArgumentParser):
 
     def __init__(self, prog: str, usage: str, description: str):
         super().__init__(prog=prog, usage=usage, description=description, formatter_class=RawDescriptionHelpFormatter)
+        self.takes_settings = False
 
     def error(self, message: str) -> NoReturn:
+        _, unknown, rest = message.partition("unrecognized arguments: ")
+        if unknown and self.takes_settings and (meant := _as_setting(rest)):
+            message = f"{rest}: no such option; settings are written KEY=VALUE: did you mean {meant}?"
         self.exit(USAGE_ERROR, f"error: {redact(message)}; see {self.prog} --help\n")
 
 
@@ -103,11 +110,23 @@ class _HelpConfig(Action):
         parser.exit()
 
 
-def _brief(key: str) -> str:
-    """A setting with its default and meaning, as one line of the help."""
+def _as_setting(arguments: str) -> str:
+    """The settings that may be meant by unknown options, such as --lr 0.1, as they are written; empty if there are none."""
+    option, _, value = arguments.partition(" ")
+    name, equals, given = option.lstrip("-").partition("=")
+    value = given if equals else value.partition(" ")[0]
+    keys = similar_keys(name.replace("-", "_")) if option.startswith("--") else []
+    return " or ".join(f"{key}={value or '...'}" for key in keys)
+
+
+def _brief(key: str) -> list[str]:
+    """A setting with its default, its choices and its meaning, as lines of the help that fit the terminal."""
     one = all_settings()[key]
-    meaning = textwrap.shorten(one.field.metadata["meaning"], 88, placeholder=" ...")
-    return f"  {f'{key} = {to_text(one.default)}':32} {meaning}"
+    columns = min(shutil.get_terminal_size().columns, 120) - 2
+    choices = f"[{type_name(one.field.type)}] " if get_origin(one.field.type) is Literal else ""
+    text = choices + textwrap.shorten(one.field.metadata["meaning"], 88, placeholder=" ...")
+    title = f"  {key} = {to_text(one.default)}"
+    return textwrap.wrap(text, columns, initial_indent=f"{title:32} ", subsequent_indent=" " * 33)
 
 
 def _run(name: str, argv: Sequence[str]) -> int:

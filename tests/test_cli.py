@@ -25,6 +25,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SCRIPTS = {name.replace("-", "_"): name for name in cli.COMMANDS if name != "report"} | {"transfer_report": "report"}
 
 
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
 @pytest.fixture
 def ends(capsys) -> Callable[..., tuple[Any, str, str]]:
     """Runs a command line that argparse ends; gives exit code, standard output and standard error."""
@@ -64,8 +69,32 @@ def test_the_help_of_a_command(name, ends):
         assert "most used settings" not in out
     else:
         load([arg for arg in args.settings if not arg.startswith("runs/")])  # of a future run
-        keys = out.split("most used settings")[1].splitlines()[1:]
-        assert 4 <= len(keys) <= 14 and all(" = " in key for key in keys)
+        lines = out.split("most used settings")[1].splitlines()[1:]
+        keys = [line for line in lines if not line.startswith(" " * 10)]
+        assert 4 <= len(keys) <= 14 and all(" = " in key for key in keys) and max(map(len, lines)) < 80
+
+
+def test_the_help_shows_the_choices_of_a_setting(ends):
+    out = ends("train", "--help")[1]
+    assert "[sp | mup | abs_mup | mup_table8 | completep | completed_p]" in " ".join(out.split())
+
+
+def test_a_bare_train_lists_the_configs(capsys):
+    assert cli.main(["train"]) == USAGE_ERROR
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: train needs a config") and max(map(len, err.splitlines())) < 80
+    listed = re.findall(r"^  (\S+) +\S.*", err, re.MULTILINE)
+    assert listed == [name for name in shipped_configs() if not name.startswith("presets/")] and "small" in listed
+
+
+@pytest.mark.parametrize(
+    ("arg", "key"),
+    [("lr=0.1", "optim.lr"), ("layers=3", "model.n_layer"), ("width=64", "model.d_model"), ("optim.larning_rat=1", None)],
+)
+def test_a_setting_that_may_be_meant_is_named(arg, key, capsys):
+    assert cli.main(["train", "small", arg]) == USAGE_ERROR
+    hint = f"; did you mean {key}?" if key else ""
+    assert capsys.readouterr().err == f"error: {arg.partition('=')[0]}: no such key{hint}\n"
 
 
 def test_the_reference_of_the_settings(ends):
@@ -78,6 +107,10 @@ def test_the_reference_of_the_settings(ends):
 # Mistakes
 
 
+MEANT = "no such option; settings are written KEY=VALUE: did you mean optim.lr=0.1?"
+LR_AS_OPTION = (["--lr", "0.1"], ["--lr=0.1"], ["--optim.lr", "0.1"])
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -85,6 +118,9 @@ def test_the_reference_of_the_settings(ends):
         (["nothing"], "nothing: no such command; see mutransformer --help"),
         (["--nothing"], "unrecognized arguments: --nothing; see mutransformer --help"),
         (["train", "--nothing"], "unrecognized arguments: --nothing; see mutransformer train --help"),
+        *((["train", "small", *args], f"{' '.join(args)}: {MEANT}; see mutransformer train --help") for args in LR_AS_OPTION),
+        (["train", "--lr"], f"--lr: {MEANT.replace('0.1', '...')}; see mutransformer train --help"),
+        (["report", "a", "--seq-len", "1"], "unrecognized arguments: --seq-len 1; see mutransformer report --help"),
         (["sweep"], "the following arguments are required: --lrs; see mutransformer sweep --help"),
         (["inspect-data", "--rows", "x"], "argument --rows: invalid int value: 'x'; see mutransformer inspect-data --help"),
     ],

@@ -1,5 +1,6 @@
 """Documents kept apart in a row: each is read as if it stood in a row alone; where they are joined, nothing of it is computed."""
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from programs import program
 from runs import finish, start
 from test_sharding import MODELS, TINY, params, worst
 
+from mutransformer.commands.inspect_data import _locate
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config
 from mutransformer.data.batches.pipeline import Batch
@@ -161,4 +163,16 @@ def test_inspect_data_shows_them(tmp_path: Path) -> None:
     small = ["data.seq_len=64", "data.batch_size=2"]
     shown = finish(start("scripts/inspect_data.py", [*args, *small, "data.intra_document_mask=true"]))
     assert "segment 0: " in shown and "segment 1: " in shown, shown
-    assert "segment" not in finish(start("scripts/inspect_data.py", [*args, *small]))
+    mixed = [f"data.sources.{name}.{key}" for name in ("a", "b") for key in ("source=text", f"files=[{tmp_path}/*.txt]")]
+    shown = finish(start("scripts/inspect_data.py", [*args[2:], *mixed, *small, "--rows", "2", "--batch", "1", "--tokens", "3"]))
+    assert "segment" not in shown
+    rows = re.findall(r"^batch 1, row (\d): row \d of ([ab]), 64 of 64 tokens count$", shown, re.MULTILINE)
+    assert [row for row, _ in rows] == ["0", "1"] and {source for _, source in rows} == {"a", "b"}
+    texts, pieces = (re.findall(pattern, shown, re.MULTILINE) for pattern in (r"^ +0-\d+ +'(.*?)'", r"^  tokens: (.*)$"))
+    for text, line in zip(texts, pieces, strict=True):
+        ids = [int(one.partition(":")[0]) for one in line.split()]
+        assert len(ids) == 3 and bytes(ids[: len(text)]).decode() == text[:3], "ids of the text"
+
+
+def test_the_source_of_a_row() -> None:
+    assert [_locate(i, {"a": 2, "none": 0, "b": 3}) for i in range(5)] == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("b", 2)]

@@ -455,7 +455,7 @@ def test_a_bad_step_changes_nothing_but_the_step(
 
     capsys.readouterr()
     assert main(["inspect-data", *args, "--step", "3", "--rows", "1"]) == FINISHED
-    assert f"batch 2, row 0, row {listed[0]['rows'][0]:,} of the data: 32 of 32 tokens count" in capsys.readouterr().out
+    assert f"batch 2, row 0: row {listed[0]['rows'][0]:,} of data, 32 of 32 tokens count" in capsys.readouterr().out
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(

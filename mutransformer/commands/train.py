@@ -7,15 +7,24 @@ resumes from the latest checkpoint. Exit code: 0 finished; 75 stopped by a signa
 weights are not finite, or the run diverged; 2 a mistake in the settings, a full disk, or a folder that is in use.
 """
 
+import shutil
+import sys
 from argparse import Namespace
 
 from mutransformer.commands import RUN_KEYS, SIZE_KEYS, start
+from mutransformer.config.load import list_configs
+from mutransformer.errors import USAGE_ERROR
 from mutransformer.sharding.stopping import stop_on_signals
 
 KEYS = (*RUN_KEYS, "steps", *SIZE_KEYS, "data.source", "data.files", "mesh.x", "mesh.y")
 
 
 def run(args: Namespace) -> int:
+    if not args.settings:
+        print("error: train needs a config; for the first one: mutransformer train small", file=sys.stderr)
+        print(f"\nshipped configs:\n{list_configs(shutil.get_terminal_size().columns)}", file=sys.stderr)
+        print("\nA YAML file, a run's folder or settings, KEY=VALUE, will do as well.", file=sys.stderr)
+        return USAGE_ERROR
     with stop_on_signals() as stop:
         with stop.at_once():
             config = start(args.settings)

@@ -41,6 +41,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
         """The text of the ids; special ids give nothing."""
 
+    def piece(self, token: int) -> str:
+        """The name of an id in the vocabulary, to be looked at: not every piece is text of its own."""
+        return self.decode([token])
+
     def files(self) -> dict[str, Path]:
         """The files that it was read from, by the name under which a run keeps a copy."""
         return self._files
@@ -64,6 +68,9 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
+
+    def piece(self, token: int) -> str:
+        return ascii(chr(token))[1:-1] if token < 256 else ("<bos>", "<eos>", "<pad>")[token - 256]
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -109,6 +116,9 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
         return self._model.decode([int(i) for i in ids])
 
+    def piece(self, token: int) -> str:
+        return self._model.id_to_piece(int(token))
+
 
 class HFTokenizer(Tokenizer):
     """A tokenizer in the two HF_FILES that convert_hf() writes. If it names no bos or pad, as most do, eos takes their place.
@@ -151,3 +161,6 @@ class HFTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def piece(self, token: int) -> str:
+        return self._tokenizer.id_to_token(int(token)) or ""
