@@ -51,6 +51,7 @@ def test_a_run_writes_what_it_should(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     (tmp_path / "other.txt").write_text("7: the 49 of 7 is 49\n")  # too short to be divided
     other = [f"eval.sets.one.files=[{tmp_path}/other.txt]", f"eval.sets.all.files=[{tmp_path}/text.txt, {tmp_path}/other.txt]"]
+    capsys.readouterr()
     assert main(["evaluate", str(run), *other]) == FINISHED
     table = capsys.readouterr().out
     assert max(map(len, table.splitlines()[1:])) < 80 and re.search(r"^one +22 +0.95 +\d\.\d+ ", table, re.MULTILINE)
