@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "mutransformer"
 
 # From the ground up. A package imports only packages below its own; within a package there are no cycles.
-FLOORS = ["errors", "mup", "config", "sharding", "model", "data", "training", "generation", "planning", "study"]
-FLOORS += ["commands", "cli"]
+FLOORS = ["errors", "mup", "config", "sharding", "model", "data", "training", "generation", "exchange"]
+FLOORS += ["planning", "study", "commands", "cli"]
 # Those that touch disk, network or clock.
-EFFECTS = {"data", "study", "commands", "cli"}
+EFFECTS = {"data", "exchange", "study", "commands", "cli"}
 EFFECTS |= {f"sharding.{name}" for name in ("devices", "processes", "peers", "stopping")}
 EFFECTS |= {f"training.{name}" for name in ("checkpoint", "metrics", "sinks", "skipped_steps", "run_folder", "preflight", "loop")}
 EFFECTS |= {f"training.{name}" for name in ("checkpoint_storage", "url_checkpoints", "url_folder")}

@@ -1,0 +1,1 @@
+"""Hugging Face in and out: a run becomes a folder that `transformers` loads, and such a folder becomes a run."""

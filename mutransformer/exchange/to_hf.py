@@ -1,0 +1,143 @@
+"""A run becomes a folder for `transformers`. Nothing is left if its logits are not those of the run."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from mutransformer.config.load import to_yaml
+from mutransformer.config.schema import Config
+from mutransformer.data.batches import pipeline
+from mutransformer.data.cache.prepare import prepare
+from mutransformer.data.tokenizers.registry import saved_tokenizer
+from mutransformer.data.tokenizers.tokenizer import Tokenizer
+from mutransformer.errors import ConfigError, check, first_line, translate_errors
+from mutransformer.exchange.card import card, logged_losses
+from mutransformer.exchange.classes import HFClass, class_of, settings_for
+from mutransformer.exchange.folds import fold, kept
+from mutransformer.exchange.parity import (
+    POSITIONS,
+    ROWS,
+    TOLERANCE,
+    Parity,
+    compare,
+    libraries,
+    load_model,
+    on_cpu,
+    random_rows,
+)
+from mutransformer.exchange.servers import servers
+from mutransformer.exchange.tokenizer import write_tokenizer
+from mutransformer.generation.generate import restore_params
+from mutransformer.training.program import Program
+from mutransformer.training.url_folder import readable
+
+SETTINGS = "mutransformer.yaml"  # in an exported folder: the settings of the run, by which it can be imported unchanged
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: Path
+    class_name: str
+    step: int
+    parity: Parity
+    servers: list[str]  # lines
+
+
+def export_run(
+    config: Config,
+    out: Path,
+    *,
+    keep_multipliers: bool = False,
+    with_tokenizer: bool = True,
+    read_data: bool = True,
+    note: Callable[[str], None] = lambda text: None,
+) -> Exported:
+    """Writes the checkpoint that eval.checkpoint names as a folder for transformers.
+
+    Args:
+        out: must not exist, or be empty. It gets its name when the folder is complete.
+        keep_multipliers: Granite instead of Llama, with the factors as settings of its config.
+        with_tokenizer: write the tokenizer's files.
+        read_data: compare on held-out rows if the run's data are there; else, or if they are not, on random ids.
+        note: is told what happens, in lines.
+
+    Raises:
+        ConfigError: the run cannot be read, no class computes what it computes, the folder is not empty, or the logits differ.
+    """
+    with libraries() as (torch, transformers):
+        check(not out.exists() or (out.is_dir() and not any(out.iterdir())), f"{out}: exists, and is not an empty folder")
+        hf = class_of(config.model, keep_multipliers)
+        with readable(config) as run:
+            tokenizer = saved_tokenizer(config.data, run.path)
+            program = on_cpu(config, tokenizer)
+            step, params = restore_params(program, tokenizer, run)
+            losses = logged_losses(run.path, step)
+        note(f"{run.name}: step {step} as {hf.name}")
+        tokens, rows = _rows(program, tokenizer, read_data)
+        with translate_errors(f"{out}: cannot be written", OSError):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            folder = work / "folder"
+            ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+            write_model(program, params, hf, ids, folder, torch, transformers)
+            if with_tokenizer:
+                texts = [tokenizer.decode(row) for row in tokens] if rows.startswith("held-out") else []
+                write_tokenizer(tokenizer, folder, config.data.add_bos, config.data.seq_len, texts)
+            parity = compare(program, params, load_model(transformers, folder), tokens, rows)
+            differ = f"{out}: not written, since the logits differ from the run's by more than {TOLERANCE:g}: {parity}"
+            check(parity.holds, differ)
+            lines = servers(hf, config.model)
+            text = card(config.with_vocab(tokenizer.n_vocab), step, losses, hf, parity, lines, with_tokenizer)
+            (folder / "README.md").write_text(text, encoding="utf-8")
+            (folder / SETTINGS).write_text(to_yaml(config), encoding="utf-8")
+            with translate_errors(f"{out}: cannot be written", OSError):
+                for file in folder.iterdir():
+                    file.chmod(0o644)  # safetensors' are private
+                if out.exists():
+                    out.rmdir()
+                folder.rename(out)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return Exported(out, hf.name, step, parity, lines)
+
+
+def write_model(
+    program: Program, params: Any, hf: HFClass, ids: dict[str, int], folder: Path, torch: Any, transformers: Any
+) -> None:
+    """Writes config.json, generation_config.json and the weights in safetensors. ids: bos_token_id and the like."""
+    c = program.config
+    settings = settings_for(c.model, hf, c.data.seq_len) | kept(program, hf) | ids
+    with translate_errors(f"{hf.name} cannot have the settings of this model", ValueError):
+        hf_config = transformers.AutoConfig.for_model(hf.model_type, **settings)
+    tensors = fold(program, jax.device_get(params), hf)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    # strict: the table of the class names every weight that the class has.
+    model.load_state_dict({name: torch.from_numpy(t.copy()) for name, t in tensors.items()}, strict=True, assign=True)
+    model.generation_config = transformers.GenerationConfig(**ids)
+    model.save_pretrained(folder)
+
+
+def _rows(program: Program, tokenizer: Tokenizer, read_data: bool) -> tuple[Int32[np.ndarray, "B T"], str]:
+    """Rows of the validation split if there are any, else random ids; and what they are."""
+    data, n_vocab = program.config.data, program.vocabulary.n_vocab
+    why = "its data were not read"
+    if read_data:
+        try:
+            corpus = prepare(data)
+            check(corpus.tokenizer.fingerprint == tokenizer.fingerprint, "the data are of another tokenizer")
+            batches = pipeline.eval_batches(corpus.splits["validation"], data, 1, 1, (0,), n_vocab)
+            tokens = np.asarray(next(iter(batches)).tokens)[:ROWS, :POSITIONS]
+            return tokens, f"held-out rows, {len(tokens)} of {tokens.shape[1]} tokens"
+        except ConfigError as error:
+            why = first_line(error)
+    tokens = random_rows(program)
+    return tokens, f"random rows, {len(tokens)} of {tokens.shape[1]} ids ({why})"
