@@ -27,7 +27,7 @@ from mutransformer.sharding.processes import announce_failure
 from mutransformer.sharding.stopping import Stopped
 
 COMMANDS = ("train", "evaluate", "generate", "sweep", "report", "coord-check", "plan", "prepare-data", "inspect-data")
-COMMANDS += ("train-tokenizer", "benchmark", "doctor", "export")
+COMMANDS += ("train-tokenizer", "benchmark", "doctor", "export", "import")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -65,7 +65,7 @@ def fold(program: Program, params: Transformer[Any], hf: HFClass) -> Tensors:
             w = _normed(w, weights.get("embed_norm"), c.norm_eps)
         layers = range(c.n_layer) if row.in_layers else [None]
         for i in layers:
-            one = w if w is None or i is None else np.asarray(w[i])
+            one = None if w is None else np.asarray(w if i is None else w[i])
             width = c.d_head if row.ours in ("q_norm", "k_norm") else c.d_model
             there = _there(one, row, n_out=spec.n_out if spec else 0, width=width, n_vocab=c.n_vocab)
             tensors[row.theirs.format(i)] = np.ascontiguousarray(_times(there, factor.get(row.fold, 1.0)))
@@ -172,15 +172,14 @@ def _here(t: Array, row: Row, shape: tuple[int, ...], n_out: int, name: str, c: 
         if not np.all(t == t[0]):
             raise NotInvertible(f"{name} is not the same everywhere")
         return np.asarray(t[0])
+    given = f"{name}: has shape {tuple(t.shape)}, the settings of the model give"
     if row.ours in ("embed", "unembed"):
         assert c.n_vocab is not None
-        rows = f"model.n_vocab = {c.n_vocab}: {name} has {len(t)} rows"
-        check(len(t) == c.n_vocab, rows)
-        t = np.pad(t, ((0, c.padded_vocab - len(t)), (0, 0)))
-    size = math.prod(shape)
-    check(t.size == size, f"{name}: has shape {tuple(t.shape)}, the settings of the model give {shape}")
+        check(t.shape == (c.n_vocab, c.d_model), f"{given} {(c.n_vocab, c.d_model)}")
+        t = np.pad(t, ((0, c.padded_vocab - c.n_vocab), (0, 0)))
+    size, fan_out = math.prod(shape), math.prod(shape[-n_out:])
+    expected = (fan_out, size // fan_out) if row.layout == "linear" else shape if row.layout == "table" else (size,)
+    check(t.shape == expected, f"{given} {expected}")
     if row.layout == "linear":
-        fan_out = math.prod(shape[-n_out:])
-        check(t.shape == (fan_out, size // fan_out), f"{name}: has shape {tuple(t.shape)}, the settings give {shape}")
         t = t.T
     return np.ascontiguousarray(t.reshape(shape))

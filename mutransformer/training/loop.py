@@ -77,9 +77,10 @@ def _train(program: Program, corpus: Corpus, stop: StopRequest, folder: RunFolde
     share = data_share(program.mesh)
     batches = pipeline.train_batches(split, config.data, config.seed, *share, program.vocabulary.n_vocab)
     with closing(Checkpoints(config, folder)) as checkpoints, closing(batches):
-        start = checkpoints.latest(program.state) or 0
+        latest = checkpoints.latest(program.state)
+        start = latest or 0
         check_before_training(program, corpus, folder.path, start)
-        if start:
+        if latest is not None:  # it may be of step 0: an imported model, or a run that was stopped before its first step
             check(config.checkpoint.resume, f"checkpoint.resume = false: {folder.name} holds a run; choose another name=...")
             checkpoints.check_same(start, fingerprint)
             if start == config.steps and (result := final_result(folder.path, start)) is not None:
@@ -99,7 +100,7 @@ def _train(program: Program, corpus: Corpus, stop: StopRequest, folder: RunFolde
                 trainer = Trainer(program, corpus, checkpoints, batches, log, stop, watch, folder, fingerprint, state, start)
                 log.note(_heading(program, corpus, folder, start))
                 try:
-                    trainer.check_loss(checkpoints.probe(start) if start else None)
+                    trainer.check_loss(None if latest is None else checkpoints.probe(latest))
                     final = trainer.run()
                 except RuntimeError:  # of JAX, perhaps because another process is gone
                     watch.explain()
