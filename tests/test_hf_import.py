@@ -66,7 +66,7 @@ def test_a_folder_becomes_a_run(case: str, tmp_path: Path, capsys: pytest.Captur
     found = compare(made, restored, load_model(transformers, folder), rows, "other rows")
     assert step == 0 and found.difference <= 1e-5 and found.largest > 1, found
 
-    assert main(["evaluate", str(run)]) == FINISHED
+    assert main(["evaluate", str(run), "--json"]) == FINISHED
     printed = capsys.readouterr().out
     before = json.loads(printed[printed.index("{") :])
     assert before["step"] == 0
