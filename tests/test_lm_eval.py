@@ -11,10 +11,11 @@ from runs import settings as run_settings
 from mutransformer.cli import main
 from mutransformer.config.load import load
 from mutransformer.data.tokenizers.registry import saved_tokenizer
-from mutransformer.errors import FINISHED
+from mutransformer.errors import FINISHED, USAGE_ERROR
 from mutransformer.exchange.parity import on_cpu
 from mutransformer.exchange.tasks import evaluate_tasks
-from mutransformer.generation import restore_params
+from mutransformer.generation.generate import restore_params
+from mutransformer.training.run_folder import RunFolder
 from mutransformer.training.step import make_logits
 
 pytest.importorskip("torch", reason="needs the extra hf-export")
@@ -64,7 +65,7 @@ def test_loglikelihoods_are_ours(run: Path, tmp_path: Path, monkeypatch: pytest.
     config = load([str(run)])
     tokenizer = saved_tokenizer(config.data, config.rundir)
     made = on_cpu(config, tokenizer)
-    _, params = restore_params(made, tokenizer)
+    _, params = restore_params(made, tokenizer, RunFolder(config.rundir))
     found = evaluate_tasks(config, [str(run.parents[1] / "squares.yaml")])
     assert set(found["results"]) == {"squares"} and 0 <= found["results"]["squares"]["acc,none"] <= 1
     samples = sorted(found["samples"]["squares"], key=lambda sample: sample["doc_id"])
@@ -77,3 +78,8 @@ def test_loglikelihoods_are_ours(run: Path, tmp_path: Path, monkeypatch: pytest.
             assert abs(theirs - loglikelihood(made, params, tokenizer, "x" + doc["question"], choice)) > 1e-3, "the test is blind"
             compared += 1
     assert compared == 7
+
+
+def test_a_task_that_does_not_exist_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--tasks", "no_such_task"]) == USAGE_ERROR
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --tasks no_such_task: no such task")

@@ -5,6 +5,9 @@ Example: mutransformer evaluate runs/small eval.split=test eval.sets.notes.files
 Of each text: loss in nats per token, perplexity, bits per byte, and the loss by position in a row. All tokens count, except those
 that data.packing=pad truncates. If all tokens of the split count, the losses of a unigram and a bigram model of the same training
 tokens are given for comparison.
+
+With --tasks the tasks of lm-evaluation-harness are scored instead, by an export to transformers, and printed as JSON. Needs the
+extra lm-eval.
 """
 
 import json
@@ -20,13 +23,22 @@ KEYS = ("eval.split", "eval.sets", "eval.checkpoint", *RUN_KEYS, "data.batch_siz
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
+    tasks = "tasks of lm-evaluation-harness, or YAML files of tasks, to score instead"
+    parser.add_argument("--tasks", metavar="NAME,...", help=tasks)
 
 
 def run(args: Namespace) -> int:
     with messages_on_stderr():
-        result = _evaluate(start(args.settings))
-    print(json.dumps(result, indent=2) if args.json else tables(result))
+        config = start(args.settings)
+        result = _evaluate_tasks(config, args.tasks.split(",")) if args.tasks else _evaluate(config)
+    print(json.dumps(result, indent=2, default=str) if args.json or args.tasks else tables(result))
     return FINISHED
+
+
+def _evaluate_tasks(config: Config, tasks: list[str]) -> dict[str, Any]:
+    from mutransformer.exchange.tasks import evaluate_tasks
+
+    return evaluate_tasks(config, tasks)["results"]
 
 
 def _evaluate(config: Config) -> dict[str, Any]:
