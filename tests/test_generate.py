@@ -233,7 +233,7 @@ def alone() -> np.ndarray:
     return np.concatenate([decoded([prompt], Sampling(samples=2, temperature=1.0)) for prompt in PROMPTS])
 
 
-@pytest.mark.parametrize(("on", "batch"), [("1 x 1", 3), ("4 x 2", 5)])
+@pytest.mark.parametrize(("on", "batch"), [pytest.param("1 x 1", 3, marks=pytest.mark.slow), ("4 x 2", 5)])
 def test_a_text_does_not_depend_on_the_others(on: str, batch: int) -> None:
     how = Sampling(samples=2, temperature=1.0, batch=batch)
     together = decoded(PROMPTS, how, on)
@@ -476,7 +476,7 @@ def test_a_prompt_file_is_read_as_training_reads_text(data: bytes, prompt: str, 
 def test_the_best_checkpoint(
     script: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Checkpoints, "best", lambda self: 2)
+    monkeypatch.setattr(Checkpoints, "best", lambda self, shapes=None: 2)
     assert script("--tokens", "1", "--temperature", "0", "--json", "eval.checkpoint=best") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["step"] == 2 and [(one["prompt"], len(one["samples"])) for one in found["prompts"]] == [("", 1)]
