@@ -167,12 +167,8 @@ def test_settings_and_results_stand_in_the_same_run(tmp_path):
     assert [path for path in (tmp_path / "r").iterdir() if path.is_dir()] == []
     tags = board.summary_metadata
     start = metadata.parse_session_start_info_plugin_data(tags[metadata.SESSION_START_INFO_TAG].plugin_data.content)
-    assert start.hparams["optim.lr"].number_value == 2**-6 and start.hparams["optim.rule"].string_value == "mup"
+    assert set(start.hparams) == {"name", "workdir", "steps", "data.seq_len", "data.batch_size"}, "what is not the default"
     assert start.hparams["steps"].number_value == 20
-    experiment = metadata.parse_experiment_plugin_data(tags[metadata.EXPERIMENT_TAG].plugin_data.content)
-    assert [info.name.tag for info in experiment.metric_infos] == ["loss/validation"]
-    columns = [info.name for info in experiment.hparam_infos]
-    assert columns == ["name", "workdir", "steps", "data.seq_len", "data.batch_size"], "what is not the default"
     assert [(e.step, e.value) for e in board.Scalars("loss/validation")] == [(20, 2.25)]
 
 

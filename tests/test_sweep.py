@@ -152,10 +152,8 @@ def test_tensorboard_has_the_curve_and_settings_of_each_run(complete: Path) -> N
         hparams = metadata.parse_session_start_info_plugin_data(content).hparams
         assert hparams["optim.lr"].number_value == run.lr and hparams["seed"].number_value == run.seed
         assert hparams["model.d_model"].number_value == run.width and hparams["variant"].string_value == "mup"
-        table = metadata.parse_experiment_plugin_data(board.summary_metadata[metadata.EXPERIMENT_TAG].plugin_data.content)
-        columns = [info.name for info in table.hparam_infos]
-        assert columns[:4] == ["variant", "model.d_model", "optim.lr", "seed"] and "model.d_head" in columns
-        assert "optim.beta1" not in columns, "a setting that has its default"
+        assert set(hparams) >= {"variant", "optim.lr", "seed", "model.d_head"} and "optim.beta1" not in hparams
+        assert metadata.EXPERIMENT_TAG not in board.summary_metadata, "TensorBoard itself chooses the columns"
 
 
 # Resuming

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +21,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from tensorboardX.summary import hparams, text
 
 from mutransformer.config.load import to_yaml
-from mutransformer.config.schema import Config, flatten, non_defaults
+from mutransformer.config.schema import Config, non_defaults
 from mutransformer.errors import ConfigError, redact
 from mutransformer.training.run_folder import RunFolder
 
@@ -105,19 +105,16 @@ class EventFile:
         summary = Summary(value=[Summary.Value(tag=board_tag(tag), simple_value=float(value)) for tag, value in values.items()])
         self.add(summary, step, when)
 
-    def settings(self, config: Config, changed: Mapping[str, Any], results: Iterable[str]) -> None:
-        """Adds a row of the table of hyperparameters.
+    def settings(self, config: Config, swept: Mapping[str, Any]) -> None:
+        """Adds a row of the table of hyperparameters: the settings that are swept, and those that are not the defaults.
 
-        changed: settings that vary, which are its first columns and win over the config's; then come those that are not the
-        defaults. results: tags; their values are those of their curves. Not by add_hparams, which would make a second TensorBoard
-        run in a subfolder.
+        The columns are left to TensorBoard, which puts those first that differ between the runs that it sees. Not by add_hparams,
+        which would make a second TensorBoard run in a subfolder.
         """
-        everything = _plain({**flatten(config), **changed})
-        columns = _plain({**changed, **non_defaults(config), **changed})
-        # The columns of the first run that TensorBoard finds are those of the table, so that a row needs a value for any column.
-        table, _, end = hparams(columns, {board_tag(tag): 0.0 for tag in results})
-        _, row, _ = hparams(everything, {})
-        for summary in (table, row, end):
+        values = {**non_defaults(config), **swept}
+        plain = {key: value for key, value in values.items() if isinstance(value, bool | int | float | str)}
+        _, start, end = hparams(plain, {})
+        for summary in (start, end):
             self.add(summary, 0)
 
     def add(self, summary: Summary, step: int, when: float | None = None) -> None:
@@ -134,10 +131,6 @@ def board_tag(tag: str) -> str:
     """A tag as TensorBoard shows it: the losses first, since it sorts groups by name."""
     group, _, name = tag.rpartition("/")
     return f"loss/{group}" if group and name == "loss" else tag
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    return {key: value for key, value in settings.items() if isinstance(value, bool | int | float | str)}
 
 
 class TensorBoard:
@@ -162,7 +155,7 @@ class TensorBoard:
 
     def close(self, final: Mapping[str, float]) -> None:
         if final:
-            self._events.settings(self._config, {}, final)
+            self._events.settings(self._config, {})
         self._events.close()
 
 

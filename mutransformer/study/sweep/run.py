@@ -205,10 +205,9 @@ class _Curves:
         with self._given_up_if_it_fails():
             for file, run in zip(self._files, runs, strict=False):
                 if run.validation_loss is not None:
-                    result = {"validation/loss": run.validation_loss}
-                    file.scalars(run.steps, result)
+                    file.scalars(run.steps, {"validation/loss": run.validation_loss})
                     swept = {"variant": run.variant, "model.d_model": config.model.d_model, "optim.lr": run.lr, "seed": run.seed}
-                    file.settings(config, swept, result)
+                    file.settings(config, swept)
 
     def close(self) -> None:
         files, self._files = self._files, []
