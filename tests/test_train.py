@@ -15,7 +15,7 @@ from mutransformer.config.load import load
 from mutransformer.errors import FAILED, FINISHED, STOPPED
 from mutransformer.training import loop as training
 from mutransformer.training.checkpoint import Checkpoints
-from mutransformer.training.evaluate import Scored, evaluate_run
+from mutransformer.training.evaluate import evaluate_run
 from mutransformer.training.loop import train
 from mutransformer.training.metrics import Diverged
 from mutransformer.training.program import build_with_data
@@ -115,15 +115,13 @@ def test_what_pad_cuts_off_is_not_called_scored(tmp_path: Path) -> None:
 def test_a_signal_within_an_evaluation_leaves_no_result_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = settings(tmp_path, "steps=6", "eval.every=3", "name=cut")
 
-    def interrupted(*given: object, **more: object) -> Scored:
-        if "stop" not in more:  # what is scored for a checkpoint is not broken off
-            return evaluate(*given, **more)  # pyright: ignore[reportArgumentType]
+    def interrupted(self: training.Trainer, group: str, n_batches: int | None) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*given, **more)  # pyright: ignore[reportArgumentType]
+        return evaluate(self, group, n_batches)
 
-    evaluate = training.evaluate
+    evaluate = training.Trainer.evaluate
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(training, "evaluate", interrupted)
+    monkeypatch.setattr(training.Trainer, "evaluate", interrupted)
     assert train(*build_with_data(load(args))) == STOPPED
     assert signal.getsignal(signal.SIGTERM) == before
     run = tmp_path / "runs" / "cut"
