@@ -48,7 +48,7 @@ def import_folder(folder: Path, out: Path, settings: Sequence[str], note: Callab
     Args:
         out: the run's folder, which must not exist, or be empty. It gets its name when it is complete.
         settings: YAML files and overrides for what the folder does not say, such as the data and optim.lr.
-        note: is told what happens, in lines.
+        note: called with each line of progress.
 
     Raises:
         ConfigError: the folder cannot be read, no model here computes what it computes, `out` is not empty, or the logits differ.

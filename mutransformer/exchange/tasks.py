@@ -21,7 +21,7 @@ def evaluate_tasks(
     Args:
         tasks: names of the harness's tasks, or YAML files of one.
         limit: examples of each task at most; None: all.
-        note: is told what happens, in lines.
+        note: called with each line of progress.
 
     Raises:
         ConfigError: the run cannot be exported; there is no such task; the harness is not installed.

@@ -66,7 +66,7 @@ def export_run(
         keep_multipliers: Granite instead of Llama, with the factors as settings of its config.
         with_tokenizer: write the tokenizer's files.
         read_data: compare on held-out rows if the run's data are there; else, or if they are not, on random ids.
-        note: is told what happens, in lines.
+        note: called with each line of progress.
 
     Raises:
         ConfigError: the run cannot be read, no class computes what it computes, the folder is not empty, or the logits differ.
