@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from compiling import xla_flags
@@ -86,6 +87,26 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
         assert process.poll() is None, f"ended before step {step}: {process.communicate()}"
         assert time.monotonic() < deadline, f"no step {step} within two minutes"
         time.sleep(0.01)
+
+
+def kill_at_random(args: list[str], run: Path, last: int, saving: Callable[[], bool]) -> tuple[int, int]:
+    """Kills a run of scripts/train.py, which is started again and again, up to 20 times: none to three steps after its last one.
+
+    last: the latest step to wait for. saving: whether a save was cut off. Returns the kills, and how many of them cut off a save.
+    """
+    random, kills, within_a_save = Random(0), 0, 0
+    while kills < 20:
+        process = start("scripts/train.py", args, quick=True)
+        before = max(metrics(run), default=0)
+        wait_for_step(process, run, min(before + random.choice([0, 1, 2, 3]), last))
+        time.sleep(random.uniform(0, 0.1))
+        if process.poll() is not None:
+            break  # it came to its end
+        process.kill()
+        process.communicate()
+        kills += 1
+        within_a_save += saving()
+    return kills, within_a_save
 
 
 def refuse_before_jax(run: Callable[[], int], message: str, folder: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -2,15 +2,13 @@
 
 import shutil
 import signal
-import time
 from pathlib import Path
-from random import Random
 
 import jax
 import numpy as np
 import pytest
 from programs import program
-from runs import events, finish, metrics, settings, start, wait_for_step
+from runs import events, finish, kill_at_random, metrics, settings, start, wait_for_step
 
 from mutransformer.config.load import load
 from mutransformer.errors import FINISHED, STOPPED
@@ -105,19 +103,9 @@ def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_it_goes_on(folder: P
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(folder: Path, uninterrupted: Path) -> None:
     """With a checkpoint at every second step, some of them within a save. TensorBoard has each step once, none is missing."""
-    args, run, random = settings(folder, *LENGTH, "checkpoint.every=2", "name=often"), folder / "runs" / "often", Random(0)
-    kills, within_a_save = 0, 0
-    while kills < 20:
-        process = start(TRAIN, args, quick=True)
-        before = max(metrics(run), default=0)
-        wait_for_step(process, run, min(before + random.choice([0, 1, 2, 3]), 59))
-        time.sleep(random.uniform(0, 0.1))
-        if process.poll() is not None:
-            break  # it came to its end
-        process.kill()
-        process.communicate()
-        kills += 1
-        within_a_save += bool(list((run / "checkpoints").glob("*.orbax-checkpoint-tmp*")))
+    args, run = settings(folder, *LENGTH, "checkpoint.every=2", "name=often"), folder / "runs" / "often"
+    saving = run / "checkpoints"
+    kills, within_a_save = kill_at_random(args, run, 59, lambda: any(saving.glob("*.orbax-checkpoint-tmp*")))
     assert kills >= 15 and within_a_save >= 2, f"{kills} kills, {within_a_save} within a save"
     finish(start(TRAIN, args, quick=True))
     compare(run, uninterrupted)

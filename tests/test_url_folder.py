@@ -10,7 +10,6 @@ import threading
 import time
 from contextlib import closing, suppress
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import fsspec
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 from object_store import HIDDEN, ObjectStore, install
 from programs import program
-from runs import events, finish, free_port, metrics, settings, start, wait_for_step
+from runs import events, finish, free_port, kill_at_random, metrics, settings, start, wait_for_step
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
@@ -120,19 +119,8 @@ def test_a_run_at_a_url_is_one_on_the_disk(
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(module_folder: Path, whole: Path, bucket: Path) -> None:
     """With a checkpoint at every second step, some of them within an upload."""
-    args, run, random = at_url(module_folder, *LENGTH, "checkpoint.every=2", "name=often"), bucket / "often", Random(0)
-    kills, within_an_upload = 0, 0
-    while kills < 20:
-        process = start(TRAIN, args, quick=True)
-        before = max(metrics(run), default=0)
-        wait_for_step(process, run, min(before + random.choice([0, 1, 2, 3]), 39))
-        time.sleep(random.uniform(0, 0.1))
-        if process.poll() is not None:
-            break  # it came to its end
-        process.kill()
-        process.communicate()
-        kills += 1
-        within_an_upload += not all(checkpoints_in(run).values())
+    args, run = at_url(module_folder, *LENGTH, "checkpoint.every=2", "name=often"), bucket / "often"
+    kills, within_an_upload = kill_at_random(args, run, 39, lambda: not all(checkpoints_in(run).values()))
     assert kills >= 15 and within_an_upload >= 2, f"{kills} kills, {within_an_upload} within an upload"
     finish(start(TRAIN, args, quick=True))
     assert_same_run(run, args, whole, settings(module_folder, *LENGTH, "name=whole"))
@@ -274,9 +262,11 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over(holder: str, bucket: P
     lock = write_lock(bucket, **changes.get(holder, {}))
     if holder == "unreadable":
         lock.write_text("{")
-    began = time.monotonic()
-    with UrlFolder("objects://bucket/runs/o", str(bucket / "local")).owned():
-        waited = time.monotonic() - began > 1.5
+    began, folder = time.monotonic(), UrlFolder("objects://bucket/runs/o", str(bucket / "local"))
+    folder.check_free()
+    waited, began = time.monotonic() - began > 1.5, time.monotonic()
+    with folder.owned():
+        assert time.monotonic() - began < 1, "it waits once, not again for what it has waited for"
     assert waited == (holder in ("on another machine", "stopped")), "only what is known to be gone needs no wait"
 
 

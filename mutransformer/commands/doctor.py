@@ -70,7 +70,7 @@ def _examine(config: Config, folder: "RunFolder", check: _Checks) -> None:
     with check("versions") as found:
         found += [f"Python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in VERSIONS)]
     with check("folder") as found:
-        check_before_data(config)
+        check_before_data(config, folder)
         found.append(f"{folder.name} can be written to, and no run has it")
     with check("devices") as found:
         for_any_text = build(config, vocabulary=Vocabulary(config.model.n_vocab or 256))

@@ -48,14 +48,17 @@ _log = logging.getLogger(__name__)
 
 def run(config: Config, stop: StopRequest) -> int:
     """Prepares the data of a run and trains it, as train() does. Raises Stopped if asked to before there is a step to save."""
+    folder = run_folder(config)
     with stop.at_once():
-        check_before_data(config)
+        check_before_data(config, folder)
         program, corpus = build_with_data(config)
-    return train(program, corpus, stop)
+    return train(program, corpus, stop, folder)
 
 
-def train(program: Program, corpus: Corpus, stop: StopRequest | None = None) -> int:
-    """Trains until `steps` updates are completed, or until asked to stop. stop: None: by the signals of stop_on_signals.
+def train(program: Program, corpus: Corpus, stop: StopRequest | None = None, folder: RunFolder | None = None) -> int:
+    """Trains until `steps` updates are completed, or until asked to stop.
+
+    stop: None: by the signals of stop_on_signals. folder: of the run; None: the one that the config names.
 
     Returns the exit code: FINISHED, or STOPPED with a checkpoint of the last step.
 
@@ -66,7 +69,7 @@ def train(program: Program, corpus: Corpus, stop: StopRequest | None = None) -> 
     """
     with ExitStack() as stack:
         stop = stop or stack.enter_context(stop_on_signals())
-        folder = run_folder(program.config)
+        folder = folder or run_folder(program.config)
         stack.enter_context(owned_by_all(folder))
         return _train(program, corpus, stop, folder)
 

@@ -22,9 +22,8 @@ from mutransformer.sharding.mesh import data_share
 from mutransformer.sharding.processes import all_processes, assert_equal_across_processes
 from mutransformer.training.optim import make_schedule
 from mutransformer.training.program import Program
-from mutransformer.training.run_folder import existing
+from mutransformer.training.run_folder import RunFolder, existing
 from mutransformer.training.sinks import read_metrics
-from mutransformer.training.url_folder import run_folder
 
 # What may differ between the hosts of a run: how they find each other, and where they keep copies of the same data.
 OF_A_HOST = ("distributed.", "workdir", "data.cache_dir", "data.local_dir", "data.files", "data.path")
@@ -33,7 +32,7 @@ LARGEST_FILE = 2 << 30  # bytes: Orbax's limit for a file of a checkpoint
 _log = logging.getLogger(__name__)
 
 
-def check_before_data(config: Config) -> None:
+def check_before_data(config: Config, folder: RunFolder) -> None:
     """Compares the settings of all processes, and checks that the run's folder can be written to and is in nobody's use.
 
     Leaves nothing on the disk. Raises ConfigError if not.
@@ -42,7 +41,7 @@ def check_before_data(config: Config) -> None:
     assert_equal_across_processes("the configuration", settings)
     with all_processes().first_in_process_0("the run's folder"):
         if jax.process_index() == 0:
-            run_folder(config).check_free()
+            folder.check_free()
 
 
 def check_before_training(program: Program, corpus: Corpus, folder: Path, start: int) -> None:

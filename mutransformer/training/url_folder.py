@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class UrlFolder(RunFolder):
         self.name = url
         self._published = dict[str, tuple[int, int]]()  # time of change and bytes of each file that the store has, by name
         self._changing, self._publishing = threading.Lock(), threading.Lock()
-        self._lease: Lease | None = None
+        self._lease = Lease(self.store)
 
     def pull(self) -> None:
         with self._publishing:
@@ -93,31 +93,25 @@ class UrlFolder(RunFolder):
 
         Raises ConfigError if another run has it, or it cannot be written to, then or at the end.
         """
-        self._lease = Lease(self.store)
         with self._lease.held():
-            ended = threading.Event()
-            thread = threading.Thread(target=self._keep_publishing, args=[ended], name="publisher", daemon=True)
-            thread.start()
             try:
-                yield
+                with _in_background("publisher", self._keep_publishing):
+                    yield
             finally:
-                ended.set()
-                thread.join()
                 if self._lease.lost is None:
                     self.publish()
 
     def check_free(self) -> None:
-        Lease(self.store).check_free()
+        self._lease.check_free()
         probe = f"probe-{uuid.uuid4().hex}"
         self.store.write(probe, b"x")
         self.store.remove(probe)
 
     def check_present(self) -> None:
-        lost = self._lease.lost if self._lease else None
-        check(lost is None, f"{self.name}: {lost} while the run was going on")
+        check(self._lease.lost is None, f"{self.name}: {self._lease.lost} while the run was going on")
 
     def lock_seen(self) -> bytes:
-        lock = Lease(self.store).holder()
+        lock = self._lease.holder()
         return str(lock["id"]).encode() if lock else b""
 
     def _keep_publishing(self, ended: threading.Event) -> None:
@@ -149,6 +143,19 @@ class UrlFolder(RunFolder):
         return name != LOCK and not parts[-1].startswith(".") and not (parts[0] == CHECKPOINTS and len(parts) > 2)
 
 
+@contextmanager
+def _in_background(name: str, action: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Runs an action in a thread while the block lasts. Then its argument is set, and the thread waited for."""
+    ended = threading.Event()
+    thread = threading.Thread(target=action, args=[ended], name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def _state(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_mtime_ns, found.st_size
@@ -164,14 +171,9 @@ class Lease:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.lost: str | None = None  # how, once it is
-        since, machine = time.strftime("%Y-%m-%d %H:%M:%S %Z"), _machine()
-        self._lock = {
-            "id": uuid.uuid4().hex,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "machine": machine,
-            "since": since,
-        }
+        self._lapsed: dict[str, Any] | None = None  # a lock that was waited for in vain: once is enough
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "machine": _machine()}
+        self._lock = {"id": uuid.uuid4().hex, **who, "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -181,14 +183,10 @@ class Lease:
         time.sleep(SETTLED_AFTER)
         holder = self.holder()
         check(holder is not None and holder["id"] == self._lock["id"], self._in_use(holder or {}))
-        ended = threading.Event()
-        thread = threading.Thread(target=self._keep, args=[ended], name="lease", daemon=True)
-        thread.start()
         try:
-            yield
+            with _in_background("lease", self._keep):
+                yield
         finally:
-            ended.set()
-            thread.join()
             with suppress(ConfigError):
                 if (self.holder() or {}).get("id") == self._lock["id"]:
                     self._store.remove(LOCK)
@@ -196,7 +194,7 @@ class Lease:
     def check_free(self) -> None:
         """Raises ConfigError if another process has the right. Waits for a sign of its holder, if it may be gone."""
         before = self.holder()
-        if before is None or _is_gone(before):
+        if before is None or before == self._lapsed or _is_gone(before):
             return
         text = "%s: held by %s; waiting up to %.0f s for a sign that it goes on"
         _log.info(text, self._store.root, _who(before), LAPSED_AFTER)
@@ -207,6 +205,7 @@ class Lease:
             if now is None:
                 return
             check(now == before, self._in_use(now))
+        self._lapsed = before
 
     def holder(self) -> dict[str, Any] | None:
         """What the lock holds; None if there is none that can be read."""
