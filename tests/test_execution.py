@@ -11,7 +11,8 @@ from programs import program
 from mutransformer.config.load import load
 from mutransformer.data.batches.rows import Batch
 from mutransformer.errors import ConfigError
-from mutransformer.model.execution import Execution, device_kernel, resolve, tuning
+from mutransformer.model.execution import Execution, device_kernel, resolve, tuning, with_compute
+from mutransformer.sharding.devices import multiplies_bfloat16
 from mutransformer.training.step import make_train_step
 
 TINY = ["model.d_model=32", "model.d_head=16", "model.n_layer=1", "model.n_vocab=128", "data.seq_len=8", "data.batch_size=8"]
@@ -68,6 +69,21 @@ def test_options_reach_the_compiler() -> None:
     compiled("xla.xla_cpu_enable_fast_math=false")
     with pytest.raises(ConfigError, match="^xla: .*xla_of_nothing"):
         compiled("xla.xla_of_nothing=true")
+
+
+@pytest.mark.parametrize(("device", "dtype"), [(TPU, "bfloat16"), (GPU, "bfloat16"), (("gpu", "Tesla T4"), "float32")])
+def test_the_compute_dtype_is_what_the_device_multiplies(device: tuple[str, str], dtype: str) -> None:
+    kind = AbstractDevice(device_kind=device[1], num_cores=1, platform=device[0])
+    assert with_compute(load([]), kind).precision.compute == dtype
+    for given in ("float32", "bfloat16"):
+        assert with_compute(load([f"precision.compute={given}"]), kind).precision.compute == given
+
+
+def test_a_program_has_the_dtype_that_it_computes_in() -> None:
+    """A run's config.yaml and checkpoints come from the program's config: with another dtype the run is not resumed."""
+    built = program(load(TINY))
+    assert built.config.precision.compute == ("bfloat16" if multiplies_bfloat16(jax.devices()[0]) else "float32")
+    assert built.forward.policy.compute == built.config.precision.compute and "compute auto" not in str(built)
 
 
 def test_overlap_groups() -> None:

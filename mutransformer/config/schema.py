@@ -30,6 +30,7 @@ AttentionActivation = Literal["softmax", "sqrelu", "elu", "norm_sqrelu", "norm_e
 AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
 Remat = Literal["none", "dots", "attention", "outputs", "full"]
 Float = Literal["float32", "bfloat16"]  # not float16: gradients would need a loss scale
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 SPLASH_MULTIPLE = 128  # must divide the number of positions: the lanes of a TPU's vector registers
 SPLASH_HEAD = 64  # must divide a head's size
@@ -48,7 +49,7 @@ def unfit(kernel: AttentionKernel, activation: str, T: int, d_head: int, compute
         limits[f"needs heads of a multiple of {SPLASH_HEAD}, {heads}"] = d_head % SPLASH_HEAD == 0
     else:
         fits = d_head % CUDNN_HEAD == 0 and d_head <= CUDNN_MAX_HEAD
-        limits[f"computes in bfloat16, not precision.compute = {compute}"] = compute == "bfloat16"
+        limits[f"computes in bfloat16, not precision.compute = {compute}"] = compute != "float32"
         limits[f"needs heads of a multiple of {CUDNN_HEAD} up to {CUDNN_MAX_HEAD}, {heads}"] = fits
         limits[f"needs an even number of positions, {positions}"] = T % 2 == 0
     return next((limit for limit, kept in limits.items() if not kept), None)
@@ -136,7 +137,9 @@ class ModelConfig:
 class PrecisionConfig:
     """Weights and statistics are always float32."""
 
-    compute: Float = setting("bfloat16", "activations and gathered weights")
+    compute: ComputeDtype = setting(
+        "auto", "activations and gathered weights; auto: bfloat16 on devices with instructions for it, else float32"
+    )
     grad_reduce_dtype: Float = setting("float32", "gradients of weights while they are summed over devices")
     mu_dtype: Float = setting("float32", "the optimizer's first moment")
 
@@ -230,6 +233,11 @@ class Config:
         """Total tokens over optim.tokens_base."""
         total = self.steps * self.tokens_per_step
         return total / (self.optim.tokens_base or total)
+
+    def with_compute(self, dtype: Float) -> "Config":
+        """This config with precision.compute = auto filled in."""
+        compute = dtype if self.precision.compute == "auto" else self.precision.compute
+        return dataclasses.replace(self, precision=dataclasses.replace(self.precision, compute=compute))
 
     def with_vocab(self, n_vocab: int) -> "Config":
         """This config with the tokenizer's size filled in. Raises ConfigError if model.n_vocab is set to less."""

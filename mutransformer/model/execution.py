@@ -13,6 +13,7 @@ import jax
 
 from mutransformer.config.schema import AttentionKernel, Config, unfit
 from mutransformer.errors import check
+from mutransformer.sharding.devices import BEFORE_AMPERE, multiplies_bfloat16
 from mutransformer.sharding.mesh import AnyMesh, first_device
 
 # blockwise: softmax over blocks of queries, in XLA; dense: all logits at once, in XLA, which XLA:TPU fuses with their softmax.
@@ -27,8 +28,7 @@ SAVED_NAMES = {
     "dots": ("query", "key", "value", "attended", "middle", "hidden", "gate"),  # recomputes no product with a weight
 }
 SPLASH_FROM = 512  # the shortest row for which auto selects splash attention: a shorter row's logits are cheap to write out
-# GPUs without cuDNN's kernel: other vendors', and those before Ampere.
-_WITHOUT_CUDNN = re.compile(r"AMD|[VPK]\d+\b|\bT4\b|GTX|TITAN|RTX 20|Quadro", re.IGNORECASE)
+_WITHOUT_CUDNN = re.compile(f"AMD|{BEFORE_AMPERE}", re.IGNORECASE)  # GPUs without its attention kernel
 HEAD_CHUNK_CPU = 512  # tokens; tuned on two cores
 HEAD_BYTES = 512 << 20  # of float32 logits: the sum of the unembedding's gradient, of like size, is read and written per chunk
 
@@ -97,6 +97,11 @@ def device_kernel(platform: str, kind: str) -> AttentionKernel:
     if platform == "tpu":
         return "splash"
     return "cudnn" if platform in ("gpu", "cuda") and not _WITHOUT_CUDNN.search(kind) else "xla"
+
+
+def with_compute(config: Config, device: Any) -> Config:
+    """The config with precision.compute resolved for a device, or an abstract device."""
+    return config.with_compute("bfloat16" if multiplies_bfloat16(device) else "float32")
 
 
 def tuning(device_kind: str) -> Tuning:

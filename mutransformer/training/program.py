@@ -28,7 +28,7 @@ from mutransformer.model.execution import Execution
 from mutransformer.model.matmul import MatmulPolicy
 from mutransformer.model.transformer import Forward
 from mutransformer.model.weights import Transformer, block_specs, flops_per_token, transformer_specs
-from mutransformer.sharding.mesh import AnyMesh, batch_pspec, make_mesh, n_row_groups, replicated
+from mutransformer.sharding.mesh import AnyMesh, batch_pspec, first_device, make_mesh, n_row_groups, replicated
 from mutransformer.sharding.processes import all_processes, assert_equal_across_processes
 from mutransformer.sharding.spec import Weight
 from mutransformer.training.bad_steps import Recent, no_steps
@@ -56,7 +56,7 @@ class Vocabulary(NamedTuple):
 class Program:
     """What a run is, resolved for the devices it runs on. `print(program)` gives a short table."""
 
-    config: Config  # with the size of the vocabulary filled in
+    config: Config  # with the size of the vocabulary and the compute dtype filled in
     vocabulary: Vocabulary
     mesh: Any  # a Mesh, or an AbstractMesh in planning
     scaling: mup.Scaling  # the parametrization and the size of the model relative to the one that was tuned
@@ -131,7 +131,7 @@ def build(
     """
     mesh: AnyMesh = devices if isinstance(devices, Mesh | AbstractMesh) else make_mesh(config.mesh, devices)
     found = prepare_tokenizer(config.data) if vocabulary is None else vocabulary
-    config = config.with_vocab(found.n_vocab)
+    config = execution.with_compute(config.with_vocab(found.n_vocab), first_device(mesh))
     _check_divides(config, mesh)
     scaling = scaling_of(config)
     specs = transformer_specs(config.model, mesh.shape["y"])
@@ -189,7 +189,10 @@ def build_with_data(config: Config) -> tuple[Program, Corpus]:
     """The program of a config on all devices, and its tokenized data. Raises ConfigError as build and prepare_data raise."""
     mesh = make_mesh(config.mesh)  # before text is tokenized: a mesh that does not fit is reported at once
     corpus = prepare_data(config)
-    return build(config, mesh, corpus.tokenizer), corpus
+    program = build(config, mesh, corpus.tokenizer)
+    # auto depends on the CPU of a host
+    assert_equal_across_processes("the resolved configuration", {"precision.compute": program.config.precision.compute})
+    return program, corpus
 
 
 def scaling_of(config: Config) -> mup.Scaling:

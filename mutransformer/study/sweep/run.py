@@ -26,6 +26,7 @@ from mutransformer.config.schema import Config, non_defaults
 from mutransformer.data.batches import pipeline
 from mutransformer.data.cache.dataset import Corpus
 from mutransformer.errors import FINISHED, STOPPED, check, first_line
+from mutransformer.model.execution import with_compute
 from mutransformer.mup.checks.verdict import count
 from mutransformer.sharding.devices import memory_limit
 from mutransformer.sharding.peers import Watch
@@ -56,6 +57,7 @@ def sweep(variants: Sequence[VariantConfig], points: Sequence[Point], folder: Pa
     if writes and records.repair(path):
         _log.warning("%s: removed a truncated last line; its run is trained again", path)
     done = records.read(path) if path.exists() and path.stat().st_size else []
+    variants = [replace(one, config=with_compute(one.config, jax.local_devices()[0])) for one in variants]  # on record
     missing = [_missing(variant, points, done, path) for variant in variants]
     n_missing = sum(map(len, missing))
     _log.info("%s to train, %d already in %s", count(n_missing, "run"), len(variants) * len(points) - n_missing, path)
