@@ -1,17 +1,28 @@
 """Eight simulated CPU devices, strict ranks, and the options of the test run."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 from compiling import xla_flags
 
-# Before JAX starts. The persistent caches and any accelerator of the machine stay out of the tests.
+# Before JAX starts. The caches and any accelerator of the machine stay out of the tests. All processes of a test run share one
+# folder of compiled programs, which is removed at its end.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = xla_flags(8)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mutransformer-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
 
+from mutransformer.sharding.compile_cache import keep_compiled
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+keep_compiled(None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -85,8 +85,8 @@ def test_a_cpu_multiplies_bfloat16_by_its_flags(
 ) -> None:
     if text is not None:
         (tmp_path / "cpuinfo").write_text(text)
-    flags = devices._cpu_flags(tmp_path / "cpuinfo")
-    monkeypatch.setattr(devices, "_cpu_flags", lambda: flags)
+    flags = devices.cpu_flags(tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices, "cpu_flags", lambda: flags)
     assert multiplies_bfloat16(SimpleNamespace(platform="cpu", device_kind="cpu")) == multiplies
 
 

@@ -7,12 +7,13 @@ import signal
 from contextlib import closing
 from pathlib import Path
 
+import jax
 import pytest
-from runs import metrics, settings
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
 from mutransformer.errors import FAILED, FINISHED, STOPPED
+from mutransformer.model.execution import with_compute
 from mutransformer.training import loop as training
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.evaluate import evaluate_run
@@ -21,6 +22,7 @@ from mutransformer.training.metrics import Diverged
 from mutransformer.training.program import build_with_data
 from mutransformer.training.run_folder import RunFolder
 from mutransformer.training.sinks import board_tag
+from runs import metrics, settings
 
 SHORT = ["steps=6", "eval.every=2", "checkpoint.every=4", "mesh.x=4", "mesh.y=2", "checkpoint.keep=1"]
 
@@ -29,7 +31,7 @@ def test_a_run_writes_what_it_should(tmp_path: Path, capsys: pytest.CaptureFixtu
     config = load(settings(tmp_path, *SHORT, "name=whole", "model.activation=swiglu", "profile.start=2", "profile.stop=3"))
     assert train(*build_with_data(config)) == FINISHED
     run = tmp_path / "runs" / "whole"
-    assert load([str(run / "config.yaml")]) == config
+    assert load([str(run / "config.yaml")]) == with_compute(config, jax.devices()[0])
     lines = metrics(run)
     assert list(lines) == [1, 2, 3, 4, 5, 6]
     assert {step for step, line in lines.items() if "validation/loss" in line} == {2, 4, 6}

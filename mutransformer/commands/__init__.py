@@ -40,7 +40,7 @@ def start(settings: Sequence[str]) -> Config:
 
 def start_jax(config: Config) -> None:
     """Starts JAX and logging. Raises ConfigError if another process of the run cannot be reached."""
-    processes.prepare_jax(config.distributed)
+    processes.prepare_jax(config)
     from mutransformer.training import metrics
 
     metrics.setup_logging()

@@ -30,7 +30,7 @@ def run(args: Namespace) -> int:
     check(args.seconds > 0, f"--seconds {args.seconds}: must be positive")
     check(args.repeats >= 1, f"--repeats {args.repeats}: must be at least 1")
     config = load(args.settings)
-    processes.prepare_jax(config.distributed)
+    processes.prepare_jax(config)
     import jax
     import numpy as np
 

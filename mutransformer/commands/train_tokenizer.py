@@ -22,7 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     config = load(args.settings)
-    processes.prepare_jax(config.distributed)
+    processes.prepare_jax(config)
     from mutransformer.data.cache.prepare import train_tokenizer
     from mutransformer.data.tokenizers.tokenizer import SentencePieceTokenizer
 

@@ -162,6 +162,9 @@ class Config:
     mesh: MeshConfig = setting(MeshConfig, resume="free")
     xla_tuned: bool = setting(True, "XLA options by device kind: speed on a TPU, determinism on an NVIDIA GPU", resume="free")
     xla: dict[str, str] = setting(dict, "further XLA compiler options, option: value", resume="free")
+    compile_cache: Optional[str] = setting(
+        "~/.cache/mutransformer/compiled", "keeps compiled programs for the next start; null: none", path="local", resume="free"
+    )
     distributed: DistributedConfig = setting(DistributedConfig, resume="free")
     eval: EvalConfig = setting(EvalConfig, resume="free")
     log: LogConfig = setting(LogConfig, resume="free")

@@ -58,12 +58,12 @@ def multiplies_bfloat16(device: Any) -> bool:
     as such, since XLA's products were measured on none.
     """
     if device.platform == "cpu":
-        return bool(_CPU_BFLOAT16 & _cpu_flags())
+        return bool(_CPU_BFLOAT16 & cpu_flags())
     return device.platform == "tpu" or not re.search(BEFORE_AMPERE, device.device_kind, re.IGNORECASE)
 
 
 @cache
-def _cpu_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     """The instruction sets of this machine's CPU by Linux's names; none elsewhere."""
     try:
         lines = path.read_text(errors="replace").splitlines()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mutransformer.config.run import DistributedConfig
+from mutransformer.config.schema import Config
 from mutransformer.errors import ConfigError, first_line, translate_errors
 from mutransformer.sharding.stopping import Stopped
 
@@ -83,12 +84,17 @@ def simulate_devices(n: int) -> None:
         jax.config.update("jax_num_cpu_devices", n)
 
 
-def prepare_jax(config: DistributedConfig) -> None:
-    """Joins the other processes of the run and lets malloc keep freed memory. Raises ConfigError as join_processes does."""
-    join_processes(config)
+def prepare_jax(config: Config) -> None:
+    """Joins the other processes of the run, and makes malloc keep freed memory, and JAX compiled programs.
+
+    Raises ConfigError as join_processes does.
+    """
+    join_processes(config.distributed)
+    from mutransformer.sharding.compile_cache import keep_compiled
     from mutransformer.sharding.devices import keep_freed_memory
 
     keep_freed_memory()
+    keep_compiled(config.compile_cache)
 
 
 def join_processes(config: DistributedConfig) -> None:

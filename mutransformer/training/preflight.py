@@ -26,7 +26,7 @@ from mutransformer.training.run_folder import RunFolder, existing
 from mutransformer.training.sinks import read_metrics
 
 # What may differ between the hosts of a run: how they find each other, and where they keep copies of the same data.
-OF_A_HOST = ("distributed.", "workdir", "data.cache_dir", "data.local_dir", "data.files", "data.path")
+OF_A_HOST = ("distributed.", "workdir", "compile_cache", "data.cache_dir", "data.local_dir", "data.files", "data.path")
 LARGEST_FILE = 2 << 30  # bytes: Orbax's limit for a file of a checkpoint
 
 _log = logging.getLogger(__name__)
