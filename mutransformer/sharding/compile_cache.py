@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import sys
 from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -109,7 +110,7 @@ def keep_compiled(folder: str | None) -> None:
 
 def _machine() -> str:
     """A name for machines with the same instructions: others that share a home directory could not execute the programs."""
-    text = f"{platform.system()} {platform.machine()} {platform.processor()} {sorted(cpu_flags())}"
+    text = f"{sys.platform} {platform.machine()} {platform.processor()} {sorted(cpu_flags())}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
