@@ -1,11 +1,19 @@
 """Profiler traces of a window of steps."""
 
+import gzip
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
+from runs import settings
 
+from mutransformer.config.load import load
 from mutransformer.config.run import ProfileConfig
-from mutransformer.training.loop import Profile
+from mutransformer.errors import FINISHED
+from mutransformer.training.loop import Profile, train
+from mutransformer.training.program import build_with_data
 
 
 def test_profile_traces_the_window(tmp_path, monkeypatch):
@@ -34,6 +42,16 @@ def test_profile_resumed_within_the_window_and_cut_short(tmp_path):
     profile.close()
     assert not profile.running
     assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
+
+
+def test_a_run_names_its_steps_in_the_trace(tmp_path: Path) -> None:
+    """Tools that report by step find them: XLA's own events have no number."""
+    steps = ["profile.start=1", "profile.stop=3", "steps=4"]
+    assert train(*build_with_data(load([*settings(tmp_path), *steps]))) == FINISHED
+    (path,) = tmp_path.glob("**/plugins/profile/*/*.trace.json.gz")
+    with gzip.open(path, "rt") as file:
+        events = json.load(file)["traceEvents"]
+    assert sorted(int(event["args"]["step_num"]) for event in events if event.get("name") == "train") == [2, 3]
 
 
 @pytest.mark.parametrize("process", [0, 1])

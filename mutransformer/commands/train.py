@@ -11,8 +11,8 @@ import shutil
 import sys
 from argparse import Namespace
 
-from mutransformer.commands import RUN_KEYS, SIZE_KEYS, start
-from mutransformer.config.load import list_configs
+from mutransformer.commands import RUN_KEYS, SIZE_KEYS, start_jax
+from mutransformer.config.load import list_configs, load
 from mutransformer.errors import USAGE_ERROR
 from mutransformer.sharding.stopping import stop_on_signals
 
@@ -27,7 +27,9 @@ def run(args: Namespace) -> int:
         return USAGE_ERROR
     with stop_on_signals() as stop:
         with stop.at_once():
-            config = start(args.settings)
+            config = load(args.settings)
+            print(f"{config.name}: starting", flush=True)  # JAX alone takes seconds to import
+            start_jax(config)
             from mutransformer.training import loop
 
         return loop.run(config, stop)

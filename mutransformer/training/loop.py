@@ -197,7 +197,8 @@ class Trainer:
             self.state = self._skip(self.state)
             _log.info("step %d is skipped, as it was before the run was resumed", self.step)
             return
-        self.state, scalars = self._train_step(self.state, put_batch(batch, self.program.mesh))
+        with jax.profiler.StepTraceAnnotation("train", step_num=self.step):  # a profiler's tools report by step
+            self.state, scalars = self._train_step(self.state, put_batch(batch, self.program.mesh))
         self._skipped.record(self.step, scalars)
         self.log.record(self.step, scalars)
         self.checkpoints.poll()

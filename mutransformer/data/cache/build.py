@@ -216,5 +216,5 @@ def collect(target: TokenShards) -> list[dict[str, Any]]:
         metadata = map_parallel(target.metadata, range(target.n_shards))
     counts = [split for shard in metadata for split in shard["splits"].values()]
     n_documents, n_tokens = (sum(split[what] for split in counts) for what in ("documents", "tokens"))
-    _log.info("%s: tokenized %d documents, %.1fM tokens", target.key, n_documents, n_tokens / 1e6)
+    _log.info("%s: tokenized %s documents, %s tokens", target.key, f"{n_documents:,}", f"{n_tokens:,}")
     return metadata
