@@ -4,7 +4,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from runs import ROOT
+from short_runs import ROOT
 
 LAUNCH = ROOT / "docs/launch.md"
 README, CHANGES = ROOT / "README.md", ROOT / "CHANGELOG.md"

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from object_store import install
-from runs import free_port
+from short_runs import free_port
 from test_sources import TEXTS, write
 
 from mutransformer.config.data import DataConfig

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from short_runs import ROOT
 
 from mutransformer.sharding.compile_cache import SealedCache
-from runs import ROOT
 
 
 def test_what_was_put_is_found(tmp_path: Path) -> None:

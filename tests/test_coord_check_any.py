@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax import Array
 from pages import blocks
-from runs import ROOT
+from short_runs import ROOT
 
 from mutransformer import mup
 from mutransformer.mup.checks.intermediates import products

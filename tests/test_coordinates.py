@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from programs import program, specs
-from runs import ROOT, finish, refuse_before_jax, settings, start
+from short_runs import ROOT, finish, refuse_before_jax, settings, start
 
 from mutransformer.cli import main
 from mutransformer.config.load import load

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from pages import CHANGES, LAUNCH, PAGES, README, SET, blocks
-from runs import ROOT
+from short_runs import ROOT
 from test_layers import FLOORS
 
 import mutransformer

@@ -11,7 +11,7 @@ import pytest
 from cases import slow_unless
 from jax.sharding import Mesh
 from programs import program
-from runs import finish, start
+from short_runs import finish, start
 from test_sharding import MODELS, TINY, params, worst
 
 from mutransformer.commands.inspect_data import _locate

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from runs import ROOT
+from short_runs import ROOT
 
 NAMES = ("mlp", "vit", "gru", "moe", "third_party")
 # Of every weight that is not a gain or bias.

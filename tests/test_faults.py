@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import events, finish, metrics, settings, start, wait_for_step
+from short_runs import events, finish, metrics, settings, start, wait_for_step
 
 from mutransformer.cli import main
 from mutransformer.config.load import load

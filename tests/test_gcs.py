@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import settings
+from short_runs import settings
 from test_build import FILES, config, finish, prepare_data, run_processes, text
 
 from mutransformer.cli import main

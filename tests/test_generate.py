@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cases import slow_unless
 from hf import t5
-from runs import settings
+from short_runs import settings
 from test_ops import distance
 from test_sharding import params
 

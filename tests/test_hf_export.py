@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from cases import slow_unless
 from hf import FAMILIES
-from runs import ROOT
-from runs import settings as run_settings
+from short_runs import ROOT
+from short_runs import settings as run_settings
 from test_sharding import params
 
 from mutransformer.cli import main

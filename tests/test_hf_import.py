@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 from cases import slow_unless
-from runs import metrics
-from runs import settings as run_settings
+from short_runs import metrics
+from short_runs import settings as run_settings
 from test_hf_export import V, program, weights
 
 from mutransformer.cli import main

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 from jax import Array
-from runs import ROOT
+from short_runs import ROOT
 
 from mutransformer import mup
 

@@ -18,8 +18,8 @@ import yaml
 from compiling import xla_flags
 from jax._src.clusters import ClusterEnv
 from pages import LAUNCH, SET, blocks
-from runs import ROOT, free_port, metrics
-from runs import settings as tiny
+from short_runs import ROOT, free_port, metrics
+from short_runs import settings as tiny
 
 from mutransformer.config import load as settings
 from mutransformer.config.schema import Config

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import settings as run_settings
+from short_runs import settings as run_settings
 
 from mutransformer.cli import main
 from mutransformer.config.load import load

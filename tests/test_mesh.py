@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from runs import ROOT
+from short_runs import ROOT
 from tokens import mixture
 
 from mutransformer.config.data import DataConfig

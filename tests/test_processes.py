@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import finish, free_port, metrics, settings, start, wait_for_step
+from short_runs import finish, free_port, metrics, settings, start, wait_for_step
 
 from mutransformer.errors import STUCK
 

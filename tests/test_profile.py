@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from runs import settings
+from short_runs import settings
 
 from mutransformer.config.load import load
 from mutransformer.config.run import ProfileConfig

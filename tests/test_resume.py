@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from programs import program
-from runs import events, finish, kill_at_random, metrics, settings, start, wait_for_step
+from short_runs import events, finish, kill_at_random, metrics, settings, start, wait_for_step
 
 from mutransformer.config.load import load
 from mutransformer.errors import FINISHED, STOPPED

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from runs import ROOT, finish, refuse_before_jax, settings, start
+from short_runs import ROOT, finish, refuse_before_jax, settings, start
 
 from mutransformer.cli import main
 from mutransformer.config.load import load

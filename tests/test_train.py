@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from short_runs import metrics, settings
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
@@ -22,7 +23,6 @@ from mutransformer.training.metrics import Diverged
 from mutransformer.training.program import build_with_data
 from mutransformer.training.run_folder import RunFolder
 from mutransformer.training.sinks import board_tag
-from runs import metrics, settings
 
 SHORT = ["steps=6", "eval.every=2", "checkpoint.every=4", "mesh.x=4", "mesh.y=2", "checkpoint.keep=1"]
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from object_store import HIDDEN, ObjectStore, install
 from programs import program
-from runs import events, finish, free_port, kill_at_random, metrics, settings, start, wait_for_step
+from short_runs import events, finish, free_port, kill_at_random, metrics, settings, start, wait_for_step
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
