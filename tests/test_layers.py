@@ -17,11 +17,12 @@ FLOORS += ["planning", "study", "commands", "cli"]
 EFFECTS = {"data", "exchange", "study", "commands", "cli"}
 EFFECTS |= {f"sharding.{name}" for name in ("compile_cache", "devices", "processes", "peers", "stopping")}
 EFFECTS |= {f"training.{name}" for name in ("checkpoint", "metrics", "sinks", "skipped_steps", "run_folder", "preflight", "loop")}
-EFFECTS |= {f"training.{name}" for name in ("checkpoint_storage", "url_checkpoints", "url_folder")}
+EFFECTS |= {f"training.{name}" for name in ("checkpoint_storage", "url_checkpoints", "url_folder", "layer_log")}
 ALLOWED = {name: {"pathlib", "pathlib.Path"} for name in ("", "config.schema", "errors", "planning.timeline")}
 ALLOWED["config.load"] = {"pathlib", "pathlib.Path", "path.read_text", "fsspec", "fsspec.open"}  # YAML files
 ALLOWED["planning.compiled.simulate"] = {"os", "time"}
 ALLOWED["mup.checks.slopes"] = {"io"}  # a text in memory
+ALLOWED["training.heat_maps"] = {"io", "io.BytesIO"}  # an image in memory
 ALLOWED["mup.checks.rate_sweep"] = {"logging", "time"}
 
 IMPURE_MODULES = {

@@ -330,7 +330,7 @@ def test_wandb_gets_the_same_numbers_and_keeps_its_run(tmp_path, monkeypatch):
 
 def test_files_are_closed_when_the_loop_fails(tmp_path, monkeypatch):
     closed = []
-    monkeypatch.setattr(module.JsonLines, "close", lambda self, final: closed.append(self._file.close()))
+    monkeypatch.setattr(module.JsonLines, "close", lambda self, final: closed.append(self._scalars.close()))
     metrics = Metrics(*run_of(tmp_path, tensorboard=False), FLOPS, 1, 0)
     with pytest.raises(KeyError):
         with metrics:

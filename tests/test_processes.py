@@ -10,6 +10,8 @@ import pytest
 from short_runs import finish, free_port, metrics, settings, start, wait_for_step
 
 from mutransformer.errors import STUCK
+from mutransformer.training.layer_sizes import QUANTITIES
+from mutransformer.training.sinks import layer_tags, read_layers
 
 LENGTH = ["steps=6", "eval.every=3", "precision.compute=float32"]
 MESHES = {"4x2": ["mesh.x=4", "mesh.y=2"], "1x8": ["mesh.x=1", "mesh.y=8", "model.d_head=8"]}
@@ -55,6 +57,18 @@ def test_same_losses(tmp_path: Path, mesh: str) -> None:
         for tag in {"train/loss", "norm/gradient", "validation/loss", "validation_whole/loss"} & set(line):
             assert two[step][tag] == pytest.approx(line[tag], rel=1e-5), f"{tag} at step {step}"
     assert one[6]["validation_whole/loss"] != one[6]["train/loss"]
+
+
+@pytest.mark.slow
+def test_the_layers_of_two_processes_are_as_large_as_those_of_one(tmp_path: Path) -> None:
+    args = settings(tmp_path, *LENGTH, *MESHES["4x2"], "log.layers=2")
+    for n_process in (1, 2):
+        run("scripts/train.py", [*args, f"name=of{n_process}"], n_process)
+    one, two = (read_layers(tmp_path / "runs" / f"of{n}") for n in (1, 2))
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [2, 4, 6]
+    for ours, theirs in zip(one, two, strict=True):
+        of_one, of_two = (layer_tags({quantity: row[quantity] for quantity in QUANTITIES}) for row in (ours, theirs))
+        assert of_two == pytest.approx(of_one, rel=1e-3)
 
 
 def global_batches(tmp_path: Path, order: str, args: list[str], n_process: int) -> list[str]:

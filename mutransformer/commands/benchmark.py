@@ -3,9 +3,11 @@
 Example: mutransformer benchmark small model.d_model=512
 
 Random tokens that stay on the devices; compilation and warm-up do not count. Quote the median over repeats, tokens_per_second.
+With log.layers=N also what it costs to measure the layers every N steps, by repeats with and without in turn: layers_overhead.
 """
 
 import json
+import math
 import os
 import statistics
 import time
@@ -37,6 +39,7 @@ def run(args: Namespace) -> int:
     from mutransformer.data.batches.rows import Batch
     from mutransformer.sharding.devices import memory_in_use, peak_flops
     from mutransformer.sharding.mesh import data_share, put_batch
+    from mutransformer.training.layer_sizes import LayerSizes
     from mutransformer.training.program import Vocabulary, build
     from mutransformer.training.step import make_train_step
 
@@ -53,17 +56,32 @@ def run(args: Namespace) -> int:
     step = make_train_step(program).lower(state, batch).compile()
     compile_seconds = time.perf_counter() - began
 
-    def seconds_per_step(n: int) -> float:
+    began, every = time.perf_counter(), config.log.layers
+    layers = LayerSizes(program, state, batch) if every else None
+    layers_compile_seconds = time.perf_counter() - began
+
+    def seconds_per_step(n: int, layers: LayerSizes | None = None) -> float:
         nonlocal state
         began = time.perf_counter()
-        for _ in range(n):
-            state, _ = step(state, batch)
+        for i in range(1, n + 1):
+            measuring = layers if layers and i % every == 0 else None
+            before = measuring and measuring.before(state, batch)
+            state, metrics = step(state, batch)
+            if measuring and before:
+                measuring.layout.split(np.asarray(measuring.after(before, state, metrics)))
         jax.block_until_ready(state)
         return (time.perf_counter() - began) / n
 
     seconds_per_step(1)
+    if layers:
+        seconds_per_step(every, layers)
     n = max(1, round(args.seconds / seconds_per_step(2)))
-    rates = sorted(config.tokens_per_step / seconds_per_step(n) for _ in range(args.repeats))
+    n += -n % (every or 1)
+    pairs = []
+    for _ in range(args.repeats):
+        pairs.append((seconds_per_step(n), seconds_per_step(n, layers) if layers else math.nan))
+    rates = sorted(config.tokens_per_step / without for without, _ in pairs)
+    overheads = sorted(measured / without - 1 for without, measured in pairs)
     median = statistics.median(rates)
     peak = peak_flops(program.execution.device_kind)
     memory = memory_in_use(jax.local_devices())
@@ -84,6 +102,13 @@ def run(args: Namespace) -> int:
         "compute": config.precision.compute,
         "jax": jax.__version__,
     }
+    if every:
+        report |= {
+            "layers_every": every,
+            "layers_overhead": round(statistics.median(overheads), 4),
+            "layers_overhead_range": [round(overheads[0], 4), round(overheads[-1], 4)],
+            "layers_compile_seconds": round(layers_compile_seconds, 2),
+        }
     if jax.process_index() == 0:
         print(json.dumps(report, indent=2))
     return FINISHED

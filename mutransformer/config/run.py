@@ -82,6 +82,9 @@ class LogConfig:
     """Metrics."""
 
     every: int = setting(10, "steps between logged metrics", min=1)
+    layers: int = setting(
+        0, "steps between sizes of activations, gradients, weights and updates of each layer; 0: none, at no cost", min=0
+    )
     tensorboard: bool = setting(True, "write TensorBoard events")
     wandb: Optional[str] = setting(None, "a Weights & Biases project to log to as well")
 

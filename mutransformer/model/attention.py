@@ -290,3 +290,16 @@ def attention_logits(q: Float[Array, "b T h D"], k: Float[Array, "b T k D"], sca
     logits = scale * contract("btkgd,bskd->bkgts", q.reshape(b, T, n_kv, h // n_kv, D), k)
     query, key = jnp.tril_indices(T)
     return logits[..., query, key]
+
+
+def attention_mean_square(q: Float[Array, "b T h D"], k: Float[Array, "b T k D"], scale: float) -> Float[Array, ""]:
+    """The mean square of `attention_logits`, of which a block of queries exists at a time."""
+    b, T, h, D = q.shape
+    n_kv = k.shape[2]
+    q, k = jnp.transpose(q.reshape(b, T, n_kv, h // n_kv, D), (0, 2, 3, 1, 4)), jnp.transpose(k, (0, 2, 1, 3))
+    step = next(n for n in (BLOCK, 256, 128, 64, T) if T % n == 0)
+    total = jnp.zeros((), jnp.float32)
+    for first in range(0, T, step):
+        logits = scale * contract("bkgqd,bksd->bkgqs", q[:, :, :, first : first + step], k[:, :, : first + step])
+        total += jnp.sum(jnp.where(_readable(first, step, first + step, None), jnp.square(logits), 0))
+    return total / (b * h * (T * (T + 1) // 2))

@@ -59,6 +59,26 @@ def target_losses(
     return _head(h, w, bias, targets, mask, head, with_grads=False)[1]
 
 
+def mean_square_of_logits(
+    h: Float[Array, "b T M"], w: Float[Array, "..."], bias: Float[Array, " v"] | None, head: Head
+) -> Float[Array, ""]:
+    """The mean square of the logits over this device's tokens and the real vocabulary, as seen from this device's slice of it:
+    the mean over y is the result."""
+    gathered = gather_x(w, head.spec, head.policy.compute, head.policy.grad_reduce_dtype)
+    v, tokens = gathered.shape[1], h.shape[0] * h.shape[1]
+    real = index_y() * v + jnp.arange(v) < head.n_vocab
+
+    def of_chunk(part: tuple[Array, Array]) -> Array:
+        x, count = part
+        logits = dot(x, gathered, (1, 0))
+        logits = logits if bias is None else logits + bias.astype(jnp.float32)[None]
+        return jnp.sum(jnp.where(real[None], jnp.square(logits), 0) * count[:, None])
+
+    n = -(-tokens // head.chunk)
+    parts = tuple(_in_chunks(a, n) for a in (h.reshape(tokens, -1), jnp.ones(tokens)))
+    return jnp.sum(lax.map(of_chunk, parts)) * (lax.axis_size("y") / (tokens * head.n_vocab))
+
+
 def _head_backward(head: Head, grads: tuple[Any, Any, Any], by: tuple[Array, Array]) -> tuple[Any, Any, Any, None, None]:
     scaled = jax.tree.map(lambda g: (g * by[0]).astype(g.dtype), grads)
     return *scaled, None, None

@@ -16,9 +16,16 @@ from jaxtyping import Bool, Float, Int
 
 from mutransformer.config.schema import ModelConfig
 from mutransformer.model import ops
-from mutransformer.model.attention import DecodeState, KVCache, attention, attention_logits, decode_attention
+from mutransformer.model.attention import (
+    DecodeState,
+    KVCache,
+    attention,
+    attention_logits,
+    attention_mean_square,
+    decode_attention,
+)
 from mutransformer.model.execution import Execution
-from mutransformer.model.loss import Head, head_loss, target_losses
+from mutransformer.model.loss import Head, head_loss, mean_square_of_logits, target_losses
 from mutransformer.model.matmul import MatmulPolicy, gather_matrix, look_up, project
 from mutransformer.model.ops import Segments
 from mutransformer.model.weights import Block, Transformer
@@ -173,6 +180,20 @@ class Forward:
         x, seen = self.apply_layers(params, inputs, segments, keep)
         return seen | {"final": x, "logits": self.unembed(params, self.final_hidden(params, x))}
 
+    def mean_squares(self, params: Params, inputs: Tokens, segments: Segments) -> Intermediates:
+        """The mean square of each of `intermediates` on this device, of which none is kept: [L] for those of layers, else [].
+
+        Unlike those, the logits are of the real vocabulary: none of the padding.
+        """
+
+        def keep(seen: Intermediates) -> Intermediates:
+            q, k = seen["rotated_query"], seen["rotated_key"]
+            return jax.tree.map(_mean_square, seen) | {"attention_logits": attention_mean_square(q, k, self.c.logit_scale)}
+
+        x, kept = self.apply_layers(params, inputs, segments, keep)
+        logits = mean_square_of_logits(self.final_hidden(params, x), params.unembed, *self._head(params))
+        return kept | {"final": _mean_square(x), "logits": logits}
+
     def loss(
         self, params: Params, tokens: Tokens, mask: Bool[Array, "b T"], segments: Segments, bos_id: int
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -191,11 +212,15 @@ class Forward:
         return target_losses(*self._head_inputs(params, tokens, mask, segments, bos_id))
 
     def _head_inputs(self, params: Params, tokens: Tokens, mask: Array, segments: Segments, bos_id: int) -> tuple[Any, ...]:
+        x, _ = self.apply_layers(params, ops.shift_right(tokens, bos_id, segments), segments)
+        bias, head = self._head(params)
+        return self.final_hidden(params, x), params.unembed, bias, tokens, mask, head
+
+    def _head(self, params: Params) -> tuple[Array | None, Head]:
+        """The bias of the unembedding, and its static settings."""
         assert self.c.n_vocab is not None
         bias = self.gather(params.b_unembed, self.specs.b_unembed)
-        head = Head(self.specs.unembed, self.policy, self.c.n_vocab, self.execution.head_chunk, self.z_loss)
-        x, _ = self.apply_layers(params, ops.shift_right(tokens, bos_id, segments), segments)
-        return self.final_hidden(params, x), params.unembed, bias, tokens, mask, head
+        return bias, Head(self.specs.unembed, self.policy, self.c.n_vocab, self.execution.head_chunk, self.z_loss)
 
     def gather(self, w: Array | None, s: Weight | None) -> Any:
         """A weight over x, as the mathematics takes it: a Matrix, or a vector in the compute dtype."""
@@ -220,6 +245,10 @@ class Forward:
 
 def _kv(seen: Intermediates) -> KVCache:
     return KVCache.of(seen["rotated_key"], seen["value"])
+
+
+def _mean_square(x: Array) -> Array:
+    return jnp.mean(jnp.square(x.astype(jnp.float32)))
 
 
 def _times(x: Array, factor: float) -> Array:

@@ -118,6 +118,11 @@ def mean_xy(x: Array) -> Array:
     return lax.pmean(x, ("x", "y"))
 
 
+def mean_devices(x: Array) -> Array:
+    """The mean over all devices of the mesh."""
+    return lax.pmean(x, ("z", "x", "y") if _has_z() else ("x", "y"))
+
+
 def max_y(x: Array) -> Array:
     """The maximum over y, without a gradient."""
     return lax.pmax(lax.stop_gradient(x), "y")

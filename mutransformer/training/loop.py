@@ -28,6 +28,7 @@ from mutransformer.sharding.processes import all_processes
 from mutransformer.sharding.stopping import Stopped, StopRequest, stop_on_signals
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.evaluate import evaluate
+from mutransformer.training.layer_sizes import LayerSizes
 from mutransformer.training.metrics import Diverged, Metrics
 from mutransformer.training.preflight import (
     check_before_data,
@@ -141,6 +142,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._train_step, self._eval_step = make_train_step(self.program), make_eval_step(self.program)
         self._skip = jax.jit(lambda state: dataclasses.replace(state, step=state.step + 1), donate_argnums=0)
+        self._layers: LayerSizes | None = None  # compiled when first needed
         self._skipped = SkippedSteps(
             self.program.config.bad_steps, self.folder, self.step, lambda step: self.batches.rows(step - 1)
         )
@@ -197,11 +199,27 @@ class Trainer:
             self.state = self._skip(self.state)
             _log.info("step %d is skipped, as it was before the run was resumed", self.step)
             return
+        placed = put_batch(batch, self.program.mesh)
+        measured = _due(self.step, self.program.config.log.layers)
+        layers = self._layer_sizes(placed) if measured else None
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step):  # a profiler's tools report by step
-            self.state, scalars = self._train_step(self.state, put_batch(batch, self.program.mesh))
+            before = layers.before(self.state, placed) if layers else None
+            self.state, scalars = self._train_step(self.state, placed)
         self._skipped.record(self.step, scalars)
         self.log.record(self.step, scalars)
+        if layers and before:
+            self.log.layers(self.step, layers.after(before, self.state, scalars), layers.layout)
         self.checkpoints.poll()
+
+    def _layer_sizes(self, batch: Batch) -> LayerSizes:
+        """What measures the layers with log.layers, compiled at the first call."""
+        if self._layers is None:
+            with self.log.pause():
+                self.log.note(f"step {self.step}: compiling what measures the layers (log.layers), once")
+                self.watch.doing("compiling what measures the layers", slow=True)
+                self._layers = LayerSizes(self.program, self.state, batch)
+                self.watch.doing(f"computing step {self.step}")
+        return self._layers
 
     def validate_if_due(self) -> None:
         """Evaluates this step, if it is to be. Raises Stopped if asked to stop meanwhile."""
@@ -210,6 +228,7 @@ class Trainer:
             return
         with self.log.pause():
             results = self.evaluate("validation", config.eval.batches)
+            self.log.heat_maps()
         self.log.scalars(self.step, results)
         loss = results["validation/loss"]
         if not math.isfinite(loss):

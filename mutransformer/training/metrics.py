@@ -13,6 +13,7 @@ from typing import Any, SupportsFloat
 
 import jax
 import rich
+from jax import Array
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
@@ -21,6 +22,8 @@ from mutransformer.config.schema import Config
 from mutransformer.errors import ConfigError, first_line, redact
 from mutransformer.sharding.devices import memory_in_use, peak_flops
 from mutransformer.training import sinks
+from mutransformer.training.layer_log import LayerLog
+from mutransformer.training.layer_sizes import Layout
 from mutransformer.training.run_folder import RunFolder
 from mutransformer.training.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
 from mutransformer.training.skipped_steps import NonFiniteLoss
@@ -70,6 +73,7 @@ class Metrics:
         self._step, self._latest = start_step, dict[str, float]()
         self._sinks: list[Sink] = []
         self._writes = jax.process_index() == 0
+        self._layers = LayerLog(folder.path, start_step, self._writes and config.log.layers > 0, self._each_sink)
         self._console = rich.get_console() if self._writes else Console(quiet=True)
         done = (
             TextColumn("{task.percentage:.0f}%"),
@@ -97,6 +101,7 @@ class Metrics:
             if kind is None:
                 self.flush()
         finally:
+            self._layers.draw(self._step, last=True)
             self._release({})
 
     def note(self, text: str) -> None:
@@ -116,8 +121,18 @@ class Metrics:
         self._bar.update(self._task, completed=step - 1)  # the step before this one is computed, or nearly
         if before and self._due(before[0]):
             self._read(*before)
+        self._layers.read()
         if step == self._start_step + 1:  # compilation took longer than this wait, and the first loss is worth seeing at once
             self.flush()
+
+    def layers(self, step: int, sizes: Array, layout: Layout) -> None:
+        """Takes the sizes of the layers around the step that was recorded last; written as its scalars are, one step late."""
+        if self._writes:
+            self._layers.take(step, sizes, layout)
+
+    def heat_maps(self) -> None:
+        """Draws the sizes of the layers, if that takes little of the run's time."""
+        self._layers.draw(self._step)
 
     def flush(self) -> None:
         """Waits for the last recorded step and writes it if it is to be logged: before an evaluation, a checkpoint, the exit.
@@ -127,6 +142,7 @@ class Metrics:
         before, self._pending = self._pending, None
         if before:
             self._read(*before)
+        self._layers.read()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -151,6 +167,7 @@ class Metrics:
         Results that were not passed to scalars before are written as by scalars, at the last step.
         """
         self.flush()
+        self._layers.draw(self._step, last=True)
         if not final.items() <= self._latest.items():
             self.scalars(self._step, final)
         self._release(final)
@@ -197,9 +214,12 @@ class Metrics:
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         self._step = step
         self._latest.update(values)
+        self._each_sink(lambda sink: sink.write(step, values))
+
+    def _each_sink(self, action: Callable[[Sink], None]) -> None:
         for sink in list(self._sinks):
             try:
-                sink.write(step, values)
+                action(sink)
             except Exception as error:  # whatever it is: training does not depend on it
                 self._sinks.remove(sink)
                 _give_up(sink.name, error)

@@ -1,12 +1,12 @@
 """The schedule, and the optimizer as an optax chain whose multipliers are read off the weights' specs.
 
-To add an optimizer, add its name to `OptimConfig.name` and its direction to `_direction`.
+To add an optimizer, add its name to `OptimConfig.name` and its direction to `_direction`. `gradients` expects first moments `mu`.
 """
 
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -47,6 +47,51 @@ class Optimizer:
     specs: Transformer[Weight]
     scaling: Scaling
     schedule: Schedule  # the learning rate as a fraction of its peak
+
+    def expected_updates(self) -> Transformer[float]:
+        """The root mean square of each weight's update, without decay, per unit of base learning rate times schedule, if the
+        optimizer's direction is as large as it tends to be at most.
+
+        Its entries are ±1 under Lion, and under Adam once gradients of a weight have one sign. Muon's matrices are orthogonal:
+        their root mean square is 1 / sqrt(the larger of fan-in and fan-out).
+        """
+
+        def expected(w: Weight) -> float:
+            size = max(w.fan_in, w.fan_out) ** -0.5 if mup.uses_muon(w, self.scaling) else 1.0
+            return mup.lr_multiplier(w, self.scaling) * size
+
+        return jax.tree.map(expected, self.specs)
+
+    def decay_shares(self) -> Transformer[float]:
+        """The share of each weight that weight decay takes away in a step at the peak of the schedule."""
+
+        def share(w: Weight) -> float:
+            own = self.c.weight_decay * mup.decay_multiplier(w, self.scaling)
+            return own * self.c.lr * mup.lr_multiplier(w, self.scaling) if self.scaling.coupled_decay else own
+
+        return jax.tree.map(share, self.specs)
+
+    def first_moments(self, state: optax.OptState) -> Transformer[Array]:
+        """The optimizer's moving averages of the clipped gradients, which are part of its state."""
+        directions = cast(Any, state)[1]  # of the chain below
+        return eqx.combine(*(each.mu for each in directions)) if self.c.name == "muon" else directions.mu
+
+    def gradients(self, before: Any, after: Any, gradient_norm: Float[Array, ""]) -> Transformer[Array]:
+        """The gradients that an update has seen, from the first moments before and after it, and their norm before clipping.
+
+        For looking at a step from outside: a step that returned its gradients would be another program, which may round
+        differently.
+        """
+        c = self.c
+        beta1, beta2 = mup.betas(c.beta1, c.beta2, self.scaling)
+        own = beta2 if c.name == "lion" else beta1
+        unclip = jnp.maximum(1.0, gradient_norm / c.clip_norm) if c.clip_norm else 1.0
+
+        def gradient(w: Weight, old: Array, new: Array) -> Array:
+            beta = c.muon_beta if mup.uses_muon(w, self.scaling) else own
+            return unclip * (new.astype(jnp.float32) - beta * old.astype(jnp.float32)) / (1 - beta)
+
+        return jax.tree.map(gradient, self.specs, before, after)
 
     def transformation(self, lr: Float[Array, ""] | float | None = None) -> optax.GradientTransformation:
         """Clip by global norm, direction, learning rates by weight, decay, schedule.

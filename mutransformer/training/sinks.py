@@ -1,7 +1,7 @@
-"""The places that a run's scalars are written to: metrics.jsonl, TensorBoard, Weights & Biases.
+"""The places that a run's numbers are written to: metrics.jsonl and layers.jsonl, TensorBoard, Weights & Biases.
 
-metrics.jsonl is the record: when a run starts or resumes, it is cut to the steps that the state holds, and TensorBoard's events
-are written from it anew. So no reader sees a step twice, and none is lost with a process that was killed.
+The two files are the record: when a run starts or resumes, they are cut to the steps that the state holds, and TensorBoard's
+events are written from them anew. So no reader sees a step twice, and none is lost with a process that was killed.
 """
 
 import json
@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,19 +24,29 @@ from tensorboardX.summary import hparams, text
 from mutransformer.config.load import to_yaml
 from mutransformer.config.schema import Config, non_defaults
 from mutransformer.errors import ConfigError, redact
+from mutransformer.training.layer_sizes import Sizes
 from mutransformer.training.run_folder import RunFolder
 
 FILE = "metrics.jsonl"
+LAYERS = "layers.jsonl"  # with log.layers: the sizes of training.layer_sizes
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where scalars go. Every method may raise: a run goes on without a sink that fails."""
+    """Where numbers go. Every method may raise: a run goes on without a sink that fails."""
 
     name: str  # for messages
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Takes the values of a step, by tag, so that they outlive this process. step: updates completed, never falling."""
+        ...
+
+    def layers(self, step: int, sizes: Sizes) -> None:
+        """Takes the sizes of the layers around the update that completed a step."""
+        ...
+
+    def image(self, step: int, tag: str, png: bytes) -> None:
+        """Takes an image that replaces earlier ones of its tag."""
         ...
 
     def close(self, final: Mapping[str, float]) -> None:
@@ -44,36 +55,89 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one line per step, steps ascending. Later values of the same step are added to its line."""
+    """metrics.jsonl; and with log.layers layers.jsonl, and images as files beside it."""
 
     def __init__(self, folder: RunFolder, start_step: int) -> None:
         """Drops what an earlier process wrote after start_step, the updates completed. Raises OSError."""
-        path, self._folder = folder.path / FILE, folder
-        self.name = f"{folder.name}/{FILE}"
+        self.name, self._folder = f"{folder.name}/{FILE}", folder
+        self._open = lambda name: _Lines(folder, name, start_step)
+        self._scalars = self._open(FILE)
+        self._layers = self._open(LAYERS) if (folder.path / LAYERS).exists() else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._scalars.write(step, values)
+
+    def layers(self, step: int, sizes: Sizes) -> None:
+        self._layers = self._layers or self._open(LAYERS)
+        self._layers.write(step, sizes)
+
+    def image(self, step: int, tag: str, png: bytes) -> None:
+        self._folder.write(f"{tag.replace('/', '_')}.png", png)
+
+    def close(self, final: Mapping[str, float]) -> None:
+        for lines in (self._scalars, self._layers):
+            if lines is not None:
+                lines.close()
+
+
+class _Lines:
+    """A file of one JSON object per line and step, steps ascending. Later values of the same step are added to its line."""
+
+    def __init__(self, folder: RunFolder, name: str, start_step: int) -> None:
+        path, self._folder = folder.path / name, folder
         kept = [line + b"\n" for line in _complete_lines(path) if _step_of(line) <= start_step]
-        folder.write(FILE, b"".join(kept))
+        folder.write(name, b"".join(kept))
         self._file = path.open("r+b")
         self._at = sum(map(len, kept[:-1]))  # where the last line starts
         self._line: dict[str, Any] = json.loads(kept[-1]) if kept else {}
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        legal = {tag: value if math.isfinite(value) else str(value) for tag, value in values.items()}
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         if self._line.get("step") != step:
             self._at, self._line = self._file.seek(0, os.SEEK_END), {}
-        self._line |= {"step": step, "time": time.time(), **legal}
+        self._line |= {"step": step, "time": time.time(), **_legal(values)}
         with self._folder.changing():
             self._file.seek(self._at)
             self._file.write(json.dumps(self._line).encode() + b"\n")
             self._file.truncate()
             self._file.flush()
 
-    def close(self, final: Mapping[str, float]) -> None:
+    def close(self) -> None:
         self._file.close()
+
+
+def _legal(value: Any) -> Any:
+    """The value as JSON can hold it: numbers that are not finite are text."""
+    if isinstance(value, Mapping):
+        return {key: _legal(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_legal(each) for each in value]
+    return value if math.isfinite(value) else str(value)
 
 
 def read_metrics(folder: Path, last: int = sys.maxsize) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl up to a step, {"step": ..., tag: value, ...}, without damaged ones."""
-    return [json.loads(line) for line in _complete_lines(folder / FILE) if _step_of(line) <= last]
+    return _read(folder / FILE, last)
+
+
+def read_layers(folder: Path, last: int = sys.maxsize) -> list[dict[str, Any]]:
+    """The lines of a run's layers.jsonl up to a step, {"step": ..., quantity: {name: [a number for each layer], ...}, ...}."""
+    return _read(folder / LAYERS, last)
+
+
+def _read(path: Path, last: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _complete_lines(path) if _step_of(line) <= last]
+
+
+def layer_tags(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of layers by tag: per_layer_gradient/w_q/03, per_layer_gradient/unembed. In TensorBoard they come after the
+    losses."""
+    tags = dict[str, Any]()
+    for quantity, by_name in sizes.items():
+        for name, value in by_name.items():
+            values = value if isinstance(value, list) else [value]
+            ends = [f"/{i:0{len(str(len(values) - 1))}}" for i in range(len(values))] if isinstance(value, list) else [""]
+            tags |= {f"per_layer_{quantity}/{name}{end}": each for end, each in zip(ends, values, strict=True)}
+    return tags
 
 
 def _complete_lines(path: Path) -> list[bytes]:
@@ -137,20 +201,30 @@ class TensorBoard:
     """The scalars, the config and the hyperparameters of a run in TensorBoard."""
 
     def __init__(self, config: Config, folder: RunFolder, start_step: int) -> None:
-        """Replaces the events of earlier processes by those of metrics.jsonl up to start_step. Raises OSError."""
+        """Replaces the events of earlier processes by the numbers of the record up to start_step. Raises OSError."""
         self.name = f"{folder.name}/events.out.tfevents.*"
         old = list(folder.path.glob("events.out.tfevents.*"))
         self._config, self._events = config, EventFile(folder.path)
         self._events.add(text("config", f"```yaml\n{to_yaml(config)}```"), 0)
-        for line in read_metrics(folder.path, start_step):  # numbers that are not finite are text there, which float reads
-            values = {tag: value for tag, value in line.items() if tag not in ("step", "time")}
-            self._events.scalars(line["step"], values, line.get("time"))
+        for read, by_tag in ((read_metrics, dict), (read_layers, layer_tags)):
+            for line in read(folder.path, start_step):  # numbers that are not finite are text there, which float reads
+                values = by_tag({key: value for key, value in line.items() if key not in ("step", "time")})
+                self._events.scalars(line["step"], values, line.get("time"))
         self._events.flush()
         for path in old:
             path.unlink(missing_ok=True)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._events.scalars(step, values)
+        self._events.flush()
+
+    def layers(self, step: int, sizes: Sizes) -> None:
+        self.write(step, layer_tags(sizes))
+
+    def image(self, step: int, tag: str, png: bytes) -> None:
+        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # of the PNG's first chunk
+        shown = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
+        self._events.add(Summary(value=[Summary.Value(tag=tag, image=shown)]), step)
         self._events.flush()
 
     def close(self, final: Mapping[str, float]) -> None:
@@ -173,6 +247,7 @@ class WeightsAndBiases:
         kept = folder.path / "wandb-id"
         if start_step == 0 or not kept.exists():
             folder.write(kept.name, os.urandom(8).hex().encode())
+        self._image = lambda image: wandb.Image(image)
         run_id, directory = kept.read_text(), str(folder.path)
         self._run = wandb.init(
             project=config.log.wandb, name=config.name, id=run_id, resume="allow", dir=directory, config=redact(asdict(config))
@@ -180,6 +255,14 @@ class WeightsAndBiases:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
+
+    def layers(self, step: int, sizes: Sizes) -> None:
+        self.write(step, layer_tags(sizes))
+
+    def image(self, step: int, tag: str, png: bytes) -> None:
+        from PIL import Image  # a dependency of matplotlib, which drew the image
+
+        self._run.log({tag: self._image(Image.open(BytesIO(png)))}, step=step)
 
     def close(self, final: Mapping[str, float]) -> None:
         self._run.summary.update(dict(final))
