@@ -28,7 +28,7 @@ from mutransformer.training.heat_maps import History, heat_map
 from mutransformer.training.layer_log import LayerLog
 from mutransformer.training.layer_sizes import QUANTITIES, Layout
 from mutransformer.training.loop import train
-from mutransformer.training.metrics import Metrics
+from mutransformer.training.metrics import Metrics, NonFiniteLoss
 from mutransformer.training.program import build_with_data
 from mutransformer.training.run_folder import RunFolder
 from mutransformer.training.sinks import board_tag, layer_tags, read_layers
@@ -138,6 +138,18 @@ def test_sizes_are_read_one_step_late_and_stand_beside_the_metrics(tmp_path: Pat
     rows = read_layers(folder.path)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[0]["activation"] == {"residual": [2.0, 4.0], "final": 6.0} and rows[1]["gradient"]["embed"] == 24.0
+
+
+def test_the_sizes_of_a_step_that_ends_the_run_are_written_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    config, folder = settings_of(tmp_path, tensorboard=False)
+    with pytest.raises(NonFiniteLoss), Metrics(config, folder, 1.0, 1, 0) as log:
+        log_steps(log, 1, 2)
+        log.record(3, {"loss": math.nan})
+        log.layers(3, jnp.asarray(numbers(3)), LAYOUT)
+        log.flush()
+    assert [row["step"] for row in read_layers(folder.path)] == [1, 2, 3]
+    assert len(list(folder.path.glob("per_layer_*.png"))) == len(QUANTITIES)
 
 
 def test_resuming_drops_the_rows_beyond(tmp_path: Path) -> None:

@@ -192,12 +192,15 @@ def _unknown(key: str) -> str:
 
 
 def similar_keys(key: str) -> list[str]:
-    """The keys that may be meant by one: itself; else those of that name, of a similar name, or whose meaning begins with it."""
+    """The keys that may be meant by one: itself; else those whose name or meaning it is; else of a similar name, or whose meaning
+    begins with it."""
     known = {one.key: one.key.rpartition(".")[2] for one in all_settings().values()}
     if key in known:
         return [key]
     last = key.rpartition(".")[2]
-    close = [other for other, name in known.items() if name == last] or difflib.get_close_matches(key, known, 1, 0.75)
+    meant = {one.key for one in all_settings().values() if one.field.metadata["meaning"] == last}
+    close = [other for other, name in known.items() if name == last or other in meant]
+    close = close or difflib.get_close_matches(key, known, 1, 0.75)
     close = close or [other for other, name in known.items() if difflib.get_close_matches(last, [name], 1, 0.8)]
     return close or [one.key for one in all_settings().values() if one.field.metadata["meaning"].split(" ")[0] == last]
 

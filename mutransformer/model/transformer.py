@@ -212,8 +212,8 @@ class Forward:
         return target_losses(*self._head_inputs(params, tokens, mask, segments, bos_id))
 
     def _head_inputs(self, params: Params, tokens: Tokens, mask: Array, segments: Segments, bos_id: int) -> tuple[Any, ...]:
-        x, _ = self.apply_layers(params, ops.shift_right(tokens, bos_id, segments), segments)
         bias, head = self._head(params)
+        x, _ = self.apply_layers(params, ops.shift_right(tokens, bos_id, segments), segments)
         return self.final_hidden(params, x), params.unembed, bias, tokens, mask, head
 
     def _head(self, params: Params) -> tuple[Array | None, Head]:

@@ -119,9 +119,9 @@ class Metrics:
         done = time.perf_counter() if getattr(device_scalars["loss"], "is_ready", lambda: True)() else None
         before, self._pending = self._pending, (step, device_scalars, done)
         self._bar.update(self._task, completed=step - 1)  # the step before this one is computed, or nearly
+        self._layers.read()  # first: also those of a step that ends the run
         if before and self._due(before[0]):
             self._read(*before)
-        self._layers.read()
         if step == self._start_step + 1:  # compilation took longer than this wait, and the first loss is worth seeing at once
             self.flush()
 
@@ -140,9 +140,9 @@ class Metrics:
         Raises NonFiniteLoss if its loss or weights are not finite, even if it is not logged: they must not become a checkpoint.
         """
         before, self._pending = self._pending, None
+        self._layers.read()
         if before:
             self._read(*before)
-        self._layers.read()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
