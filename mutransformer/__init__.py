@@ -77,10 +77,12 @@ def train(program: "Program") -> str | Path:
         ConfigError: a setting does not fit the data or the checkpoints.
         FloatingPointError: the loss or the weights became NaN or infinite.
     """
+    from mutransformer.generation.samples import make_sampler
     from mutransformer.training import loop
     from mutransformer.training.program import prepare_data
 
-    loop.train(program, prepare_data(program.config))
+    corpus = prepare_data(program.config)
+    loop.train(program, corpus, sampler=make_sampler(program, corpus))
     return program.config.run_url or program.config.rundir
 
 

@@ -29,6 +29,7 @@ TINY = [
     "data.batch_size=8",
     "optim.warmup_steps=3",
     "eval.batches=2",
+    "eval.samples=0",
     "log.every=1",
 ]
 

@@ -201,8 +201,14 @@ def test_tags_come_after_the_losses_and_sort_by_layer() -> None:
 def test_wandb_gets_tags_and_images_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     logged: list[tuple[int, dict[str, Any]]] = []
-    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), summary={}, finish=lambda exit_code: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run, Image=lambda image: image.size))
+    run = SimpleNamespace(
+        log=lambda values: logged.append((values["step"], {k: v for k, v in values.items() if k != "step"})),
+        define_metric=lambda *_, **__: None,
+        summary={},
+        finish=lambda exit_code: None,
+    )
+    wandb = SimpleNamespace(init=lambda **_: run, Image=lambda image: image.size, Table=None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     config, folder = settings_of(tmp_path, wandb="proj", tensorboard=False)
     with Metrics(config, folder, 1.0, 1, 0) as log:
         log_steps(log, 1, 2)

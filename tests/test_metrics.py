@@ -19,6 +19,7 @@ from mutransformer.config.run import LogConfig
 from mutransformer.config.schema import Config
 from mutransformer.errors import ConfigError
 from mutransformer.training import metrics as module
+from mutransformer.training import sinks
 from mutransformer.training.metrics import Metrics, NonFiniteLoss, setup_logging
 from mutransformer.training.run_folder import RunFolder
 
@@ -306,17 +307,18 @@ def test_wandb_is_asked_for_by_name_when_missing(tmp_path, monkeypatch):
 
 
 def test_wandb_gets_the_same_numbers_and_keeps_its_run(tmp_path, monkeypatch):
-    logged, opened, ended, summary = [], [], [], {}
+    logged, opened, ended, summary, axes = [], [], [], {}, []
 
     def init(**settings):
         opened.append(settings)
         return SimpleNamespace(
-            log=lambda values, step: logged.append((step, values)),
+            log=lambda values: logged.append((values["step"], {k: v for k, v in values.items() if k != "step"})),
+            define_metric=lambda name, step_metric: axes.append((name, step_metric)),
             summary=summary,
             finish=lambda exit_code: ended.append(exit_code),
         )
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Image=None, Table=None))
     for start in (0, 10, 0):
         with Metrics(*run_of(tmp_path, wandb="proj", tensorboard=False), FLOPS, 1, start) as metrics:
             metrics.scalars(start, {"validation/loss": 2.0})
@@ -326,6 +328,15 @@ def test_wandb_gets_the_same_numbers_and_keeps_its_run(tmp_path, monkeypatch):
     assert opened[0]["project"] == "proj" and opened[0]["name"] == "r" and opened[0]["config"]["optim"]["lr"] == 2**-6
     assert opened[0]["id"] == opened[1]["id"] != opened[2]["id"]
     assert ended == [1, 0, 1] and summary == {"validation/loss": 2.0}
+    assert axes == [("*", "step")] * 3  # log's own argument step refuses the rows of a run that is resumed from before
+
+
+@pytest.mark.parametrize("text", ["plain", "# a title\n\n    code", "```\nfences\n````", "", "a\nb\n"])
+def test_texts_are_shown_as_they_are(text: str) -> None:
+    """TensorBoard renders Markdown: none of the text may be taken for it."""
+    shown = sinks._verbatim(text)
+    first, *body, last = shown.split("\n")
+    assert "\n".join(body) == text and first == last and set(first) == {"`"} and len(first) >= 3 and first not in text
 
 
 def test_files_are_closed_when_the_loop_fails(tmp_path, monkeypatch):

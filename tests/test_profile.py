@@ -12,7 +12,8 @@ from short_runs import settings
 from mutransformer.config.load import load
 from mutransformer.config.run import ProfileConfig
 from mutransformer.errors import FINISHED
-from mutransformer.training.loop import Profile, train
+from mutransformer.training.loop import train
+from mutransformer.training.profile import Profile
 from mutransformer.training.program import build_with_data
 
 

@@ -30,6 +30,7 @@ def run(args: Namespace) -> int:
             config = load(args.settings)
             print(f"{config.name}: starting", flush=True)  # JAX alone takes seconds to import
             start_jax(config)
+            from mutransformer.generation.samples import make_sampler
             from mutransformer.training import loop
 
-        return loop.run(config, stop)
+        return loop.run(config, stop, make_sampler)

@@ -65,6 +65,8 @@ class EvalConfig:
     batches: int = setting(16, "validation batches of data.batch_size rows, the same ones every time", min=1)
     final_batches: Optional[int] = setting(None, "batches at the end of the run; null: the whole validation split", min=1)
     split: Literal["validation", "test"] = setting("validation", "for `evaluate`, which scores the whole split")
+    samples: int = setting(2, "texts sampled at each evaluation; they continue held-out documents; 0: none", min=0)
+    prompts: list[str] = setting(list, "texts to continue instead, one sample of each")
     sets: dict[str, FilesConfig] = setting(dict, "further texts by name, for `evaluate`, which scores each as a whole")
     checkpoint: Literal["latest", "best"] = setting("latest", "for `evaluate` and `generate`; best: by validation loss")
 

@@ -1,4 +1,4 @@
-"""A training run: resume or start, loop, close; and profiler traces of a window of its steps."""
+"""A training run: resume or start, loop, close."""
 
 import dataclasses
 import logging
@@ -7,20 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax import Array
 
 from mutransformer import __version__
 from mutransformer.config.load import to_yaml
-from mutransformer.config.run import ProfileConfig
 from mutransformer.config.schema import Config
 from mutransformer.data.batches import pipeline
 from mutransformer.data.batches.pipeline import Batches
 from mutransformer.data.batches.rows import Batch
 from mutransformer.data.cache.dataset import Corpus
 from mutransformer.errors import FINISHED, STOPPED, check, translate_errors
+from mutransformer.model.weights import Transformer
 from mutransformer.mup.checks.runs import has_diverged
 from mutransformer.sharding.mesh import data_share, put_batch
 from mutransformer.sharding.peers import Watch
@@ -36,30 +35,42 @@ from mutransformer.training.preflight import (
     final_result,
     warn_of_another_schedule,
 )
+from mutransformer.training.profile import Profile
 from mutransformer.training.program import Program, TrainState, build_with_data
 from mutransformer.training.run_folder import RunFolder, owned_by_all
+from mutransformer.training.sinks import Sample
 from mutransformer.training.skipped_steps import NonFiniteLoss, SkippedSteps
 from mutransformer.training.step import make_eval_step, make_train_step
 from mutransformer.training.url_folder import run_folder
 
 CONTINUOUS = 0.01  # relative difference of a loss that other devices or another mesh may make, in bfloat16 too
 
+Sampler = Callable[[Transformer[Array]], list[Sample]]  # the same prompts every time, continued by these weights
+
 _log = logging.getLogger(__name__)
 
 
-def run(config: Config, stop: StopRequest) -> int:
+def run(config: Config, stop: StopRequest, make_sampler: Callable[[Program, Corpus], Sampler | None]) -> int:
     """Prepares the data of a run and trains it, as train() does. Raises Stopped if asked to before there is a step to save."""
     folder = run_folder(config)
     with stop.at_once():
         check_before_data(config, folder)
         program, corpus = build_with_data(config)
-    return train(program, corpus, stop, folder)
+        sampler = make_sampler(program, corpus)
+    return train(program, corpus, stop, folder, sampler)
 
 
-def train(program: Program, corpus: Corpus, stop: StopRequest | None = None, folder: RunFolder | None = None) -> int:
+def train(
+    program: Program,
+    corpus: Corpus,
+    stop: StopRequest | None = None,
+    folder: RunFolder | None = None,
+    sampler: Sampler | None = None,
+) -> int:
     """Trains until `steps` updates are completed, or until asked to stop.
 
     stop: None: by the signals of stop_on_signals. folder: of the run; None: the one that the config names.
+    sampler: gives the texts that are shown at evaluations; None: no texts.
 
     Returns the exit code: FINISHED, or STOPPED with a checkpoint of the last step.
 
@@ -72,10 +83,10 @@ def train(program: Program, corpus: Corpus, stop: StopRequest | None = None, fol
         stop = stop or stack.enter_context(stop_on_signals())
         folder = folder or run_folder(program.config)
         stack.enter_context(owned_by_all(folder))
-        return _train(program, corpus, stop, folder)
+        return _train(program, corpus, stop, folder, sampler)
 
 
-def _train(program: Program, corpus: Corpus, stop: StopRequest, folder: RunFolder) -> int:
+def _train(program: Program, corpus: Corpus, stop: StopRequest, folder: RunFolder, sampler: Sampler | None) -> int:
     config, split = program.config, corpus.splits["train"]
     fingerprint = pipeline.fingerprint(split, config.data, config.seed)
     share = data_share(program.mesh)
@@ -101,7 +112,9 @@ def _train(program: Program, corpus: Corpus, stop: StopRequest, folder: RunFolde
             if jax.process_count() > 1:
                 stop.agree = watch.agree
             with Metrics(config, folder, program.flops_per_token, program.mesh.size, start) as log:
-                trainer = Trainer(program, corpus, checkpoints, batches, log, stop, watch, folder, fingerprint, state, start)
+                trainer = Trainer(
+                    program, corpus, checkpoints, batches, log, stop, watch, folder, fingerprint, sampler, state, start
+                )
                 log.note(_heading(program, corpus, folder, start))
                 try:
                     trainer.check_loss(None if latest is None else checkpoints.probe(latest))
@@ -136,6 +149,7 @@ class Trainer:
     watch: Watch
     folder: RunFolder
     fingerprint: dict[str, object]  # of the data
+    sampler: Sampler | None
     state: TrainState[Array]
     step: int  # updates completed
 
@@ -234,6 +248,10 @@ class Trainer:
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"step {self.step}: the validation loss is {loss}")
         self.checkpoints.record_loss(self.step, loss)
+        if self.sampler is not None:
+            with self.log.pause():
+                self.watch.doing(f"sampling texts after step {self.step}", slow=True)
+                self.log.texts(self.step, self.sampler(self.state.params))
 
     def evaluate(self, group: str, n_batches: int | None) -> dict[str, float]:
         """Results on the validation split by tag, group/name. Raises Stopped if asked to stop meanwhile."""
@@ -255,35 +273,6 @@ class Trainer:
         loss = self.probe()
         self.watch.doing(f"saving step {self.step}", slow=True)
         self.checkpoints.save(self.state, self.batches.get_state(), self.fingerprint, loss)
-
-
-class Profile:
-    """Traces steps start ... stop - 1 on process 0, none if stop = 0: .xplane.pb for TensorBoard, .trace.json.gz for Perfetto.
-
-    They go to plugins/profile below the directory, where TensorBoard looks for them. wait_for gives arrays of the step before,
-    which are waited for where the trace starts or stops, so that it holds complete steps.
-    """
-
-    def __init__(self, window: ProfileConfig, directory: Path, wait_for: Callable[[], Any] = lambda: None) -> None:
-        self._window, self._directory, self._wait_for, self.running = window, directory, wait_for, False
-        self._enabled = jax.process_index() == 0
-
-    def step(self, i: int) -> None:
-        """Starts or stops the trace if step i, counted from 0 and about to be dispatched, is the first in or after the window."""
-        within = self._enabled and self._window.start <= i < self._window.stop
-        if within and not self.running:  # a run that resumes within the window traces the rest of it
-            jax.block_until_ready(self._wait_for())
-            jax.profiler.start_trace(self._directory)
-            self.running = True
-        elif self.running and not within:
-            self.close()
-
-    def close(self) -> None:
-        """Stops a trace that is still running."""
-        if self.running:
-            self.running = False
-            jax.block_until_ready(self._wait_for())
-            jax.profiler.stop_trace()
 
 
 def _due(step: int, every: int) -> bool:

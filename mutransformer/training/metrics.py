@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
@@ -25,7 +25,7 @@ from mutransformer.training import sinks
 from mutransformer.training.layer_log import LayerLog
 from mutransformer.training.layer_sizes import Layout
 from mutransformer.training.run_folder import RunFolder
-from mutransformer.training.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
+from mutransformer.training.sinks import JsonLines, Sample, Sink, TensorBoard, WeightsAndBiases
 from mutransformer.training.skipped_steps import NonFiniteLoss
 
 _TAGS = {"loss": "train/loss", "learning_rate": "optim/learning_rate"}
@@ -160,6 +160,12 @@ class Metrics:
         named = (f"{tag.removeprefix(group + '/').replace('_', ' ')} {value:.5g}" for tag, value in values.items())
         self.note(f"step {self._at(step)}  {group} {'  '.join(named)}")
         self._bar.update(self._task, description=self._in_bar(step))
+
+    def texts(self, step: int, samples: Sequence[Sample]) -> None:
+        """Writes texts that were sampled after a step, and shows them, each on a line."""
+        self._each_sink(lambda sink: sink.texts(step, samples))
+        for sample in samples:
+            self.note(f"step {self._at(step)}  sample  {sample.prompt!r} -> {sample.text!r}")
 
     def close(self, final: Mapping[str, float]) -> None:
         """Flushes, writes settings and final results (by tag) for tables that compare runs, and closes. Raises as flush does.

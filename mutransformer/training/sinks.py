@@ -1,20 +1,22 @@
-"""The places that a run's numbers are written to: metrics.jsonl and layers.jsonl, TensorBoard, Weights & Biases.
+"""The places that a run's numbers and texts are written to: files of JSON lines, TensorBoard, Weights & Biases.
 
-The two files are the record: when a run starts or resumes, they are cut to the steps that the state holds, and TensorBoard's
-events are written from them anew. So no reader sees a step twice, and none is lost with a process that was killed.
+metrics.jsonl, layers.jsonl and samples.jsonl are the record: when a run starts or resumes, they are cut to the steps that the
+state holds, and TensorBoard's events are written from them anew. So no reader sees a step twice, and none is lost with a process
+that was killed.
 """
 
 import json
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # made at import
@@ -28,7 +30,15 @@ from mutransformer.training.layer_sizes import Sizes
 from mutransformer.training.run_folder import RunFolder
 
 FILE = "metrics.jsonl"
+SAMPLES = "samples.jsonl"  # with eval.samples: the texts of evaluations
 LAYERS = "layers.jsonl"  # with log.layers: the sizes of training.layer_sizes
+
+
+class Sample(NamedTuple):
+    """A text that was sampled."""
+
+    prompt: str
+    text: str  # that continues it
 
 
 @runtime_checkable
@@ -43,6 +53,10 @@ class Sink(Protocol):
 
     def layers(self, step: int, sizes: Sizes) -> None:
         """Takes the sizes of the layers around the update that completed a step."""
+        ...
+
+    def texts(self, step: int, samples: Sequence[Sample]) -> None:
+        """Takes the texts that were sampled at a step."""
         ...
 
     def image(self, step: int, tag: str, png: bytes) -> None:
@@ -62,7 +76,7 @@ class JsonLines:
         self.name, self._folder = f"{folder.name}/{FILE}", folder
         self._open = lambda name: _Lines(folder, name, start_step)
         self._scalars = self._open(FILE)
-        self._layers = self._open(LAYERS) if (folder.path / LAYERS).exists() else None
+        self._layers, self._samples = (self._open(name) if (folder.path / name).exists() else None for name in (LAYERS, SAMPLES))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._scalars.write(step, values)
@@ -71,11 +85,15 @@ class JsonLines:
         self._layers = self._layers or self._open(LAYERS)
         self._layers.write(step, sizes)
 
+    def texts(self, step: int, samples: Sequence[Sample]) -> None:
+        self._samples = self._samples or self._open(SAMPLES)
+        self._samples.write(step, {"samples": [sample._asdict() for sample in samples]})
+
     def image(self, step: int, tag: str, png: bytes) -> None:
         self._folder.write(f"{tag.replace('/', '_')}.png", png)
 
     def close(self, final: Mapping[str, float]) -> None:
-        for lines in (self._scalars, self._layers):
+        for lines in (self._scalars, self._layers, self._samples):
             if lines is not None:
                 lines.close()
 
@@ -111,7 +129,7 @@ def _legal(value: Any) -> Any:
         return {key: _legal(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_legal(each) for each in value]
-    return value if math.isfinite(value) else str(value)
+    return value if isinstance(value, str) or math.isfinite(value) else str(value)
 
 
 def read_metrics(folder: Path, last: int = sys.maxsize) -> list[dict[str, Any]]:
@@ -122,6 +140,11 @@ def read_metrics(folder: Path, last: int = sys.maxsize) -> list[dict[str, Any]]:
 def read_layers(folder: Path, last: int = sys.maxsize) -> list[dict[str, Any]]:
     """The lines of a run's layers.jsonl up to a step, {"step": ..., quantity: {name: [a number for each layer], ...}, ...}."""
     return _read(folder / LAYERS, last)
+
+
+def read_samples(folder: Path, last: int = sys.maxsize) -> list[dict[str, Any]]:
+    """The lines of a run's samples.jsonl up to a step, {"step": ..., "samples": [{"prompt": ..., "text": ...}, ...]}."""
+    return _read(folder / SAMPLES, last)
 
 
 def _read(path: Path, last: int) -> list[dict[str, Any]]:
@@ -181,6 +204,11 @@ class EventFile:
         for summary in (start, end):
             self.add(summary, 0)
 
+    def texts(self, step: int, samples: Sequence[Sample], when: float | None = None) -> None:
+        """Adds texts that were sampled, each under a tag of its own."""
+        for i, sample in enumerate(samples):
+            self.add(text(f"samples/{i}", f"prompt:\n\n{_verbatim(sample.prompt)}\n\n{_verbatim(sample.text)}"), step, when)
+
     def add(self, summary: Summary, step: int, when: float | None = None) -> None:
         self._writer.write_event(Event(step=step, wall_time=time.time() if when is None else when, summary=summary))
 
@@ -189,6 +217,13 @@ class EventFile:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _verbatim(content: str) -> str:
+    """Text as a block of Markdown that shows it as it is."""
+    longest = max((len(run) for run in re.findall("`+", content)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{content}\n{fence}"
 
 
 def board_tag(tag: str) -> str:
@@ -210,6 +245,8 @@ class TensorBoard:
             for line in read(folder.path, start_step):  # numbers that are not finite are text there, which float reads
                 values = by_tag({key: value for key, value in line.items() if key not in ("step", "time")})
                 self._events.scalars(line["step"], values, line.get("time"))
+        for line in read_samples(folder.path, start_step):
+            self._events.texts(line["step"], [Sample(**sample) for sample in line["samples"]], line.get("time"))
         self._events.flush()
         for path in old:
             path.unlink(missing_ok=True)
@@ -220,6 +257,10 @@ class TensorBoard:
 
     def layers(self, step: int, sizes: Sizes) -> None:
         self.write(step, layer_tags(sizes))
+
+    def texts(self, step: int, samples: Sequence[Sample]) -> None:
+        self._events.texts(step, samples)
+        self._events.flush()
 
     def image(self, step: int, tag: str, png: bytes) -> None:
         width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # of the PNG's first chunk
@@ -247,14 +288,16 @@ class WeightsAndBiases:
         kept = folder.path / "wandb-id"
         if start_step == 0 or not kept.exists():
             folder.write(kept.name, os.urandom(8).hex().encode())
-        self._image = lambda image: wandb.Image(image)
+        self._image, self._table = wandb.Image, wandb.Table
         run_id, directory = kept.read_text(), str(folder.path)
         self._run = wandb.init(
             project=config.log.wandb, name=config.name, id=run_id, resume="allow", dir=directory, config=redact(asdict(config))
         )
+        # Its own count of steps never falls: rows of a resumed run would be refused up to where the run before it had come.
+        self._run.define_metric("*", step_metric="step")
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        self._run.log({"step": step, **values})
 
     def layers(self, step: int, sizes: Sizes) -> None:
         self.write(step, layer_tags(sizes))
@@ -262,7 +305,10 @@ class WeightsAndBiases:
     def image(self, step: int, tag: str, png: bytes) -> None:
         from PIL import Image  # a dependency of matplotlib, which drew the image
 
-        self._run.log({tag: self._image(Image.open(BytesIO(png)))}, step=step)
+        self.write(step, {tag: self._image(Image.open(BytesIO(png)))})
+
+    def texts(self, step: int, samples: Sequence[Sample]) -> None:
+        self.write(step, {"samples": self._table(columns=list(Sample._fields), data=[list(sample) for sample in samples])})
 
     def close(self, final: Mapping[str, float]) -> None:
         self._run.summary.update(dict(final))
