@@ -1,11 +1,12 @@
-"""Chips, and the names of slices."""
+"""TPU chips, and the names of slices."""
 
 import math
 
 import pytest
 
 from mutransformer.errors import ConfigError
-from mutransformer.planning.chips import CHIPS, parse_topology
+from mutransformer.planning.chips import CHIPS, Slice, parse_slice
+from mutransformer.planning.machines import parse_topology
 
 
 @pytest.mark.parametrize(
@@ -18,14 +19,14 @@ from mutransformer.planning.chips import CHIPS, parse_topology
 )
 def test_slice_names(name, shape):
     topology = parse_topology(name)
-    assert topology.shape == shape and topology.size == math.prod(shape)
+    assert isinstance(topology, Slice) and topology.shape == shape and topology.size == math.prod(shape)
     assert parse_topology(str(topology)) == topology
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        *((name, "no such chip; known chips are v4, v5e, v5p, v6e") for name in ("v7", "cpu", "gpu-8", "")),
+        *((name, "no such device; TPU chips are v4, v5e, v5p, v6e, GPUs a100") for name in ("v7", "cpu", "gpu-8", "")),
         *((name, "each of the 3 axes") for name in ("v5p", "v5p:4x4", "v5p:4x4x", "v5p:axb", "v5p-", "v5p:0x4x4")),
         *(("v5e:2x2x2", "each of the 2 axes"), ("v5e-6", "nearest are v5e:1x1, v5e:2x2, v5e:2x4. .* counts chips")),
         *(("v5p:3x4x4", "nearest are v5p:2x2x4, v5p:2x4x4, v5p:4x4x4"), ("v5e:32x32", "nearest are .* v5e:16x16")),
@@ -39,9 +40,9 @@ def test_an_unknown_slice_is_a_one_line_error(name, reason):
 
 
 def test_which_axes_are_rings():
-    assert parse_topology("v5p:4x4x8").rings == (True, True, True)
-    assert parse_topology("v5p:2x4x4").rings == (False, False, False)
-    assert parse_topology("v5e:8x16").rings == (False, True)
+    assert parse_slice("v5p:4x4x8").rings == (True, True, True)
+    assert parse_slice("v5p:2x4x4").rings == (False, False, False)
+    assert parse_slice("v5e:8x16").rings == (False, True)
 
 
 def test_peak_flops_follow_from_the_clock():

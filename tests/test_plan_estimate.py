@@ -7,10 +7,12 @@ import pytest
 
 from mutransformer.config.load import load
 from mutransformer.errors import ConfigError
-from mutransformer.planning.chips import Topology, parse_topology, torus_rings
+from mutransformer.planning.chips import parse_slice, torus_rings
 from mutransformer.planning.estimate.bounds import Estimate, estimate, make_scenario, with_mesh
 from mutransformer.planning.kernel_flops import KernelFlops
+from mutransformer.planning.machines import parse_topology
 from mutransformer.planning.plan import by_remat_policy, remat_policies, search
+from mutransformer.planning.topology import Topology
 
 L, M, T, B, V = 3, 256, 64, 32, 1024
 MODEL = ["model.d_model=256", "model.d_head=64", f"model.n_layer={L}", f"model.n_vocab={V}", f"data.seq_len={T}"]
@@ -106,7 +108,7 @@ def test_the_largest_bound_is_the_bound():
     ],
 )
 def test_torus_rings_of_mesh_axes(topology, sizes, axes, rings):
-    assert torus_rings(parse_topology(topology), sizes, axes) == rings
+    assert torus_rings(parse_slice(topology), sizes, axes) == rings
 
 
 def test_attention_without_a_kernel_computes_the_masked_half():

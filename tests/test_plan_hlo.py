@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mutransformer.planning.chips import CHIPS, HBM_EFFICIENCY
+from mutransformer.planning.chips import CHIPS
 from mutransformer.planning.compiled import hlo
-from mutransformer.planning.compiled.cost_model import Costing, CostModel, axes_of, first_group
+from mutransformer.planning.compiled.cost_model import Costing, TpuCosts, axes_of, first_group
 from mutransformer.planning.compiled.hlo import trip_count
 from mutransformer.planning.compiled.replay import replay as schedule_of
 from mutransformer.planning.compiled.simulate import COSTINGS, CollectiveKey, Totals, totals
 from mutransformer.planning.kernel_flops import KernelFlops, causal_fraction
+from mutransformer.planning.topology import HBM_EFFICIENCY
 
 DATA = Path(__file__).parent / "data" / "hlo"
 V5P = CHIPS["v5p"]
@@ -34,7 +35,7 @@ HEAD = """HloModule step, is_scheduled=true, num_partitions=8
 
 def replay(body: str, kernels: KernelFlops | None = None, costing: Costing = "hybrid", mesh=None, more: str = "") -> Totals:
     module = hlo.parse(f"{HEAD}{more}\nENTRY %main () -> () {{\n{body}\n}}\n")
-    return totals(schedule_of(CostModel(module, V5P, mesh or {"x": 2, "y": 4}, costing, kernels or KernelFlops())))
+    return totals(schedule_of(TpuCosts(module, mesh or {"x": 2, "y": 4}, kernels or KernelFlops(), V5P, costing)))
 
 
 def matmul(name: str, microseconds: int) -> str:
@@ -234,7 +235,7 @@ def test_attributes_may_span_several_lines():
 def step(request):
     module = hlo.parse((DATA / f"step_{request.param}_4x2.hlo").read_text())
     chip = CHIPS[request.param]
-    costs = {c: CostModel(module, chip, {"x": 4, "y": 2}, c, KernelFlops()) for c in COSTINGS}
+    costs = {c: TpuCosts(module, {"x": 4, "y": 2}, KernelFlops(), chip, c) for c in COSTINGS}
     return request.param, module, {c: schedule_of(costs[c]) for c in costs}
 
 

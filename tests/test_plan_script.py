@@ -12,11 +12,12 @@ from mutransformer.config.load import load
 from mutransformer.config.run import MeshConfig
 from mutransformer.errors import ConfigError
 from mutransformer.planning import timeline
-from mutransformer.planning.chips import parse_topology
+from mutransformer.planning.compiled.compilers import CompiledStep, compile_step, require_compiler, topology_devices
 from mutransformer.planning.compiled.replay import Schedule, Span
-from mutransformer.planning.compiled.simulate import CompiledStep, compile_step, require_compiler, simulate, topology_devices
+from mutransformer.planning.compiled.simulate import simulate
 from mutransformer.planning.estimate.bounds import estimate, make_scenario, with_mesh
 from mutransformer.planning.kernel_flops import KernelFlops
+from mutransformer.planning.machines import parse_topology
 from mutransformer.planning.plan import Plan, plan
 from mutransformer.sharding.mesh import make_mesh
 
@@ -83,7 +84,7 @@ def test_a_missing_compiler_is_a_one_line_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[tpu\]'"):
-        require_compiler()
+        require_compiler(parse_topology("v5e:1x1"))
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
-"""Predict what a run costs on a TPU slice: memory per chip, bounds of a step, time of the run.
+"""Predict what a run costs on TPUs or GPUs that are not at hand: memory per device, bounds of a step, time of the run.
 
-Example: mutransformer plan huge --topology v5p-512 --mesh x=64,y=4
+Examples: mutransformer plan huge --topology v5p-512 --mesh x=64,y=4
+          mutransformer plan configs/scale/1b.yaml --topology h100:4x8
 
-Immediate, by arithmetic on a trace of the train step; with --compile by the schedule that the TPU compiler makes of it, which
-needs libtpu but no TPU. To measure a GPU or CPU at hand, use `mutransformer benchmark`.
+Immediate, by arithmetic on a trace of the train step; with --compile by the schedule that the real compiler makes of it, which
+needs its package, libtpu or the CUDA plugin, but no TPU or GPU. To measure a device at hand, use `mutransformer benchmark`.
 """
 
 import json
@@ -15,17 +16,19 @@ from mutransformer.commands import SIZE_KEYS
 from mutransformer.config.load import load
 from mutransformer.errors import FINISHED, check
 
+HERE = "here"  # the name of this machine
 KEYS = ("steps", *SIZE_KEYS, "model.remat", "mesh.replicas", "mesh.overlap_groups", "optim.grad_accumulation_steps")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    chips = "v4, v5e, v5p or v6e chips; v5p:4x4x4 or Google's v5p-128 (default: %(default)s)"
-    add("--topology", default="v5e:2x4", help=chips)
+    tpus = "TPU v4, v5e, v5p, v6e: v5p:4x4x4 or Google's v5p-128"
+    gpus = "GPU a100, h100, h200, b200, gb200: h100:8, or h100:4x8 for 4 nodes of 8"
+    add("--topology", default="v5e:2x4", help=f"{tpus}; {gpus}; here: this machine (default: %(default)s)")
     add("--mesh", help="instead of the config's: x=16,y=4; without x it is what y leaves")
     add("--search", action="store_true", help="rank meshes, remat policies and microbatches that fit")
     add("--top", type=int, default=10, metavar="N", help="rows of --search (default: 10)")
-    add("--compile", action="store_true", help="use the TPU compiler; with --search for the best few")
+    add("--compile", action="store_true", help="use the real compiler; with --search for the best few")
     add("--compile-top", type=int, default=3, metavar="N", help="how many --search compiles (default: 3)")
     add("--timeline", type=Path, metavar="FILE.png", help="draw one compiled step")
     add("--kernel-flops", action="append", default=[], metavar="REGEX=FLOPS", help="FLOPs per device of a Pallas kernel's call")
@@ -44,7 +47,8 @@ def run(args: Namespace) -> int:
 
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed: do not initialize an accelerator
+    if args.topology != HERE:
+        jax.config.update("jax_platforms", "cpu")  # nothing is computed: do not initialize an accelerator
     from rich.console import Console
 
     from mutransformer.planning.kernel_flops import parse_kernel_flops

@@ -5,33 +5,21 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from mutransformer.errors import ConfigError, check
-from mutransformer.sharding.devices import peak_flops
-
-HBM_EFFICIENCY = 0.85  # the fraction of the published bandwidth that a plain loop over memory reaches
+from mutransformer.errors import ConfigError
+from mutransformer.planning.topology import Device, LinkUse, Topology, sent_fraction
 
 
 @dataclass(frozen=True)
-class Chip:
+class Chip(Device):
     """Published figures of one chip, which JAX shows as one device (the two TensorCores of a v4 or v5p chip act as one)."""
 
-    name: str
-    device_kind: str  # JAX's name for it
     clock: float  # Hz at which the matrix units reach the published peak; XLA's cycle estimates refer to it
-    hbm_bytes: float
-    hbm_bandwidth: float  # bytes/s
     ici_bandwidth: float  # bytes/s of one torus axis, both directions together
     pod: tuple[int, ...]  # chips along each torus axis of the largest slice
     ring_multiple: int  # an axis closes into a ring if its length is a multiple of this; on 3D tori all axes must meet it
     cores: int  # TensorCores per chip, which the number in Google's slice names counts
-
-    @property
-    def peak_flops(self) -> float:
-        """Dense bfloat16 FLOP/s."""
-        peak = peak_flops(self.device_kind)
-        assert peak is not None, self.device_kind
-        return peak
 
 
 # From Google Cloud's page on each TPU version; clocks follow from peak / (2 x multipliers). ici_bandwidth is the payload share of
@@ -41,28 +29,53 @@ _2D = {"pod": (16, 16), "ring_multiple": 16, "cores": 1}
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", 1.05e9, 32e9, 1228e9, 0.9e11, pod=(16, 16, 16), **_3D),
-        Chip("v5e", "TPU v5 lite", 1.5e9, 16e9, 819e9, 0.9e11, **_2D),
-        Chip("v5p", "TPU v5", 1.75e9, 95e9, 2765e9, 1.8e11, pod=(16, 20, 28), **_3D),
-        Chip("v6e", "TPU v6 lite", 1.75e9, 32e9, 1640e9, 1.8e11, **_2D),
+        Chip("v4", "TPU v4", 32e9, 1228e9, 1.05e9, 0.9e11, pod=(16, 16, 16), **_3D),
+        Chip("v5e", "TPU v5 lite", 16e9, 819e9, 1.5e9, 0.9e11, **_2D),
+        Chip("v5p", "TPU v5", 95e9, 2765e9, 1.75e9, 1.8e11, pod=(16, 20, 28), **_3D),
+        Chip("v6e", "TPU v6 lite", 32e9, 1640e9, 1.75e9, 1.8e11, **_2D),
     )
 }
 
 
 @dataclass(frozen=True)
-class Topology:
-    """A slice: a box of chips."""
+class Slice(Topology):
+    """A box of chips."""
 
     chip: Chip
     shape: tuple[int, ...]
+
+    noun: ClassVar[str] = "chip"
+    compute_unit: ClassVar[str] = "MXU"
 
     def __str__(self) -> str:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
+    def platform(self) -> str:
+        return "tpu"
+
+    @property
     def size(self) -> int:
-        """Number of chips."""
         return math.prod(self.shape)
+
+    @property
+    def n_cores(self) -> int:
+        return self.chip.cores
+
+    def links(self, kind: str, full: float, mesh: Mapping[str, int], axes: tuple[str, ...]) -> dict[str, LinkUse]:
+        """Each mesh axis has links of its own."""
+        sent = full * sent_fraction(kind, math.prod(mesh[axis] for axis in axes))
+        use = LinkUse(sent, sent / (self.chip.ici_bandwidth * torus_rings(self, mesh, axes)))
+        return {f"ICI {axis}": use for axis in axes}
+
+    def larger(self) -> "Slice | None":
+        return next((each for each in _slices(self.chip) if each.size >= 2 * self.size), None)
+
+    def describe(self, unit: str) -> str:
+        return f"sent per chip along {unit.removeprefix('ICI ')}"
+
+    def figures(self) -> dict[str, float]:
+        return super().figures() | {"clock": self.chip.clock, "ici_bandwidth_of_an_axis": self.chip.ici_bandwidth}
 
     @property
     def rings(self) -> tuple[bool, ...]:
@@ -71,14 +84,12 @@ class Topology:
         return closed if len(closed) == 2 else (all(closed),) * len(closed)
 
 
-def parse_topology(name: str) -> Topology:
+def parse_slice(name: str) -> Slice:
     """The slice with a name: chips along each axis, `v5p:4x4x4`, or Google's, `v5p-128`, for the most compact box of that size.
 
-    Raises ConfigError if there is no such chip, or no such slice of it.
+    Raises ConfigError if there is no such slice. The name begins with a key of CHIPS.
     """
     kind = re.split("[:-]", name)[0]
-    measure = "(to measure a GPU or CPU that you have, use scripts/benchmark.py)"
-    check(kind in CHIPS, f"--topology {name}: no such chip; known chips are {', '.join(CHIPS)} {measure}")
     chip, slices = CHIPS[kind], _slices(CHIPS[kind])
     by_count = {f"{kind}-{each.size * chip.cores}": each for each in reversed(slices)}
     found = {**by_count, **{str(each): each for each in slices}}.get(name)
@@ -94,7 +105,7 @@ def parse_topology(name: str) -> Topology:
     return found
 
 
-def _slices(chip: Chip) -> list[Topology]:
+def _slices(chip: Chip) -> list[Slice]:
     """The slices on offer, for each size the box that Google's name stands for first: the most compact, axes ascending.
 
     A chip, or hosts of 2x2 chips side by side; on a 3D torus, 4x4x4 cubes from 64 chips on.
@@ -106,20 +117,10 @@ def _slices(chip: Chip) -> list[Topology]:
         fitting = [box for box in cubes if all(n <= limit for n, limit in zip(sorted(box), chip.pod, strict=True))]
         boxes = [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), *fitting]
     boxes.sort(key=lambda box: (math.prod(box), max(box), -min(box), list(box) != sorted(box)))
-    return [Topology(chip, box) for box in boxes]
+    return [Slice(chip, box) for box in boxes]
 
 
-def sent_fraction(kind: str, n: int) -> float:
-    """Bytes that each of n devices sends, per byte of the full array (gathered, or not yet reduced).
-
-    all-gather, reduce-scatter, all-to-all: (n - 1) / n. all-reduce: twice that. collective-permute: 1.
-    """
-    if kind == "collective-permute":
-        return 1.0
-    return (n - 1) / n * (2 if kind == "all-reduce" else 1)
-
-
-def torus_rings(topology: Topology, mesh: Mapping[str, int], axes: tuple[str, ...]) -> float:
+def torus_rings(topology: Slice, mesh: Mapping[str, int], axes: tuple[str, ...]) -> float:
     """How many rings of the torus can serve a collective over mesh axes at once; a line, or part of a ring, counts half.
 
     Mesh axes are laid on entire torus axes as far as their sizes allow, the last mesh axis first.

@@ -1,4 +1,7 @@
-"""FLOPs of Pallas kernels, which XLA's cost model does not see. Splash attention is built in; others are given by the user."""
+"""FLOPs of kernels that XLA's cost model does not see: Pallas's, and cuDNN's attention.
+
+Splash attention and cuDNN's are built in; others are given by the user.
+"""
 
 import math
 import re
@@ -13,11 +16,14 @@ Shape = tuple[int, ...]
 # Matrix products per pair of query and key blocks that the causal mask keeps: q k^T and p v forward; each backward kernel
 # computes q k^T again. A dkv kernel that also returns dq has one more.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+# cuDNN's backward pass is one kernel: q k^T again, and the gradients of the weights, of q, k and v. Its blocks are not published.
+_CUDNN_PRODUCTS = {"fwd": 2, "bwd": 5}
+_CUDNN_BLOCK = 128
 
 
 @dataclass(frozen=True)
 class KernelFlops:
-    """How Pallas kernels are costed: the FLOPs of one call on one device, at a fraction of the matrix units' peak."""
+    """How kernels are costed: the FLOPs of one call on one device, at a fraction of the matrix units' peak."""
 
     flops: Mapping[str, float] = field(default_factory=dict)  # by a regular expression, searched for in the kernel's op_name
     efficiency: float = 0.5  # the fraction; an assumption: no kernel was timed
@@ -27,6 +33,8 @@ class KernelFlops:
         for pattern, flops in self.flops.items():
             if re.search(pattern, name):
                 return flops
+        if cudnn := re.findall(r"dot_product_attention_(fwd|bwd)", name):
+            return _cudnn(cudnn[-1], operands)
         phases = re.findall(r"splash_\w*?_(fwd|dq|dkv)", name)
         return _splash(phases[-1], operands, results, details) if phases else None
 
@@ -46,6 +54,12 @@ def _splash(phase: str, operands: Sequence[Shape], results: Sequence[Shape], det
     return 2.0 * products * math.prod(q) * T * causal_fraction(T, *blocks)
 
 
+def _cudnn(phase: str, operands: Sequence[Shape]) -> float:
+    """FLOPs of causal attention over rows of T. The first operand is q, [rows, T, heads, D]."""
+    q, T = operands[0], operands[0][1]
+    return 2.0 * _CUDNN_PRODUCTS[phase] * math.prod(q) * T * causal_fraction(T, min(T, _CUDNN_BLOCK), min(T, _CUDNN_BLOCK))
+
+
 def causal_fraction(T: int, block_q: int, block_kv: int) -> float:
     """The fraction of the T x T (query, key) pairs that lie in blocks which the causal mask does not empty."""
     n_q, n_kv = -(-T // block_q), -(-T // block_kv)
@@ -53,7 +67,7 @@ def causal_fraction(T: int, block_q: int, block_kv: int) -> float:
     return kept / (n_q * n_kv)
 
 
-SPLASH_ONLY = KernelFlops()
+BUILT_IN = KernelFlops()
 
 
 def parse_kernel_flops(arguments: Sequence[str], efficiency: float) -> KernelFlops:

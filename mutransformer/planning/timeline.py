@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from mutransformer.errors import ConfigError, check
 from mutransformer.planning.compiled.replay import Loop, Schedule
-from mutransformer.planning.compiled.simulate import COSTINGS, Simulated
-from mutransformer.planning.report import format_seconds
+from mutransformer.planning.compiled.simulate import Simulated, loop_name
+from mutransformer.planning.tables import format_seconds
 
 COLORS = {
     "matmul": "#3b6fb6",
@@ -43,7 +43,7 @@ def bars(schedule: Schedule, origin: float = 0.0) -> Iterator[Bar]:
     for span in schedule.spans:
         kind = {"wait": "waits for memory", "exposed": "waits for links"}.get(span.kind, span.kind)
         yield Bar(span.lane, kind, origin + span.start, span.seconds, 0)
-    for c, start, _, _ in schedule.transfers:
+    for c, start, *_ in schedule.transfers:
         half = {"+": 1, "-": -1}.get(c.direction, 0)
         yield from (Bar(axis, c.kind, origin + start, c.seconds, half) for axis in c.axes)
     for loop in schedule.loops:
@@ -88,12 +88,11 @@ def draw(simulated: Simulated, title: str, path: Path) -> None:
     from matplotlib.patches import Patch
 
     check(path.suffix[1:] in FigureCanvasBase.filetypes, f"--timeline {path}: no such format; use .png, .svg or .pdf")
-    schedule = simulated.schedules[COSTINGS[0]]
+    schedule = simulated.schedules[simulated.quoted]
     rows = ["core", *(axis for axis, size in simulated.scenario.mesh_sizes.items() if size > 1), "hbm"]
     panels = [(f"{title}: one step, {format_seconds(schedule.seconds)}", schedule)]
     for loop in most_expensive_loops(schedule, PANELS - 1):
-        name = "backward" if "transpose" in loop.label else "forward" if "jvp" in loop.label else "loop"
-        panels.append((f"one round of {loop.n} ({name}), {format_seconds(loop.body.seconds)}", loop.body))
+        panels.append((f"one round of {loop.n} ({loop_name(loop)}), {format_seconds(loop.body.seconds)}", loop.body))
     figure, plots = pyplot.subplots(len(panels), 1, figsize=(14, 0.6 + (0.42 * len(rows) + 0.85) * len(panels)), squeeze=False)
     kinds = set[str]().union(*(_panel(plot, *panel, rows) for plot, panel in zip(plots[:, 0], panels, strict=True)))
     handles = [Patch(color=color, label=kind) for kind, color in COLORS.items() if kind in kinds]

@@ -1,1 +1,1 @@
-"""The step's schedule from the TPU compiler, read from its HLO text and simulated."""
+"""The step's schedule from the real compiler, read from its HLO text and simulated."""

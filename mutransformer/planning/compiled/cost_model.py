@@ -1,26 +1,28 @@
-"""Seconds of one operation in HLO, and the mesh axes and bytes of a collective.
+"""Seconds of one operation in HLO, and the mesh axes and bytes of a collective: what TPUs and GPUs share, and the costs of a TPU.
 
-Compute: from the compiler's cycle estimate or from the bytes that the operation moves. The cycle estimate is close for matrix
+Compute on a TPU: from the compiler's cycle estimate or from the bytes that the operation moves. The estimate is close for matrix
 products, but 1.2 to 4 times too high for what memory bandwidth bounds: plain elementwise operations take 0.2 to 0.8 of it. Hence
 two costings. "cycles": the estimate for everything. "hybrid": for all but matrix products the estimate or the time for the bytes,
 whichever is less. Operations without an estimate cost their bytes in both.
 
-Collectives: bytes sent are those of `chips.sent_fraction`. The links need (bytes sent) / (k x bandwidth of a torus axis, both
-directions) plus a fixed latency, where k is the number of torus axes that the compiler's algorithm drives at once, read from its
-backend_config. A collective-permute makes one hop in one direction of one axis: k = 1/2.
+Collectives: bytes sent are those of `topology.sent_fraction`. The links of a TPU need (bytes sent) / (k x bandwidth of a torus
+axis, both directions) plus a fixed latency, where k is the number of torus axes that the compiler uses at once, read
+from its backend_config. A collective-permute makes one hop in one direction of one axis: k = 1/2.
 """
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mutransformer.planning.chips import HBM_EFFICIENCY, Chip, sent_fraction
+from mutransformer.planning.chips import Chip
 from mutransformer.planning.compiled.hlo import Module, Op, ints
 from mutransformer.planning.kernel_flops import KernelFlops
+from mutransformer.planning.topology import HBM_EFFICIENCY, sent_fraction
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 COLLECTIVES += ("collective-broadcast",)
@@ -28,7 +30,7 @@ LATENCY = 1e-6  # seconds
 _SCALARS = 65536  # bytes: smaller bookkeeping is done in scalar memory, in parallel with everything else
 _PRODUCTS = ("convolution", "dot")  # XLA:TPU turns matrix products into convolutions
 
-Costing = Literal["cycles", "hybrid"]
+Costing = Literal["cycles", "hybrid", "roofline"]  # the last of a GPU
 
 
 class Cost(NamedTuple):
@@ -49,13 +51,9 @@ class Collective:
     bytes: float  # of the full array
     wire_bytes: float  # that leave a device
     seconds: float  # for which its links are busy
-    direction: str  # "+" or "-" for a permute, which needs one direction of a link; otherwise "+-"
+    links: tuple[str, ...]  # that it keeps busy: one collective at a time uses each
+    direction: str  # "+" or "-" for a permute on a torus, which needs one direction of a link; otherwise "+-"
     source: str  # op_name
-
-    @property
-    def links(self) -> tuple[str, ...]:
-        """The links that it keeps busy, each an axis and a direction."""
-        return tuple(axis + way for axis in self.axes for way in self.direction)
 
 
 def is_collective(op: Op) -> bool:
@@ -64,22 +62,56 @@ def is_collective(op: Op) -> bool:
 
 
 @dataclass(frozen=True)
-class CostModel:
-    """Costs the operations of a module on a mesh of chips."""
+class CostModel(ABC):
+    """Costs the operations of a module on a mesh of devices."""
 
     module: Module
-    chip: Chip
     mesh: Mapping[str, int]  # sizes by axis, in the order in which devices are numbered
-    costing: Costing
     kernels: KernelFlops
 
     @property
+    @abstractmethod
     def bandwidth(self) -> float:
         """Bytes/s of main memory in practice."""
+
+    @abstractmethod
+    def compute(self, op: Op) -> Cost:
+        """The cost of an operation that is neither a collective nor a transfer within the device."""
+
+    @abstractmethod
+    def collective(self, op: Op, outer: Op) -> Collective:
+        """Reads a collective and the fusion or wrapper around it (or itself)."""
+
+    def kernel(self, op: Op, by_bytes: float, peak_flops: float) -> Cost:
+        """The cost of a kernel that XLA does not look into."""
+        operands, results = ([a.shape for a in each] for each in (self.module.inputs(op), op.arrays))
+        flops = self.kernels.of_call(op.source or op.name, operands, results, op.attrs)
+        if flops is None:
+            name = "/".join(op.source.split("/")[-2:]) or op.name
+            return Cost(by_bytes, "kernel", f"kernel {name}: unknown, costed by its bytes; give its FLOPs with --kernel-flops")
+        return Cost(max(flops / (self.kernels.efficiency * peak_flops), by_bytes), "kernel")
+
+    def full_bytes(self, op: Op, kind: str) -> float:
+        """Bytes of the full arrays of a collective, gathered or not yet reduced."""
+        if kind != "all-gather":
+            return sum(a.bytes for a in self.module.inputs(op))
+        n = len(op.operands)
+        # The start of a gather has its inputs and its outputs as results.
+        return sum(a.bytes for a in (op.arrays[n : 2 * n] if op.opcode == "all-gather-start" else op.arrays))
+
+
+@dataclass(frozen=True)
+class TpuCosts(CostModel):
+    """The costs of chips of a TPU slice."""
+
+    chip: Chip
+    costing: Costing
+
+    @property
+    def bandwidth(self) -> float:
         return self.chip.hbm_bandwidth * HBM_EFFICIENCY
 
     def compute(self, op: Op) -> Cost:
-        """The cost of an operation that is neither a collective nor a transfer within the chip."""
         opcodes = {op.opcode, *(inner.opcode for inner in self.module.nested(op))}
         read = sum(a.bytes for a in self.module.inputs(op) if a.in_hbm)
         written = sum(a.bytes for a in op.arrays if a.in_hbm)
@@ -90,36 +122,26 @@ class CostModel:
                 return Cost(seconds, "matmul")
             return Cost(min(seconds, by_bytes) if self.costing == "hybrid" else seconds, "other")
         if op.opcode == "custom-call":
-            return self._kernel(op, by_bytes)
+            if "tpu_custom_call" not in op.attrs:
+                return Cost(0.0, "unestimated")  # an annotation for the compiler
+            return self.kernel(op, by_bytes, self.chip.peak_flops)
         if "gather" in opcodes:
             return Cost(2 * written / self.bandwidth, "unestimated")
         return Cost(by_bytes if max(read, written) >= _SCALARS else 0.0, "unestimated")
 
-    def _kernel(self, op: Op, by_bytes: float) -> Cost:
-        if "tpu_custom_call" not in op.attrs:
-            return Cost(0.0, "unestimated")  # an annotation for the compiler
-        operands, results = ([a.shape for a in each] for each in (self.module.inputs(op), op.arrays))
-        flops = self.kernels.of_call(op.source or op.name, operands, results, op.attrs)
-        if flops is None:
-            name = "/".join(op.source.split("/")[-2:]) or op.name
-            return Cost(by_bytes, "kernel", f"kernel {name}: unknown, costed by its bytes; give its FLOPs with --kernel-flops")
-        return Cost(max(flops / (self.kernels.efficiency * self.chip.peak_flops), by_bytes), "kernel")
-
     def collective(self, op: Op, outer: Op) -> Collective:
-        """Reads a collective and the fusion or wrapper around it (or itself)."""
         kind = op.opcode.removesuffix("-start")
         if kind == "all-reduce" and outer.attr("calls").startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # such a fusion keeps a slice of the sum, and is executed as a reduce-scatter
         group = first_group(op.attrs, self.module.n_devices)
-        sizes = [a.bytes for a in (op.arrays if kind == "all-gather" else self.module.inputs(op))]
-        # The start of a gather has two results: its input and its output.
-        full = max(sizes) if op.opcode == "all-gather-start" else sum(sizes)
+        full = self.full_bytes(op, kind)
         sent = full * sent_fraction(kind, len(group))
         permute = kind == "collective-permute"
         driven = 0.5 if permute else max(_axes_driven(op), _axes_driven(outer))
         seconds = sent / (driven * self.chip.ici_bandwidth) + LATENCY
         axes, direction = axes_of(group, self.mesh), _direction(op) if permute else "+-"
-        return Collective(kind, axes, len(group), full, sent, seconds, direction, op.source or outer.source or op.name)
+        links = tuple(axis + way for axis in axes for way in direction)
+        return Collective(kind, axes, len(group), full, sent, seconds, links, direction, op.source or outer.source or op.name)
 
 
 def _axes_driven(op: Op) -> float:

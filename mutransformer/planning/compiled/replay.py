@@ -3,14 +3,15 @@
 An asynchronous collective keeps its links busy from its start, and the core waits for it only where its result is used; a
 synchronous one blocks the core. Collectives on the same link queue; permutes in opposite directions use different halves of it.
 Transfers between HBM and VMEM queue on the HBM. A loop takes its body's time times its rounds. Time the core waits is "exposed".
+On a GPU the core is the stream of kernels, and all collectives queue on one other stream.
 
 Not modelled: contention for HBM between core, links and transfers; two mesh axes on one link; missing wraparound links;
 stragglers; the host.
 """
 
 import functools
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,12 +38,18 @@ class Span(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """A collective, for which the core waits for `exposed` seconds."""
+    """A collective, for which the core waits for `exposed` seconds.
+
+    beside: what the core computes between its start and where it is waited for, a count by kind, of COMPUTE or "loop"; empty if
+    it is waited for at once.
+    """
 
     collective: Collective
     start: float
     is_async: bool
     exposed: float
+    beside: Mapping[str, int]
+    beside_seconds: float
 
 
 class Loop(NamedTuple):
@@ -82,6 +89,17 @@ def replay(costs: CostModel) -> Schedule:
     return schedule(costs.module.entry)
 
 
+class _Pending(NamedTuple):
+    """A collective, or None for a memory transfer, that was started; and what the core had computed when it was."""
+
+    collective: Collective | None
+    start: float
+    end: float
+    is_async: bool
+    computed: Counter[str]
+    computed_seconds: float
+
+
 class _Core:
     """The state while one computation is replayed."""
 
@@ -90,15 +108,15 @@ class _Core:
         self.costs, self.module, self.schedule = costs, costs.module, schedule
         self.out, self.now = Schedule(), 0.0
         self.idle_from: defaultdict[str, float] = defaultdict(float)  # by link, and "hbm"
-        # What was started and not yet waited for, by the operation that started it: a collective, or None for a memory transfer;
-        # start; end.
-        self.pending: dict[str, tuple[Collective | None, float, float]] = {}
+        self.pending: dict[str, _Pending] = {}  # what was started and not yet waited for, by the operation that started it
+        self.computed: Counter[str] = Counter()  # operations so far, by kind
+        self.computed_seconds = 0.0
 
     def run(self, ops: Sequence[Op]) -> Schedule:
         for op in ops:
             if op.opcode not in _FREE:
                 self._execute(op)
-        self.out.warnings |= {f"{name}: started but never waited for" for name, (c, _, _) in self.pending.items() if c}
+        self.out.warnings |= {f"{name}: started but never waited for" for name, p in self.pending.items() if p.collective}
         self.out.seconds = self.now
         return self.out
 
@@ -113,7 +131,7 @@ class _Core:
         elif op.opcode in COLLECTIVES:
             self._block(self.costs.collective(op, op))
         elif is_collective(op):
-            self._start(op.name, self.costs.collective(op, op))
+            self._start(op.name, self.costs.collective(op, op), is_async='"is_sync":true' not in op.attrs)
         elif op.opcode == "async-start":
             self._start_wrapped(op)
         elif op.opcode == "async-update":
@@ -134,7 +152,7 @@ class _Core:
     def _nest(self, computation: str, rounds: int, op: Op) -> None:
         body = self.schedule(computation)
         self.out.loops.append(Loop(self.now, rounds, body, op.source or op.name))
-        self.now += rounds * body.seconds
+        self._advance("loop", rounds * body.seconds)
 
     def _nest_longest(self, op: Op) -> None:
         names = [name.strip(" %") for name in op.find(r"branch_computations=\{([^}]*)").split(",")]
@@ -149,7 +167,12 @@ class _Core:
             self.out.warnings.add(cost.warning)
         if cost.seconds:
             self.out.spans.append(Span("core", cost.kind, self.now, cost.seconds, op.source or op.name))
-        self.now += cost.seconds
+            self._advance(cost.kind, cost.seconds)
+
+    def _advance(self, kind: str, seconds: float) -> None:
+        self.now += seconds
+        self.computed[kind] += 1
+        self.computed_seconds += seconds
 
     def _occupy(self, resources: Sequence[str], seconds: float) -> tuple[float, float]:
         """Start and end of something that is issued now and needs resources for some time."""
@@ -160,27 +183,29 @@ class _Core:
     def _block(self, c: Collective) -> None:
         """A synchronous collective."""
         start, end = self._occupy(c.links, c.seconds)
-        self.out.transfers.append(Transfer(c, start, False, end - self.now))
+        self.out.transfers.append(Transfer(c, start, False, end - self.now, {}, 0.0))
         self.out.spans.append(Span("core", "exposed", self.now, end - self.now, c.source))
         self.now = end
 
-    def _start(self, name: str, c: Collective) -> None:
-        self.pending[name] = c, *self._occupy(c.links, c.seconds)
+    def _start(self, name: str, c: Collective, is_async: bool = True) -> None:
+        start, end = self._occupy(c.links, c.seconds)
+        self.pending[name] = _Pending(c, start, end, is_async, Counter(self.computed), self.computed_seconds)
 
     def _start_transfer(self, name: str, seconds: float) -> None:
         """A transfer between HBM and VMEM."""
         start, end = self._occupy(["hbm"], seconds)
-        self.pending[name] = None, start, end
+        self.pending[name] = _Pending(None, start, end, True, Counter(), 0.0)
         self.out.spans.append(Span("hbm", "transfer", start, seconds, name))
 
     def _wait(self, name: str) -> None:
         if name not in self.pending:
             self.out.warnings.add(f"{name}: waited for but never started")
             return
-        c, start, end = self.pending.pop(name)
-        exposed = max(0.0, end - self.now)
+        started = self.pending.pop(name)
+        c, exposed = started.collective, max(0.0, started.end - self.now)
         if c:
-            self.out.transfers.append(Transfer(c, start, True, exposed))
+            beside, seconds = self.computed - started.computed, self.computed_seconds - started.computed_seconds
+            self.out.transfers.append(Transfer(c, started.start, started.is_async, exposed, beside, seconds))
         if exposed:
             self.out.spans.append(Span("core", "exposed" if c else "wait", self.now, exposed, c.source if c else name))
         self.now += exposed

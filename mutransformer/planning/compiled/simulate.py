@@ -1,93 +1,33 @@
-"""The simulated step: compiled by the TPU compiler (which needs libtpu, but no TPU), and replayed in time under both costings."""
+"""The simulated step: a schedule of the real compiler, replayed in time under each costing of the devices."""
 
-import importlib.util
-import os
-import time
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-from jax.experimental import topologies
-from jax.sharding import NamedSharding
-
-from mutransformer.errors import ConfigError, check, translate_errors
 from mutransformer.model.weights import attention_flops_per_token
-from mutransformer.planning.chips import Topology
-from mutransformer.planning.compiled.cost_model import Costing, CostModel
-from mutransformer.planning.compiled.hlo import parse
-from mutransformer.planning.compiled.replay import COMPUTE, WAITS, Schedule, replay
+from mutransformer.planning.cards import Cluster
+from mutransformer.planning.chips import Slice
+from mutransformer.planning.compiled.compilers import CompiledStep
+from mutransformer.planning.compiled.cost_model import Collective, Costing, CostModel, TpuCosts
+from mutransformer.planning.compiled.gpu_costs import LINK_EFFICIENCY, MATMUL_EFFICIENCY, GpuCosts
+from mutransformer.planning.compiled.hlo import Module, parse
+from mutransformer.planning.compiled.replay import COMPUTE, WAITS, Loop, Schedule, replay
 from mutransformer.planning.estimate.bounds import Scenario, input_bytes
-from mutransformer.planning.estimate.work import abstract_batch
 from mutransformer.planning.kernel_flops import KernelFlops
-from mutransformer.training.program import build
-from mutransformer.training.step import make_train_step
+from mutransformer.planning.topology import HBM_EFFICIENCY
 
-COSTINGS: tuple[Costing, ...] = ("hybrid", "cycles")  # the first is the one to quote
-ACCURACY = (
-    "Simulated from the schedule of the TPU compiler, not measured on hardware. Expect +-15 % where compute bounds the step, "
-    "+-30 % or worse where communication is exposed; differences under 5 % are not significant. Pallas kernels are costed at an "
-    "assumed fraction of peak."
+COSTINGS: tuple[Costing, ...] = ("hybrid", "cycles")  # of TPUs; the first is the one to quote
+_TRUST = (
+    "Expect +-15 % where compute bounds the step, +-30 % or worse where communication is exposed; differences under 5 % are not "
+    "significant. Kernels are costed at an assumed fraction of peak."
 )
-
-
-class CompiledStep(NamedTuple):
-    """A compiled step."""
-
-    text: str  # scheduled HLO
-    seconds: float  # compile time
-    memory: dict[str, float]  # bytes on a device: arguments; outputs that do not overwrite these; temporaries; code
-
-
-def require_compiler() -> None:
-    """Raises ConfigError if the TPU compiler is not installed."""
-    installed = importlib.util.find_spec("libtpu") is not None
-    check(installed, "--compile: needs the TPU compiler (but no TPU): pip install -e '.[tpu]'")
-
-
-def topology_devices(topology: Topology) -> list[Any]:
-    """Devices of a slice, to compile for. Raises ConfigError if the compiler is missing or does not accept the slice."""
-    require_compiler()
-    # Compile only: do not ask the metadata server, do not claim a chip.
-    for key, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
-        os.environ.setdefault(key, value)
-    options: dict[str, Any] = {}
-    if topology.chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # one device per chip, as on v4 machines; the default for the other chips
-    if topology.size == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    with translate_errors(f"--topology {topology}: the TPU compiler does not accept it"):  # of any type: jaxlib's are not public
-        return list(topologies.get_topology_desc(str(topology), platform="tpu", **options).devices)
-
-
-def compile_step(scenario: Scenario) -> CompiledStep:
-    """Compiles the step that training would run. Raises ConfigError if that fails, most often for lack of memory."""
-    program = build(scenario.config, topology_devices(scenario.topology), scenario.program.vocabulary)
-    sharding = NamedSharding(program.mesh, program.batch_pspec)
-    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract_batch(program.config))
-    lowered = make_train_step(program).lower(program.state, batch)
-    begin = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = next((line for line in lines if "memory" in line), lines[0])
-        raise ConfigError(f"the TPU compiler rejects the step on {scenario.topology}: {reason}") from None
-    seconds, analysis = time.perf_counter() - begin, compiled.memory_analysis()
-    assert analysis is not None
-    memory = {
-        "arguments": float(analysis.argument_size_in_bytes),
-        "outputs": float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
-        "temporaries": float(analysis.temp_size_in_bytes),
-        "code": float(analysis.generated_code_size_in_bytes),
-    }
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        text = None
-    if text is None:
-        raise ConfigError("--compile: this libtpu cannot print its schedule; use pip install jax==0.10.2 libtpu==0.0.42")
-    return CompiledStep(text, seconds, memory)
+TPU_ACCURACY = f"Simulated from the schedule of the TPU compiler, not measured on hardware. {_TRUST}"
+GPU_ACCURACY = (
+    "Simulated from the schedule of XLA:GPU, not measured on hardware, by a roofline: products at "
+    f"{MATMUL_EFFICIENCY:.0%} of peak, memory at {HBM_EFFICIENCY:.0%}, NVLink and network at {LINK_EFFICIENCY:.0%} of their "
+    f"published bandwidth. {_TRUST}"
+)
 
 
 class CollectiveKey(NamedTuple):
@@ -135,7 +75,7 @@ def totals(schedule: Schedule) -> Totals:
         for span in each.spans:
             by_kind[span.kind] += times * span.seconds
             by_source[span.kind, span.label] += times * span.seconds
-        for c, _, is_async, exposed in each.transfers:
+        for c, _, is_async, exposed, *_ in each.transfers:
             sums = collectives[CollectiveKey(c.kind, c.axes, c.n, is_async)]
             sums.count += times
             sums.bytes += times * c.bytes
@@ -154,6 +94,30 @@ def totals(schedule: Schedule) -> Totals:
     )
 
 
+class Overlap(NamedTuple):
+    """A collective where it stands in the program, and what the core computes between its start and where it is waited for."""
+
+    where: str  # forward, backward or another loop; or the step, outside of the loops
+    times: int  # that it runs in a step
+    collective: Collective
+    exposed_seconds: float  # of one run
+    beside: Mapping[str, int]  # operations by kind; empty if it is waited for at once
+    beside_seconds: float
+
+
+def overlaps(schedule: Schedule, where: str = "step", times: int = 1) -> Iterator[Overlap]:
+    """Every collective of a schedule and of the loops in it."""
+    for each in schedule.transfers:
+        yield Overlap(where, times, each.collective, each.exposed, each.beside, each.beside_seconds)
+    for loop in schedule.loops:
+        yield from overlaps(loop.body, loop_name(loop) if loop.n > 1 else where, times * loop.n)
+
+
+def loop_name(loop: Loop) -> str:
+    """Which loop it is, by the name of the operation that it comes from."""
+    return "backward" if "transpose" in loop.label else "forward" if "jvp" in loop.label else "loop"
+
+
 @dataclass(frozen=True)
 class Simulated:
     """A compiled step in time."""
@@ -166,9 +130,24 @@ class Simulated:
     compile_seconds: float
 
     @property
+    def quoted(self) -> Costing:
+        """The costing to quote."""
+        return next(iter(self.schedules))
+
+    @property
+    def overlaps(self) -> list[Overlap]:
+        """Every collective of the program, by the costing to quote."""
+        return list(overlaps(self.schedules[self.quoted]))
+
+    @property
     def seconds(self) -> float:
         """Seconds of a step, by the costing to quote."""
-        return self.totals[COSTINGS[0]].seconds
+        return self.totals[self.quoted].seconds
+
+    @property
+    def accuracy(self) -> str:
+        """How far to trust the seconds, in a sentence."""
+        return GPU_ACCURACY if isinstance(self.scenario.topology, Cluster) else TPU_ACCURACY
 
     @property
     def fits(self) -> bool:
@@ -180,11 +159,19 @@ class Simulated:
         return {name: flops / attainable for name, flops in model_flops(self.scenario).items()}
 
 
+def cost_models(scenario: Scenario, module: Module, kernels: KernelFlops) -> dict[Costing, CostModel]:
+    """The ways to cost a module on the devices of a scenario, the one to quote first."""
+    topology, mesh = scenario.topology, scenario.mesh_sizes
+    if isinstance(topology, Cluster):
+        return {"roofline": GpuCosts(module, mesh, kernels, topology)}
+    assert isinstance(topology, Slice)
+    return {costing: TpuCosts(module, mesh, kernels, topology.chip, costing) for costing in COSTINGS}
+
+
 def simulate(scenario: Scenario, compiled: CompiledStep, kernels: KernelFlops) -> Simulated:
-    """Replays a compiled step under both costings."""
-    module = parse(compiled.text)
-    chip, mesh = scenario.topology.chip, scenario.mesh_sizes
-    schedules: dict[Costing, Schedule] = {c: replay(CostModel(module, chip, mesh, c, kernels)) for c in COSTINGS}
+    """Replays a compiled step under each costing."""
+    models = cost_models(scenario, parse(compiled.text), kernels)
+    schedules: dict[Costing, Schedule] = {costing: replay(model) for costing, model in models.items()}
     sums: dict[Costing, Totals] = {costing: totals(schedule) for costing, schedule in schedules.items()}
     inputs, sizes = input_bytes(scenario), dict(compiled.memory)
     peak = sum(size for category, size in sizes.items() if category != "code")

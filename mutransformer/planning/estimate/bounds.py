@@ -1,4 +1,4 @@
-"""What is planned, a config on a slice of chips with a mesh that needs no devices, and what its step needs by the counted work.
+"""What is planned, a config on devices with a mesh that needs none of them, and what its step needs by the counted work.
 
 That is memory, lower bounds of a step's time, and the cost of a run. Immediate, and optimistic.
 """
@@ -14,14 +14,16 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from mutransformer.config.run import MeshConfig
 from mutransformer.config.schema import Config
 from mutransformer.errors import ConfigError, check
-from mutransformer.planning.chips import HBM_EFFICIENCY, Topology, sent_fraction, torus_rings
 from mutransformer.planning.estimate.work import Work, abstract_batch, count_step
 from mutransformer.planning.kernel_flops import KernelFlops
+from mutransformer.planning.topology import HBM_EFFICIENCY, LinkUse, Topology, sent_fraction
+from mutransformer.sharding.mesh import n_row_groups
 from mutransformer.training.program import Program, Vocabulary, build
 
 # Only for `guess`, which ranks meshes and remat policies. Set between simulated steps of a 1.3 B model on 64 v5p chips, with and
-# without XLA's tuning flags: matrix products reach this fraction of peak, and this fraction of communication is exposed.
-MXU_EFFICIENCY = 0.75
+# without XLA's tuning flags: matrix products reach this fraction of peak, and this fraction of communication is exposed. On GPUs
+# they are assumptions.
+MATMUL_EFFICIENCY = 0.75
 EXPOSED = 0.75
 
 # What collectives carry, by kind and mesh axis.
@@ -38,7 +40,7 @@ _PURPOSE = {
 
 @dataclass(frozen=True)
 class Scenario:
-    """A program on an abstract mesh over a slice."""
+    """A program on an abstract mesh over devices."""
 
     program: Program
     topology: Topology
@@ -61,17 +63,17 @@ class Scenario:
 
 
 def make_scenario(config: Config, topology: Topology) -> Scenario:
-    """The scenario of a config on a slice; a mesh axis of -1 takes the chips that the others leave.
+    """The scenario of a config on devices; a mesh axis of -1 takes those that the others leave.
 
-    Raises ConfigError if the mesh does not cover the slice, or cannot divide the model or the batch.
+    Raises ConfigError if the mesh does not cover the devices, or cannot divide the model or the batch.
     """
     sizes = mesh_axes(config.mesh)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     covered = topology.size % fixed == 0 if -1 in sizes.values() else topology.size == fixed
     named = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
-    check(covered, f"{named}: cannot cover {topology}, which has {topology.size} chips")
+    check(covered, f"{named}: cannot cover {topology}, which has {topology.count}")
     sizes = {axis: topology.size // fixed if size == -1 else size for axis, size in sizes.items()}
-    device = AbstractDevice(device_kind=topology.chip.device_kind, num_cores=topology.chip.cores, platform="tpu")
+    device = AbstractDevice(device_kind=topology.chip.device_kind, num_cores=topology.n_cores, platform=topology.platform)
     names = tuple({"replicas": "z"}.get(key, key) for key in sizes)
     mesh = AbstractMesh(tuple(sizes.values()), names, (AxisType.Auto,) * len(sizes), abstract_device=device)
     vocabulary = Vocabulary(config.model.n_vocab or config.data.vocab_size)
@@ -111,7 +113,12 @@ class Traffic:
     count: int
     bytes: float  # of the full arrays
     wire_bytes: float  # that leave a device
-    seconds: float  # lower bound
+    links: dict[str, LinkUse]  # by kind of link; empty where the links are not known
+
+    @property
+    def seconds(self) -> float:
+        """Lower bound."""
+        return max((use.seconds for use in self.links.values()), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -125,17 +132,28 @@ class Estimate:
     flops: dict[str, float]  # model (by convention), matmul (executed), kernel (Pallas kernels)
     hbm_bytes: float  # moved, if whatever is not a matrix product is fused into one
     traffic: list[Traffic]  # the slowest first
-    bounds: dict[str, float]  # lower bounds of the step in seconds, by hardware unit; ICI by mesh axis
+    # Lower bounds of the step in seconds, by hardware unit; ICI by mesh axis. Empty if the devices' FLOP/s are not known.
+    bounds: dict[str, float]
     guess: float  # seconds of the step with typical losses; only for ranking settings
-    unknown_kernels: list[str]  # Pallas kernels that are counted as free
+    unknown_kernels: list[str]  # kernels that are counted as free
 
     @property
     def peak_bytes(self) -> float:
         return sum(self.memory.values())
 
     @property
+    def limit(self) -> float:
+        """Bytes that a device has."""
+        return self.scenario.topology.chip.hbm_bytes
+
+    @property
     def fits(self) -> bool:
-        return self.peak_bytes <= self.scenario.topology.chip.hbm_bytes
+        return self.peak_bytes <= self.limit
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether there is a time to state: of a step that fits, on devices whose FLOP/s are known."""
+        return self.fits and bool(self.bounds)
 
     @property
     def bound(self) -> str:
@@ -165,7 +183,7 @@ class Estimate:
 
 def estimate(scenario: Scenario, kernels: KernelFlops) -> Estimate:
     """Counts the step of a scenario and derives its bounds."""
-    c, chip = scenario.config, scenario.topology.chip
+    c = scenario.config
     work, memory = count_step(scenario.program, kernels), input_bytes(scenario)
     state = memory["parameters"] + memory["optimizer"]
     # The update reads the gradients twice (for their norm, and to apply them), and reads and writes the state.
@@ -173,15 +191,27 @@ def estimate(scenario: Scenario, kernels: KernelFlops) -> Estimate:
     memory |= {"kept": work.kept_bytes, "working": work.working_bytes}
     tokens = c.tokens_per_step / scenario.topology.size
     flops = {"model": scenario.program.flops_per_token * tokens, "matmul": work.matmul_flops, "kernel": work.kernel_flops}
-    kernel_flops, traffic = work.kernel_flops / kernels.efficiency, _traffic(scenario, work)
-    bounds = {"MXU": (work.matmul_flops + kernel_flops) / chip.peak_flops, "HBM": hbm_bytes / chip.hbm_bandwidth}
-    for axis in scenario.mesh_sizes:
-        if seconds := sum(each.seconds for each in traffic if axis in each.axes):
-            bounds[f"ICI {axis}"] = seconds
-    mxu = (work.matmul_flops / MXU_EFFICIENCY + kernel_flops) / chip.peak_flops
-    guess = max(mxu, bounds["HBM"] / HBM_EFFICIENCY) + EXPOSED * sum(each.seconds for each in traffic)
+    traffic = _traffic(scenario, work)
+    bounds, guess = _bounds(scenario.topology, work, hbm_bytes, traffic, kernels) if scenario.topology.has_figures else ({}, 0.0)
     n_params, unknown = scenario.program.n_params, sorted(work.unknown_kernels)
     return Estimate(scenario, n_params, memory, flops, hbm_bytes, traffic, bounds, guess, unknown)
+
+
+def _bounds(
+    topology: Topology, work: Work, hbm_bytes: float, traffic: list[Traffic], kernels: KernelFlops
+) -> tuple[dict[str, float], float]:
+    """Lower bounds of a step by hardware unit, and a guess of its time."""
+    chip, kernel_flops = topology.chip, work.kernel_flops / kernels.efficiency
+    bounds = {
+        topology.compute_unit: (work.matmul_flops + kernel_flops) / chip.peak_flops,
+        "HBM": hbm_bytes / chip.hbm_bandwidth,
+    }
+    for each in traffic:
+        for unit, use in each.links.items():
+            bounds[unit] = bounds.get(unit, 0.0) + use.seconds
+    compute = (work.matmul_flops / MATMUL_EFFICIENCY + kernel_flops) / chip.peak_flops
+    guess = max(compute, bounds["HBM"] / HBM_EFFICIENCY) + EXPOSED * sum(each.seconds for each in traffic)
+    return bounds, guess
 
 
 def input_bytes(scenario: Scenario) -> dict[str, float]:
@@ -190,7 +220,7 @@ def input_bytes(scenario: Scenario) -> dict[str, float]:
     return {
         "parameters": _shard_bytes(state.params),
         "optimizer": _shard_bytes((state.opt, state.step)),
-        "batch": float(sum(math.prod(a.shape) * a.dtype.itemsize for a in batch)) / scenario.mesh_sizes["x"],
+        "batch": float(sum(math.prod(a.shape) * a.dtype.itemsize for a in batch)) / n_row_groups(scenario.program.mesh),
     }
 
 
@@ -206,8 +236,7 @@ def _traffic(scenario: Scenario, work: Work) -> list[Traffic]:
         if n == 1:
             continue
         full = float(work.bytes[kind, over])
-        sent = full * sent_fraction(kind, n)
-        bandwidth = scenario.topology.chip.ici_bandwidth * torus_rings(scenario.topology, mesh, axes)
+        links = scenario.topology.links(kind, full, mesh, axes)
         purpose = _PURPOSE.get((kind, "".join(axes)), "other")
-        out.append(Traffic(purpose, kind, axes, count, full, sent, sent / bandwidth))
-    return sorted(out, key=lambda each: -each.seconds)
+        out.append(Traffic(purpose, kind, axes, count, full, full * sent_fraction(kind, n), links))
+    return sorted(out, key=lambda each: (-each.seconds, -each.wire_bytes))

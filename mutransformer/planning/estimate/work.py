@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.extend import core
 
 from mutransformer.config.schema import Config
@@ -32,9 +34,13 @@ COLLECTIVES = {
 LOOPS = {"scan", "while", "cond"}
 WRITERS = {"dot_general", "conv_general_dilated", "gather", "pallas_call", "dynamic_update_slice", "sort", "cumsum", "cummax"}
 WRITERS |= set(COLLECTIVES)
+CUDNN = {"dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"}
+WRITERS |= CUDNN
 
 # In the innermost loop the compiler was seen to hold 1.6 to 2.2 times the bytes counted here: float32 copies, prefetches.
 COPIES = 2.0
+
+_CUDNN_VERSION = 90100
 
 CollectiveKind = tuple[str, tuple[str, ...]]  # XLA's name, and the mesh axes that it runs over
 
@@ -43,7 +49,7 @@ CollectiveKind = tuple[str, tuple[str, ...]]  # XLA's name, and the mesh axes th
 class Work:
     """What one device does in a step. Memory is that held at the moment of peak memory."""
 
-    matmul_flops: float = 0.0  # recomputation included, Pallas kernels excluded
+    matmul_flops: float = 0.0  # recomputation included, kernels excluded
     kernel_flops: float = 0.0
     hbm_bytes: float = 0.0  # read and written
     kept_bytes: float = 0.0  # activations kept for the backward pass and gradients
@@ -72,7 +78,9 @@ def abstract_batch(config: Config) -> Batch:
 def count_step(program: Program, kernels: KernelFlops) -> Work:
     """Loss and gradients of one step on one device, without the optimizer's update."""
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), program.state.params)
-    traced = jax.make_jaxpr(make_loss_and_grads(program))(params, abstract_batch(program.config))
+    # JAX asks for the version of cuDNN before it traces cuDNN's attention, which needs no cuDNN to be traced and counted.
+    with mock.patch.object(cudnn, "check_cudnn_version", lambda: _CUDNN_VERSION):
+        traced = jax.make_jaxpr(make_loss_and_grads(program))(params, abstract_batch(program.config))
     return count(traced.jaxpr, kernels)
 
 
@@ -209,8 +217,8 @@ class _Counter:
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             work.matmul_flops += 2.0 * math.prod(results[0]) * math.prod(shapes[0][d] for d in contracted)
-        elif name == "pallas_call":
-            kernel = str(params.get("name"))
+        elif name == "pallas_call" or name in CUDNN:
+            kernel = str(params.get("name")) if name == "pallas_call" else name
             flops = self.kernels.of_call(kernel, shapes, results, str(params.get("metadata")))
             work.kernel_flops += flops or 0.0
             work.unknown_kernels |= {kernel} if flops is None else set()
