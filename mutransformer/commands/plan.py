@@ -1,7 +1,6 @@
 """Predict what a run costs on TPUs or GPUs that are not at hand: memory per device, bounds of a step, time of the run.
 
-Examples: mutransformer plan huge --topology v5p-512 --mesh x=64,y=4
-          mutransformer plan configs/scale/1b.yaml --topology h100:4x8
+Example: mutransformer plan huge --topology v5p-512 --mesh x=64,y=4
 
 Immediate, by arithmetic on a trace of the train step; with --compile by the schedule that the real compiler makes of it, which
 needs its package, libtpu or the CUDA plugin, but no TPU or GPU. To measure a device at hand, use `mutransformer benchmark`.
