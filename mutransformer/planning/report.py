@@ -62,7 +62,7 @@ class Plan(_Shown):
 
         Of a step that does not fit, and of one on devices whose speed is not known, there is no key for seconds or MFU.
         """
-        scenario, c = self.estimate.scenario, self.estimate.scenario.config
+        scenario, c, e = self.estimate.scenario, self.estimate.scenario.config, self.estimate.scenario.program.execution
         memory_by_remat = {"by_remat": {policy: each.memory for policy, each in self.by_remat.items()}} if self.by_remat else {}
         return {
             "name": c.name,
@@ -71,6 +71,10 @@ class Plan(_Shown):
             "mesh": scenario.mesh_sizes,
             "remat": c.model.remat,
             "grad_accumulation_steps": c.optim.grad_accumulation_steps,
+            "execution": {
+                **_pick(e, "attention", "head_chunk", "overlap_groups", "via_all_to_all"),
+                "xla_options": dict(e.compiler_options),
+            },
             "parameters": self.estimate.parameters,
             **_pick(c, "tokens_per_step", "steps"),
             "device_kind": scenario.topology.chip.device_kind,

@@ -42,9 +42,13 @@ def estimate_tables(estimate: Estimate, by_remat: Mapping[str, Estimate], is_tim
         _work(estimate, is_timed),
         *([_traffic(estimate, is_timed)] if estimate.traffic else []),
         _by_remat(estimate, by_remat),
-        *([run_cost(estimate, estimate.seconds, f", MFU {estimate.mfu(estimate.seconds):.1%}"), BOUNDS_NOTE] if is_timed else []),
+        *([run_cost(estimate, estimate.seconds, _at_most(estimate)), BOUNDS_NOTE] if is_timed else []),
         *(f"warning: kernel {name} {unknown}" for name in estimate.unknown_kernels),
     )
+
+
+def _at_most(estimate: Estimate) -> str:
+    return f", MFU at most {estimate.mfu(estimate.seconds):.1%}"
 
 
 def _work(estimate: Estimate, is_timed: bool) -> Table:

@@ -89,7 +89,8 @@ def draw(simulated: Simulated, title: str, path: Path) -> None:
 
     check(path.suffix[1:] in FigureCanvasBase.filetypes, f"--timeline {path}: no such format; use .png, .svg or .pdf")
     schedule = simulated.schedules[simulated.quoted]
-    rows = ["core", *(axis for axis, size in simulated.scenario.mesh_sizes.items() if size > 1), "hbm"]
+    lanes = {span.lane for each, _ in schedule.flat() for span in each.spans}
+    rows = ["core", *(axis for axis, size in simulated.scenario.mesh_sizes.items() if size > 1), *sorted(lanes - {"core"})]
     panels = [(f"{title}: one step, {format_seconds(schedule.seconds)}", schedule)]
     for loop in most_expensive_loops(schedule, PANELS - 1):
         panels.append((f"one round of {loop.n} ({loop_name(loop)}), {format_seconds(loop.body.seconds)}", loop.body))

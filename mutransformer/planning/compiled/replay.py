@@ -151,7 +151,9 @@ class _Core:
 
     def _nest(self, computation: str, rounds: int, op: Op) -> None:
         body = self.schedule(computation)
-        self.out.loops.append(Loop(self.now, rounds, body, op.source or op.name))
+        # XLA:GPU may drop the name of a loop, but not those of what is in it.
+        inside = (each.source for each in self.module.computations[computation] if each.source)
+        self.out.loops.append(Loop(self.now, rounds, body, op.source or next(inside, op.name)))
         self._advance("loop", rounds * body.seconds)
 
     def _nest_longest(self, op: Op) -> None:
