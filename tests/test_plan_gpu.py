@@ -8,7 +8,7 @@ import pytest
 from mutransformer.cli import main
 from mutransformer.config.load import load
 from mutransformer.errors import ConfigError
-from mutransformer.planning.cards import CARDS, Cluster
+from mutransformer.planning.cards import CARDS, Cluster, nodes_of_group
 from mutransformer.planning.estimate.bounds import Estimate, estimate, make_scenario, with_mesh
 from mutransformer.planning.kernel_flops import KernelFlops
 from mutransformer.planning.machines import Unrated, parse_topology
@@ -102,6 +102,12 @@ def test_what_a_collective_sends_over_nvlink_and_network(topology, mesh, axes, k
     for unit, use in links.items():
         assert use.bytes == pytest.approx(32 * GB * expected[unit])
         assert use.seconds == pytest.approx(32 * GB * expected[unit] / bandwidth[unit])
+
+
+def test_the_order_of_mesh_axes_decides_what_crosses_nodes():
+    assert nodes_of_group((("x", 4), ("y", 8)), ("x",), 8) == (4, 1)
+    assert nodes_of_group((("y", 8), ("x", 4)), ("x",), 8) == (1, 4)  # control: x innermost stays within a node
+    assert nodes_of_group((("x", 4), ("y", 8)), ("x", "y"), 8) == (4, 8)
 
 
 def test_all_mesh_axes_share_the_ports_of_a_gpu():

@@ -61,6 +61,8 @@ _LARGE_TILES = {"xla_tpu_scoped_vmem_limit_kib": "57344"}
 TUNING = {
     r"TPU v5p?": Tuning({**_ASYNC_GATHERS, **_ASYNC_ALL_TO_ALL, **_LARGE_TILES}, via_all_to_all=True),
     r"TPU v4": Tuning({**_ASYNC_GATHERS, **_ASYNC_ALL_TO_ALL}, via_all_to_all=True),
+    # Nothing that changes the schedule of several GPUs is set: what was tried by compiling gains less than 5 %, and none of it
+    # has run there (results/scale_gpu). What is set is for determinism:
     # Without it two runs differ from the first step on: kernels are chosen by timing them, and some sum in any order. It costs
     # 10 %: 0.286 -> 0.315 s a step, 1.3 G parameters, 8 rows of 2048 positions, remat dots, one H200, JAX 0.11.2.
     r"(NVIDIA|Tesla) .*": Tuning({"xla_gpu_deterministic_ops": "True"}, via_all_to_all=False),
@@ -113,8 +115,8 @@ def resolve(config: Config, mesh: AnyMesh) -> Execution:
     """The settings of a step on the devices of a mesh. Raises ConfigError if they lack model.attention_kernel."""
     device, m, y = first_device(mesh), config.model, mesh.shape["y"]
     tuned = tuning(device.device_kind)
-    # Two groups with y > 1 (0.641 -> 0.538 at 16 x 4), but only where the backward pass recomputes layers: without, each group
-    # would gather the layer's weights again there.
+    # Two groups with y > 1 (0.641 -> 0.538 at 16 x 4; results/scale_gpu: 3.049 -> 2.839 on 2 x 4 H100), but only where the
+    # backward pass recomputes layers: without, each group would gather the layer's weights again there.
     groups = config.mesh.overlap_groups or (2 if y > 1 and m.remat != "none" else 1)
     via_all_to_all = config.mesh.reduce_scatter_via_all_to_all  # 0.575 -> 0.538 at 16 x 4
     return Execution(

@@ -21,9 +21,12 @@ from mutransformer.training.step import make_train_step
 # Compile only: do not ask the metadata server, do not claim a chip; do not look for CUDA's driver.
 _TPU_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 _GPU_ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
-# Memory as the driver reports it, per byte of the data sheet's: 84.9 GB for 80, 151.4 for 141, 191.5 for 180. XLA schedules a
-# step for three quarters of it: beyond, it saves memory and hides no collective.
-DRIVER_REPORTS = 1.06
+# XLA:GPU schedules a step for a limit of memory: beyond, it saves memory, computes again and hides no collective. In a run the
+# limit follows from what JAX's allocator has, here from XLA_SHARE of the GPU's memory. So that both agree, for a run that takes
+# MEMORY_FRACTION of what the driver reports, the compiler is told of more memory than there is.
+MEMORY_FRACTION = 0.95  # XLA_PYTHON_CLIENT_MEM_FRACTION of the run that is planned
+DRIVER_REPORTS = 1.06  # bytes per byte of the data sheet: 84.9 GB for 80, 151.4 for 141, 191.5 for 180
+XLA_SHARE = 0.8
 
 
 class CompiledStep(NamedTuple):
@@ -82,7 +85,7 @@ def target_config(card: Card) -> str:
         **{"thread_dim_limit_x": 1024, "thread_dim_limit_y": 1024, "thread_dim_limit_z": 64},
         **{
             "memory_bandwidth": int(card.hbm_bandwidth),
-            "device_memory_size": int(DRIVER_REPORTS * card.hbm_bytes),
+            "device_memory_size": int(card.hbm_bytes * DRIVER_REPORTS * MEMORY_FRACTION / XLA_SHARE),
             "l2_cache_size": card.l2_bytes,
         },
         "clock_rate_ghz": card.clock / 1e9,
