@@ -10,24 +10,29 @@ import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from runs import free_port
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
+from mutransformer.config.run import DistributedConfig
 from mutransformer.data.batches.pipeline import fingerprint
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.data.cache.store import to_json
-from mutransformer.errors import USAGE_ERROR
+from mutransformer.errors import USAGE_ERROR, ConfigError
 from mutransformer.sharding import devices as hardware
+from mutransformer.sharding.processes import join_processes
 from mutransformer.training import metrics
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.checkpoint_storage import CHECKSUMS, _checksums
@@ -391,3 +396,44 @@ def test_coordinator_that_is_not_known(settings, tmp_path):
     outcome = new_process(tmp_path, *settings, "distributed.enabled=true")
     check_refused(outcome, r"distributed: cannot join the other processes: coordinator_address should be defined")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what listens there is not process 0 of a run, but something else"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "what listens there is not process 0 of a run, but something else"),
+        (b"", "not reached within distributed.timeout = 2 s: Connection reset by peer"),
+        (None, "not reached within distributed.timeout = 2 s: timed out"),
+    ],
+    ids=["web", "ssh", "closed", "silent"],
+)
+def test_something_else_at_the_place_of_the_coordinator(answer, message):
+    """JAX alone would abort with a stack trace of C++."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with suppress(OSError):  # the server was closed
+                while True:
+                    connection, _ = server.accept()
+                    kept.append(connection)
+                    if answer is not None:
+                        connection.sendall(answer)
+                        connection.close()
+
+        kept: list[socket.socket] = []
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"^distributed.coordinator = {address}: {message}$"):
+            join_processes(DistributedConfig(coordinator=address, n_process=2, process_id=1, timeout=2))
+        with pytest.raises(ConfigError, match="process 0 cannot listen at its port: Address already in use$"):
+            join_processes(DistributedConfig(coordinator=address, n_process=2, process_id=0, timeout=2))
+        server.shutdown(socket.SHUT_RDWR)
+    for connection in kept:
+        connection.close()
+
+
+def test_processes_that_never_come(settings, tmp_path):
+    other = [f"distributed.coordinator=127.0.0.1:{free_port()}", "distributed.n_process=2", "distributed.process_id=0"]
+    outcome = new_process(tmp_path, *settings, *other, "distributed.timeout=2")
+    check_refused(outcome, r"distributed.coordinator = 127.0.0.1:\d+: 2 processes did not join within distributed.timeout = 2 s$")

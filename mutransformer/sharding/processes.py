@@ -1,5 +1,6 @@
 """The processes of a run: joining them with jax.distributed, and comparing what they have."""
 
+import errno
 import itertools
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import socket
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,12 +17,15 @@ from functools import partial
 
 from mutransformer.config.run import DistributedConfig
 from mutransformer.config.schema import Config
-from mutransformer.errors import ConfigError, first_line, translate_errors
+from mutransformer.errors import USAGE_ERROR, ConfigError, check, first_line, translate_errors
 from mutransformer.sharding.stopping import Stopped
 
 _PATIENCE = 24 * 3600  # seconds: one host may have to tokenize everything while others wait; JAX notices a dead host much earlier
 FAILED = "mutransformer/failed"  # the folder of keys by which processes announce that they failed
 _STOPPED = "stopped: "  # begins what is announced of a process that was asked to stop
+# A gRPC server, as JAX's coordinator is one, answers this begin of a connection by a frame of settings.
+_HTTP2_SETTINGS = b"\x04"  # the type of a frame, its fourth byte
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0" + _HTTP2_SETTINGS + b"\0" * 5
 _calls = itertools.count()  # of assert_equal_across_processes: no key of the service is written twice
 
 
@@ -103,13 +108,21 @@ def join_processes(config: DistributedConfig) -> None:
     enabled = coordinator is not None if config.enabled is None else config.enabled
     if not enabled:
         return
-    if coordinator is not None and config.process_id:
-        _wait_for(coordinator, config.timeout)
+    if coordinator is not None:
+        if config.process_id:
+            _wait_for(coordinator, config.timeout)
+        elif config.process_id == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+            _check_port(coordinator)
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # Watch and StopRequest do more: any signal, at any time
-    with translate_errors("distributed: cannot join the other processes", (RuntimeError, ValueError)):
-        jax.distributed.initialize(config.coordinator, config.n_process, config.process_id, initialization_timeout=config.timeout)
+    n, where = config.n_process or "all", f"distributed.coordinator = {coordinator}" if coordinator else "distributed"
+    late = f"{where}: {n} processes did not join within distributed.timeout = {config.timeout} s"
+    with (
+        translate_errors("distributed: cannot join the other processes", (RuntimeError, ValueError)),
+        _limit(config.timeout, late),
+    ):
+        jax.distributed.initialize(config.coordinator, config.n_process, config.process_id, initialization_timeout=_PATIENCE)
     logging.getLogger(__name__).info("process %d of %d", jax.process_index(), jax.process_count())
 
 
@@ -163,17 +176,54 @@ def _short(value: str) -> str:
     return value[:8] if len(value) == 64 else textwrap.shorten(value, 60, placeholder="...")
 
 
+@contextmanager
+def _limit(seconds: int, message: str) -> Iterator[None]:
+    """Ends the process with a message if the body takes longer. JAX's own time limit aborts it with a stack trace."""
+
+    def end() -> None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(USAGE_ERROR)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _check_port(coordinator: str) -> None:
+    """Raises ConfigError if process 0 cannot listen at the port of the coordinator, of which gRPC would log more than a line."""
+    prefix = f"distributed.coordinator = {coordinator}: process 0 cannot listen at its port"
+    with translate_errors(prefix, (OSError, ValueError, OverflowError)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was in use a moment ago is free
+            probe.bind(("", int(coordinator.rpartition(":")[2])))
+            probe.listen()
+
+
 def _wait_for(coordinator: str, timeout: int) -> None:
-    """Waits until the coordinator listens, since JAX aborts the process with a stack trace if it does not."""
+    """Waits until the coordinator answers, since JAX aborts the process with a stack trace if it does not.
+
+    Raises ConfigError if it does not answer in time, or something else does.
+    """
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + timeout
     while True:
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=max(1, deadline - time.monotonic())):
-                return
+            with socket.create_connection(
+                (host.strip("[]"), int(port)), timeout=max(1, deadline - time.monotonic())
+            ) as connection:
+                connection.sendall(_HTTP2_HELLO)
+                if answer := connection.recv(9):
+                    break
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
         except (OSError, ValueError, OverflowError) as error:
             left = deadline - time.monotonic()
             if left <= 0 or not isinstance(error, OSError):
                 late = f"not reached within distributed.timeout = {timeout} s: {first_line(error)}"
                 raise ConfigError(f"distributed.coordinator = {coordinator}: {late}") from None
         time.sleep(min(0.5, left))
+    other = "what listens there is not process 0 of a run, but something else"
+    check(answer[3:4] == _HTTP2_SETTINGS, f"distributed.coordinator = {coordinator}: {other}")
