@@ -7,6 +7,7 @@ import json
 import logging
 import lzma
 import re
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,14 @@ def zipped(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
+def tarred(data: bytes) -> bytes:
+    buffer, member = io.BytesIO(), tarfile.TarInfo("a.jsonl")
+    member.size = len(data)
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
 def parquet(data: bytes) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.table({"text": [data.decode()]}), buffer)
@@ -76,6 +85,7 @@ FORMATS = {
     "bzip2": bz2.compress,
     "xz": lzma.compress,
     "zip": zipped,
+    "tar": tarred,
     "Parquet": parquet,
 }
 
@@ -88,6 +98,29 @@ def test_a_name_that_hides_the_format_is_an_error(kind: str, source: str, tmp_pa
     (tmp_path / "x.data").write_bytes(FORMATS[kind](b"".join(LINES)))
     with pytest.raises(ConfigError, match=rf"^data\.files: .*/x\.data: holds {kind} data, not text; \w+"):
         prepare(config(tmp_path, "*.data", source))
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-16-LE", "UTF-16-BE", "UTF-32", "UTF-32-LE", "UTF-32-BE"])
+@pytest.mark.parametrize("source", ["jsonl", "text"])
+def test_text_that_is_not_utf_8_is_an_error(encoding: str, source: str, tmp_path: Path) -> None:
+    """Without a byte-order mark it is valid UTF-8, half of it NULs, and would be trained on."""
+    for i in range(9):
+        (tmp_path / f"{i}.data").write_bytes(b"".join(LINES))
+    (tmp_path / "x.data").write_bytes(b"".join(LINES).decode().encode(encoding))
+    with pytest.raises(ConfigError, match=rf"^data\.files: .*/x\.data: holds {encoding[:6]} text, not UTF-8; convert it$"):
+        prepare(config(tmp_path, "*.data", source))
+
+
+def test_compressed_files_that_are_damaged_are_errors(tmp_path: Path) -> None:
+    """Whatever is to be done with bad records: nobody knows how many are lost."""
+    whole, name = gzip.compress(b"".join(LINES)), "d.jsonl.gz"
+    for data in (whole[: len(whole) // 2], whole[:-8] + bytes(8), whole + b"something else", whole[:1]):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ConfigError, match=rf"^data: .*/{re.escape(name)}: cannot read it: "):
+            prepare(config(tmp_path, name))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(tarred(b"".join(LINES))))
+    with pytest.raises(ConfigError, match=r"/d\.jsonl\.gz: holds tar data, not text; unpack it$"):
+        prepare(config(tmp_path, name))
 
 
 @pytest.mark.parametrize("name", ["d.jsonl.gz", "d.jsonl.zst"])
@@ -111,6 +144,7 @@ def test_compressed_twice_and_tables_of_another_format(tmp_path: Path) -> None:
 
 def test_ordinary_text_has_no_format() -> None:
     heads = [b"BZh is a word", b"PAR1 and more", b"PK", b"P*M", b"7z", "é\u2581".encode(), b"", b"\xef\xbb\xbf{", b"ARROW1: a"]
+    heads += [b"\0" * 264, b"a\0b\0", b"a" * 257 + b"ustar", b"\n" * 264]
     assert [format_of(head) for head in heads] == [None] * len(heads)
 
 
@@ -163,12 +197,23 @@ def test_an_array_is_not_json_lines(array: str, tmp_path: Path, caplog: pytest.L
     assert re.search(r"the first: .*/array\.jsonl:1: a .*JSON array, not JSON lines; write one record a line$", skipped)
 
 
+@pytest.mark.parametrize("end", [b"", b"\r", b" "])
+def test_records_in_one_line_are_said(end: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One bad record by its line, and in truth all of the file: the reason must tell."""
+    (tmp_path / "one.jsonl").write_bytes(b"".join(LINES).replace(b"\n", end))
+    (tmp_path / "good.jsonl").write_bytes(b"".join(LINES))
+    _, skipped = said(config(tmp_path, "*.jsonl"), caplog)
+    assert re.search(r"/one\.jsonl:1: more than one JSON value in a line, the second at .*; write one record a line$", skipped)
+
+
 def test_files_without_a_record_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "full.jsonl").write_bytes(b"".join(LINES))
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "ends.jsonl").write_bytes(b"\r\n" * 9)
+    (tmp_path / "mark.jsonl").write_bytes(b"\xef\xbb\xbf")
     (tmp_path / "none.jsonl.gz").write_bytes(gzip.compress(b"\n"))
     _, files = said(config(tmp_path, "*.jsonl*"), caplog)
-    assert files == f"data: 2 of 3 files hold no record, the first: {tmp_path}/empty.jsonl"
+    assert files == f"data: 4 of 5 files hold no record, the first: {tmp_path}/empty.jsonl"
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "full.parquet")
     pq.ParquetWriter(tmp_path / "empty.parquet", pa.schema({"text": pa.string()})).close()  # without a row group
     text = "data.files: 1 of 2 files are empty, the first: "

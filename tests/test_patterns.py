@@ -12,12 +12,22 @@ from mutransformer.data.sources.hub import hub_shards
 from mutransformer.errors import ConfigError
 
 ODD = "[D] a,b é"
+PLAIN = ["a::b {1,2}/%20 .h/1.txt", "trail. #/1.txt", "~no-user/1.txt", "star/*.txt", "star/1.txt", "hide/.h.txt", "hide/1.txt"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The home folder: [D] a,b é has deep/x.txt and y.txt, and beside it lies what its name matches as a pattern."""
-    for name in (f"{ODD}/deep/x.txt", f"{ODD}/y.txt", "D a,b é/y.txt", "w*/1.txt", "wide/1.txt", "in/[1]/z.txt", "in/1/z.txt"):
+    for name in (
+        f"{ODD}/deep/x.txt",
+        f"{ODD}/y.txt",
+        "D a,b é/y.txt",
+        "w*/1.txt",
+        "wide/1.txt",
+        "in/[1]/z.txt",
+        "in/1/z.txt",
+        *PLAIN,
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -31,6 +41,13 @@ CASES = {
     f"{ODD}/y.txt": {"y.txt": f"{ODD}/y.txt"},
     "w*/*.txt": {"1.txt": "w*/1.txt"},
     "w?de/*.txt": {"wide/1.txt": "wide/1.txt"},
+    "a::b {1,2}/%20 .h/*.txt": {"1.txt": "a::b {1,2}/%20 .h/1.txt"},
+    "a::b {1,2}/**/1.txt": {"%20 .h/1.txt": "a::b {1,2}/%20 .h/1.txt"},
+    "trail. #/*": {"1.txt": "trail. #/1.txt"},
+    "~no-user/*": {"1.txt": "~no-user/1.txt"},
+    "star/*.txt": {"*.txt": "star/*.txt"},
+    "star/?.txt": {"*.txt": "star/*.txt", "1.txt": "star/1.txt"},
+    "hide/*.txt": {"1.txt": "hide/1.txt"},
     "**/y.txt": {f"{ODD}/y.txt": f"{ODD}/y.txt", "D a,b é/y.txt": "D a,b é/y.txt"},
 }
 

@@ -99,10 +99,10 @@ class DataConfig(SourceConfig):
     cache_dir: str = setting("~/.cache/mutransformer", "tokenizers and tokens: a folder, or a URL all hosts reach", path="url")
     cache_is_shared: bool = setting(True, "all processes of the run see the same cache_dir; false: each fills its own")
     local_dir: str = setting("~/.cache/mutransformer/local", "local copies of what is read from a URL", path="local")
-    tokenize_workers: Optional[int] = setting(None, "processes that tokenize; null: one per core", min=1)
-    threads: int = setting(2, "threads that read ahead, in each process that reads ahead", min=1)
-    workers: int = setting(0, "processes that read ahead; 0: threads of the main process", min=0)
-    prefetch: int = setting(8, "batches read ahead; 0: none, the main thread reads", min=0)
+    tokenize_workers: Optional[int] = setting(None, "processes that tokenize; null: one per core", min=1, max=1024)
+    threads: int = setting(2, "threads that read ahead, in each process that reads ahead", min=1, max=1024)
+    workers: int = setting(0, "processes that read ahead; 0: threads of the main process", min=0, max=1024)
+    prefetch: int = setting(8, "batches read ahead; 0: none, the main thread reads", min=0, max=10_000)
 
     def __post_init__(self) -> None:
         check_settings(self, "data.")

@@ -103,7 +103,8 @@ def find(patterns: Iterable[str], key: str) -> list[File]:
     """
     matches: dict[str, tuple[str, Any]] = {}
     for pattern in patterns:
-        for name, path, store in _match_url(pattern, key) if is_url(pattern) else _match_local(pattern, key):
+        local = pattern.removeprefix("file://")  # what is left is a URL only if it is chained, file://...::zip://...
+        for name, path, store in _match_url(pattern, key) if is_url(local) else _match_local(local, key):
             matches.setdefault(path, (name, store))
 
     def examine(path: str) -> File:

@@ -100,6 +100,8 @@ def _parse(path: str, line: bytes, column: str) -> Record | None:
         reason = f"not JSON ({error.msg} at character {error.pos})"
         if line.startswith(b"[") or line[-2:] == b"},":
             reason = f"a part of a {_ARRAY}"
+        elif error.msg == "Extra data":  # also of lines that end in CR alone
+            reason = f"more than one JSON value in a line, the second at character {error.pos}; write one record a line"
         elif line == b"{":
             reason = "a JSON object over several lines, not JSON lines; write one record a line"
     except ValueError as error:  # a number of too many digits
