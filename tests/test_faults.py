@@ -250,6 +250,54 @@ def test_a_folder_that_is_removed_ends_the_run_at_the_next_save(
     assert f"{run}: the run's folder was removed or replaced while the run was going on" in capsys.readouterr().err
 
 
+def test_a_folder_given_by_a_link_is_that_run(copy: Path) -> None:
+    """A link is a name for a run: its own name counts, and where it leads is what is read."""
+    (copy / "runs/latest").symlink_to(copy / "runs/r")
+    config = load([str(copy / "runs/latest")])
+    assert config.rundir == copy / "runs/latest" and config.rundir.resolve() == copy / "runs/r"
+    checkpoints = open_checkpoints(config, read_only=True)
+    assert checkpoints.latest() == 6
+    checkpoints.close()
+
+
+def test_half_files_of_a_killed_run_are_removed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "checkpoints").mkdir(parents=True)
+    (run / ".mine.txt").write_text("kept")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    for folder in (run, run / "checkpoints"):
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder(folder).write("config.yaml", b"x")
+        assert len(list(folder.glob(".config.yaml.*"))) == 1
+    monkeypatch.undo()
+    with RunFolder(run).owned():
+        assert {path.name for path in run.rglob("*")} == {"checkpoints", LOCK, ".mine.txt"}
+
+
+@pytest.mark.parametrize("lock", ["link", "folder"])
+def test_what_is_no_lock_is_named(lock: str, args: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run.mkdir(parents=True)
+    (run / LOCK).symlink_to("nowhere") if lock == "link" else (run / LOCK).mkdir()
+    assert main(["train", *args]) == USAGE_ERROR
+    assert capsys.readouterr().err == f"error: {run / LOCK}: not a file of the run's own; remove it\n"
+    assert not (run / "nowhere").exists() and not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"", ": holds no settings"), (b"na", ": must hold `key: value` lines"), (b"\xff", ": cannot read it: not UTF-8 at byte 0")]
+    + [(None, ": cannot read it: Is a directory"), (b"a: [", ":1: not valid YAML"), (b"stepz: 1", ": stepz: no such key")],
+)
+def test_a_damaged_config_of_a_run_is_named(data: bytes | None, message: str, run: Path) -> None:
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").mkdir() if data is None else (run / "config.yaml").write_bytes(data)
+    with pytest.raises(ConfigError, match=f"^{run}/config.yaml{message}"):
+        load([str(run)])
+
+
 @pytest.mark.parametrize("name", ["config.yaml", pytest.param("metrics.jsonl", marks=SLOW), LOCK])
 def test_a_link_in_a_run_folder_is_never_written_through(name: str, args: list[str], run: Path, tmp_path: Path) -> None:
     run.mkdir(parents=True)
@@ -347,7 +395,14 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [flip, lambda path: os.truncate(path, 1), Path.unlink, lambda path: path.write_bytes(b"")])
+def replace(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage", [flip, lambda path: os.truncate(path, 1), Path.unlink, lambda path: path.write_bytes(b""), replace]
+)
 def test_any_damage_to_any_file_falls_back_in_one_line(
     damage: Callable[[Path], object], finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -391,6 +446,16 @@ def test_validation_losses_that_are_damaged_cost_only_the_best(copy: Path, caplo
     checkpoints = open_checkpoints(load(settings(copy, *SHORT, "name=r")), read_only=True)
     assert checkpoints.latest() == 6 and checkpoints.best() is None and "validation_losses.json" in caplog.text
     checkpoints.close()
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "config.yaml", "checkpoints/validation_losses.json"])
+@pytest.mark.parametrize("damage", ["folder", "bytes"])
+def test_other_damaged_files_do_not_stop_a_run_from_being_started(file: str, damage: str, copy: Path) -> None:
+    """Without the record of its end it evaluates once more."""
+    path = copy / "runs/r" / file
+    path.unlink()
+    path.mkdir() if damage == "folder" else path.write_bytes(b"\xff\n[1]\n{}\n")
+    assert main(["train", *settings(copy, *SHORT, "name=r")]) == FINISHED
 
 
 # Bad steps.
@@ -530,12 +595,16 @@ def test_doctor_gives_a_verdict_on_each_need(damage: str | None, copy: Path, cap
 # A run that was moved.
 
 
-@pytest.mark.parametrize("given", ["folder", "config", "within", "equals"])
+@pytest.mark.parametrize("given", ["folder", "config", "within", "equals", "relative", "above", "link to the config"])
 def test_a_run_is_where_it_lies(given: str, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = copy / ("lr=0.1 moved" if given == "equals" else "moved")
     (copy / "runs/r").rename(moved)
-    if given == "within":
-        monkeypatch.chdir(moved)
-    arg = {"config": f"{moved}/config.yaml", "within": "config.yaml"}.get(given, str(moved))
+    (copy / "mine.yaml").symlink_to(moved / "config.yaml")
+    monkeypatch.chdir({"within": moved, "above": moved / "checkpoints"}.get(given, copy))
+    args = {"config": f"{moved}/config.yaml", "within": "config.yaml", "above": "..", "link to the config": f"{copy}/mine.yaml"}
+    arg = args.get(given, str(moved))
+    if given == "relative":
+        assert load(["./moved/"]).rundir.resolve() == moved and load(["moved", "name=other"]).rundir.resolve() == copy / "other"
+        return
     assert load([arg]).rundir == moved and load([arg]).optim.warmup_steps == 3
     assert load([arg, "name=other"]).rundir == copy / "other"

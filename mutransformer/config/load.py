@@ -1,6 +1,7 @@
 """Reads settings from YAML files and `key=value` overrides, and prints them. Does not import JAX."""
 
 import difflib
+import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -105,22 +106,25 @@ def check_not_renamed(keys: Iterable[str], source: str) -> None:
 
 def _read(arg: str) -> Tree:
     """The settings of a file or an override."""
+    named = f"{arg}/{RUN_CONFIG}" if is_file(arg) and os.path.lexists(f"{arg}/{RUN_CONFIG}") else arg
     try:
         return typed(Config, _file(arg) if is_file(arg) else _override(*arg.split("=", 1)))
     except UnknownKey as error:
-        at = f"{arg}: " if is_file(arg) or not error.key else ""
+        at = f"{named}: " if is_file(arg) or not error.key else ""
         raise ConfigError(f"{at}{_unknown(error.key)}") from None
     except BadValue as error:
         at = "" if arg.startswith(f"{error.key}=") else f"{error.key}: "
-        raise ConfigError(f"{arg}: {at}{error}") from None
+        raise ConfigError(f"{named}: {at}{error}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}" if mark and is_file(arg) else ""
-        raise ConfigError(f"{arg}{where}: not valid YAML: {error.problem}") from None
+        raise ConfigError(f"{named}{where}: not valid YAML: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if isinstance(error, UnicodeDecodeError):
+            reason = f"not UTF-8 at byte {error.start}"
         hint = f"; the shipped configs are {', '.join(shipped_configs())}; an override is written key=value"
-        raise ConfigError(f"{arg}: cannot read it: {reason}{'' if Path(arg).suffix else hint}") from None
+        raise ConfigError(f"{named}: cannot read it: {reason}{'' if Path(named).suffix else hint}") from None
 
 
 def _file(arg: str) -> dict[Any, Given]:
@@ -132,10 +136,11 @@ def _file(arg: str) -> dict[Any, Given]:
         return _at_url(arg)
     in_folder = Path(arg) / RUN_CONFIG
     path = in_folder if in_folder.is_file() else Path(arg) if Path(arg).is_file() else Path(shipped_configs().get(arg, arg))
-    given = _parse(arg, path.read_text(encoding="utf-8"))
-    if path.name == RUN_CONFIG and (path.parent / "checkpoints").is_dir():
-        folder = path.parent if path.parent.name.strip(".") else path.parent.resolve()
-        given |= {"workdir": str(folder.parent), "name": folder.name}
+    given = _parse(str(path) if path == in_folder else arg, path.read_text(encoding="utf-8"))
+    for at in (path, path.resolve()):  # a link may lead to it
+        if at.name == RUN_CONFIG and (at.parent / "checkpoints").is_dir():
+            folder = at.parent if at.parent.name.strip(".") else at.parent.resolve()
+            return given | {"workdir": str(folder.parent), "name": folder.name}
     return given
 
 

@@ -21,6 +21,7 @@ from mutransformer.errors import ConfigError, check, first_line, translate_error
 from mutransformer.sharding.processes import all_processes, assert_equal_across_processes
 
 LOCK = "lock"
+_UNFINISHED = ".unfinished"  # ends the name of a file while it is written
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of NFS without its lock service, or a bucket that is mounted
 
 _log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class RunFolder:
 
         Raises OSError.
         """
-        with NamedTemporaryFile(dir=self.path, prefix=f".{name}.", delete=False) as file:
+        with NamedTemporaryFile(dir=self.path, prefix=f".{name}.", suffix=_UNFINISHED, delete=False) as file:
             try:
                 file.write(data)
                 file.flush()
@@ -61,6 +62,7 @@ class RunFolder:
         lock = self._lock()
         try:
             self._identity = _identity(self.path)
+            self._tidy()
             yield
         finally:
             with suppress(OSError):
@@ -70,6 +72,13 @@ class RunFolder:
             with suppress(OSError):  # not empty
                 for path in created:
                     path.rmdir()
+
+    def _tidy(self) -> None:
+        """Removes the half files of processes that were killed."""
+        for folder in (self.path, self.path / "checkpoints"):
+            for path in folder.glob(f".*{_UNFINISHED}"):
+                with suppress(OSError):
+                    path.unlink()
 
     def changing(self) -> AbstractContextManager[object]:
         """Within it a file is changed that others may read meanwhile, but should not."""
@@ -114,6 +123,8 @@ class RunFolder:
         """The descriptor of the lock file, locked. Not its existence but the system's lock says that the folder is in use: that
         ends with the process, and on NFS with its host."""
         path = self.path / LOCK
+        not_ours = path.is_symlink() or (path.exists() and not path.is_file())
+        check(not not_ours, f"{path}: not a file of the run's own; remove it")
         with translate_errors(f"{self.path}: cannot hold a run", OSError):
             self.path.mkdir(parents=True, exist_ok=True)
             while True:

@@ -165,7 +165,7 @@ def layer_tags(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _complete_lines(path: Path) -> list[bytes]:
     """Without the half line that a killed process may leave."""
-    return path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
+    return path.read_bytes().rpartition(b"\n")[0].splitlines() if path.is_file() else []
 
 
 def _step_of(line: bytes) -> float:
