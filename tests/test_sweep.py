@@ -472,6 +472,26 @@ def test_mistakes_of_other_axes(args: list[str], message: str, tmp_path: Path, s
     refuse_before_jax(lambda: sweep(*given), message, tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("of", ["all", "the last"])
+def test_a_sweep_without_a_validation_split_is_refused_before_training(of: str, tmp_path: Path, sweep, trained, capsys) -> None:
+    (file := tmp_path / "d.jsonl").write_text("".join(f'{{"text": "{i} and {i * i} and so on"}}\n' for i in range(50)))
+    few = ["data.source=jsonl", f"data.files=[{file}]", "data.validation_fraction=1e-9"]
+    options = ["--widths", "32,64", "--lrs", "2^-6", "--out", str(tmp_path / "out")]
+    if of == "the last":
+        options += ["--set", "data.validation_fraction=0.2,1e-9"]
+    assert sweep(*arguments(tmp_path, *few), *options) == USAGE_ERROR
+    assert "the validation split has no tokens; raise data.validation_fraction" in capsys.readouterr().err and trained == []
+
+
+def test_a_sweep_within_the_warm_up_is_told(tmp_path: Path, sweep, monkeypatch, capsys) -> None:
+    """Its optimum would be that of another schedule."""
+    monkeypatch.setattr("mutransformer.study.sweep.run.prepare_data", lambda *_: (_ for _ in ()).throw(ConfigError("no further")))
+    options = ["--widths", "32,64", "--lrs", "2^-6", "--out", str(tmp_path / "out")]
+    assert sweep(*arguments(tmp_path, "optim.warmup_steps=400", steps=80), *options) == USAGE_ERROR
+    out, err = capsys.readouterr()
+    assert (out + err).count("ends within its warm-up of 400, at 0.2 x optim.lr") == 1
+
+
 @pytest.mark.parametrize("sizes", [[], ["--widths", "32", "--steps", "10"]])
 def test_one_axis_must_be_chosen(sizes: list[str], sweep, capsys) -> None:
     with pytest.raises(SystemExit) as exit:

@@ -64,10 +64,10 @@ def sweep(variants: Sequence[VariantConfig], points: Sequence[Point], folder: Pa
     with stop_on_signals() as stop, Watch(WatchdogConfig(), folder).running() as watch:
         if jax.process_count() > 1:
             stop.agree = watch.agree
-        for variant, todo in zip(variants, missing, strict=True):
-            if not todo:
+        corpora = [_prepare(variant.config) if todo else None for variant, todo in zip(variants, missing, strict=True)]
+        for variant, todo, corpus in zip(variants, missing, corpora, strict=True):
+            if corpus is None:
                 continue
-            corpus = prepare_data(variant.config)
             variant = replace(variant, config=variant.config.with_vocab(corpus.tokenizer.n_vocab))
             watch.starting(f"compiling {variant.name} {variant.where}")
             for group, together in _groups(variant.config, corpus, todo, memory):
@@ -82,6 +82,15 @@ def sweep(variants: Sequence[VariantConfig], points: Sequence[Point], folder: Pa
                 text = "%s %s: best validation loss %.4f at lr 2^%g; %d of %d diverged"
                 _log.info(text, variant.name, variant.where, best.loss, math.log2(best.lr), diverged, len(runs))
     return FINISHED
+
+
+def _prepare(config: Config) -> Corpus:
+    """The data of a config. Raises ConfigError if they give no batch to train on or to score: before any group is trained."""
+    corpus = prepare_data(config)
+    n_vocab = config.with_vocab(corpus.tokenizer.n_vocab).model.n_vocab or 0
+    pipeline.train_batches(corpus.splits["train"], config.data, config.seed, 1, (0,), n_vocab).close()
+    next(iter(pipeline.eval_batches(corpus.splits["validation"], config.data, 1, 1, (0,), n_vocab)))
+    return corpus
 
 
 def _missing(variant: VariantConfig, points: Sequence[Point], done: Sequence[records.Run], path: Path) -> list[Point]:
