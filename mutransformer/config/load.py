@@ -1,7 +1,6 @@
 """Reads settings from YAML files and `key=value` overrides, and prints them. Does not import JAX."""
 
 import difflib
-import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -106,7 +105,7 @@ def check_not_renamed(keys: Iterable[str], source: str) -> None:
 
 def _read(arg: str) -> Tree:
     """The settings of a file or an override."""
-    named = f"{arg}/{RUN_CONFIG}" if is_file(arg) and os.path.lexists(f"{arg}/{RUN_CONFIG}") else arg
+    named = f"{arg}/{RUN_CONFIG}" if is_file(arg) and (Path(arg) / RUN_CONFIG).exists() else arg
     try:
         return typed(Config, _file(arg) if is_file(arg) else _override(*arg.split("=", 1)))
     except UnknownKey as error:
