@@ -22,6 +22,9 @@ from mutransformer.training.program import TrainState
 from mutransformer.training.run_folder import RunFolder
 from mutransformer.training.url_checkpoints import storage
 
+# Of the settings of data, those that do not change what is read.
+WITHOUT_EFFECT = {f"data.{name}" for name in ("cache_dir", "cache_is_shared", "local_dir", "prefetch", "threads", "workers")}
+WITHOUT_EFFECT.add("data.tokenize_workers")
 LOSSES = "validation_losses.json"  # beside the checkpoints: {step: loss}
 
 _log = logging.getLogger(__name__)
@@ -98,7 +101,7 @@ class Checkpoints:
         for key in ("tokens", "tokenizer"):  # the rest of a fingerprint has config keys of its own
             ours[f"fingerprint.{key}"], theirs[f"fingerprint.{key}"] = data[key], saved["data"].get(key)
         differing = [
-            f"{key} was {theirs.get(key)}, is {ours.get(key)}"
+            _difference(key, theirs, ours)
             for key in sorted(ours.keys() | theirs.keys())
             if ours.get(key) != theirs.get(key) and not may_change_on_resume(key) and key not in allowed
         ]
@@ -199,6 +202,15 @@ class Checkpoints:
     def _at(self, step: int) -> str:
         """A checkpoint, for messages."""
         return f"{self.name}/{step}"
+
+
+def _difference(key: str, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """How a setting differs, for a message; of a fingerprint, which is a hash, the settings that may be why."""
+    if not key.startswith("fingerprint."):
+        return f"{key} was {theirs.get(key)}, is {ours.get(key)}"
+    names = sorted(name for name in ours.keys() | theirs.keys() if name.startswith("data.") and name not in WITHOUT_EFFECT)
+    why = [_difference(name, theirs, ours) for name in names if theirs.get(name) != ours.get(name)]
+    return f"{key} differs ({', '.join(why) or 'the same settings, but other contents of the files'})"
 
 
 def _read_losses(path: Path) -> dict[int, float]:
