@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from runs import free_port
+from short_runs import free_port
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
