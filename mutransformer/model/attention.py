@@ -178,8 +178,12 @@ def _readable(first: int, n: int, m: int, segments: Segments) -> Bool[Array, "_ 
 
 
 def _query_blocks(T: int) -> list[tuple[int, int]]:
-    """Bounds of blocks of queries. A block reads no keys beyond its end, so most of the masked half is never computed."""
-    n = next(n for n in (4, 2, 1) if T % n == 0 and (n == 1 or T // n >= 64))
+    """Bounds of blocks of queries. A block reads no keys beyond its end, so most of the masked half is never computed.
+
+    Each block is compiled by itself. At 256 positions 4 blocks instead of 2 make no step of small faster on a CPU, but its
+    compilation takes 12.4 instead of 6.8 s.
+    """
+    n = next(n for n in (4, 2, 1) if T % n == 0 and (n == 1 or T // n >= 128))
     return [(i * T // n, (i + 1) * T // n) for i in range(n)]
 
 
