@@ -139,6 +139,23 @@ def test_a_run_outlives_its_console(reader: str, args: list[str], run: Path) -> 
     assert max(metrics(run)) == 40
 
 
+@pytest.mark.slow
+def test_ctrl_c_to_a_run_and_to_what_shows_it_saves(args: list[str], run: Path, tmp_path: Path) -> None:
+    """As a terminal sends it to `mutransformer train ... | tee x.log`: the console is gone while the run saves."""
+    process = start(TRAIN, [*args, "steps=2000", "log.every=1", "checkpoint.every=0"], quick=True)
+    tee = subprocess.Popen(["tee", tmp_path / "x.log"], stdin=process.stdout, stdout=subprocess.DEVNULL)
+    assert process.stdout is not None
+    process.stdout.close()
+    wait_for_step(process, run, 5)
+    for each in (process, tee):
+        each.send_signal(signal.SIGINT)
+    assert tee.wait(60) == -signal.SIGINT
+    process.communicate(timeout=60)
+    assert process.returncode == STOPPED
+    (saved,) = [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
+    assert saved == max(metrics(run)) >= 5
+
+
 # The disk.
 
 

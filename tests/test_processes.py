@@ -218,7 +218,7 @@ def test_a_process_that_is_stuck_ends_the_run_with_its_stacks(n_process: int, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("of", [["optim.lr=0.5"], ["seed=9"]])
+@pytest.mark.parametrize("of", [["optim.lr=0.5"], ["seed=9"], ["model.n_layer=3"], ["eval.every=2"]])
 def test_processes_with_different_settings_are_told(of: list[str], tmp_path: Path) -> None:
     given = two(tmp_path)
     key, value = of[0].split("=")

@@ -5,10 +5,12 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 from sweeps import make_run, sweep
 
 from mutransformer.errors import ConfigError
+from mutransformer.mup.checks.runs import Run
 from mutransformer.study.sweep.records import FILE, append, join, read, repair
 
 
@@ -126,3 +128,16 @@ def test_runs_of_other_depth_steps_or_batch_are_other_runs(tmp_path):
     append(tmp_path / FILE, [default])  # the default, written out: the same run
     with pytest.raises(ConfigError, match="seed 3 is repeated with different losses"):
         join([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("first", "final", "status"),
+    [
+        *((6.9, 708_088.0, "diverged"), (6.9, 21.0, "diverged"), (6.9, math.inf, "diverged"), (6.9, math.nan, "diverged")),
+        *((6.9, 20.6, "finished"), (6.9, 3.0, "finished"), (0.3, 2.2, "finished"), (0.3, 2.4, "diverged")),
+    ],
+)
+def test_a_run_whose_loss_rose_far_diverged_though_all_is_finite(first: float, final: float, status: str) -> None:
+    losses = np.linspace(first, first + 1, 20)
+    run = Run.of("mup", 64, 0.01, 0, losses, final, 5, seconds=1.0, settings={})
+    assert run.status == status and (run.loss == math.inf) == (status == "diverged")
