@@ -88,7 +88,9 @@ def whole_attention(
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest")
 
 
-@pytest.mark.parametrize(("T", "n_blocks"), [(1, 1), (64, 1), (127, 1), (128, 2), (130, 2), (254, 2), (256, 4), (300, 4)])
+@pytest.mark.parametrize(
+    ("T", "n_blocks"), [(1, 1), (64, 1), (127, 1), (128, 2), (130, 2), (254, 2), (256, 2), (300, 2), (510, 2), (512, 4)]
+)
 def test_blocks_of_queries_cover_them(T, n_blocks):
     bounds = _query_blocks(T)
     assert len(bounds) == n_blocks and [first for first, _ in bounds[1:]] == [last for _, last in bounds[:-1]]

@@ -16,7 +16,10 @@ FLOORS += ["planning", "study", "commands", "cli"]
 # Those that touch disk, network or clock.
 EFFECTS = {"data", "exchange", "study", "commands", "cli"}
 EFFECTS |= {f"sharding.{name}" for name in ("compile_cache", "devices", "processes", "peers", "stopping")}
-EFFECTS |= {f"training.{name}" for name in ("checkpoint", "metrics", "sinks", "skipped_steps", "run_folder", "preflight", "loop")}
+EFFECTS |= {
+    f"training.{name}"
+    for name in ("checkpoint", "metrics", "sinks", "skipped_steps", "run_folder", "preflight", "profile", "loop")
+}
 EFFECTS |= {f"training.{name}" for name in ("checkpoint_storage", "url_checkpoints", "url_folder", "layer_log")}
 ALLOWED = {name: {"pathlib", "pathlib.Path"} for name in ("", "config.schema", "errors", "planning.timeline")}
 ALLOWED["config.load"] = {"pathlib", "pathlib.Path", "path.read_text", "fsspec", "fsspec.open"}  # YAML files

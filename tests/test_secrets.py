@@ -127,8 +127,9 @@ def test_other_outputs_hold_no_secret(text, capsys, monkeypatch):
 
 def test_wandb_gets_no_secret(tmp_path, monkeypatch):
     given: dict[str, Any] = {}
-    run = SimpleNamespace(log=lambda *_, **__: None, summary={}, finish=lambda **_: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: given.update(settings) or run))
+    run = SimpleNamespace(log=lambda *_, **__: None, define_metric=lambda *_, **__: None, summary={}, finish=lambda **_: None)
+    wandb = SimpleNamespace(init=lambda **settings: given.update(settings) or run, Image=None, Table=None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     args = [f"workdir={tmp_path}", f"data.cache_dir=https://u:{CANARY}@host/a", "log.wandb=project"]
     with metrics.Metrics(load(args), RunFolder(load(args).rundir), 1.0, 1, 0):
         assert given["config"]["data"]["cache_dir"] == "https://REDACTED@host/a"

@@ -59,7 +59,10 @@ class _Checks:
 
 def _examine(config: Config, folder: "RunFolder", check: _Checks) -> None:
     """All checks; those that need what another one failed to give are left out."""
+    import jax
+
     from mutransformer.data.batches import pipeline
+    from mutransformer.model.execution import with_compute
     from mutransformer.sharding.mesh import data_share
     from mutransformer.training.checkpoint import Checkpoints
     from mutransformer.training.evaluate import evaluate
@@ -81,7 +84,7 @@ def _examine(config: Config, folder: "RunFolder", check: _Checks) -> None:
         corpus = prepare_data(config)
         found += [f"{split} {text.n_tokens:,} tokens" for split, text in corpus.splits.items()]
     if (folder.path / "checkpoints").is_dir():
-        resolved = config if corpus is None else config.with_vocab(corpus.tokenizer.n_vocab)
+        resolved = with_compute(config if corpus is None else config.with_vocab(corpus.tokenizer.n_vocab), jax.local_devices()[0])
         with check("checkpoints") as found, closing(Checkpoints(resolved, folder, read_only=True)) as checkpoints:
             faults = checkpoints.faults()
             found += [f"step {step} intact" for step, fault in faults.items() if fault is None]

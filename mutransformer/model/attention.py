@@ -183,7 +183,7 @@ def _query_blocks(T: int) -> list[tuple[int, int]]:
     Each block is compiled by itself. At 256 positions 4 blocks instead of 2 make no step of small faster on a CPU, but its
     compilation takes 12.4 instead of 6.8 s.
     """
-    n = next(n for n in (4, 2, 1) if T % n == 0 and (n == 1 or T // n >= 128))
+    n = next(n for n, least in ((4, 128), (2, 64), (1, 0)) if T % n == 0 and T // n >= least)
     return [(i * T // n, (i + 1) * T // n) for i in range(n)]
 
 
