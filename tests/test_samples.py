@@ -72,6 +72,7 @@ def test_tensorboard_shows_them(whole: Path) -> None:
         assert sample["prompt"] in text and sample["text"] in text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_texts_of_one_that_was_not_stopped(whole: Path, tmp_path: Path) -> None:
     folder = run(tmp_path, "steps=2", "optim.schedule=constant")
     run(tmp_path, "steps=4", "optim.schedule=constant", "checkpoint.allow=[steps]")
