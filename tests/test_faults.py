@@ -127,7 +127,8 @@ def test_a_batch_that_never_comes_does_not_delay_the_answer(args: list[str], run
     assert max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()) == 3
 
 
-@pytest.mark.parametrize("reader", ["head -n 12", pytest.param("true", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["head -n 12", "true"])
 def test_a_run_outlives_its_console(reader: str, args: list[str], run: Path) -> None:
     process = start(TRAIN, [*args, "steps=40", "log.every=1"], quick=True)
     head = subprocess.Popen(reader.split(), stdin=process.stdout, stdout=subprocess.DEVNULL)

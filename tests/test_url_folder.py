@@ -33,7 +33,7 @@ from mutransformer.training.url_folder import Lease, UrlFolder, readable
 
 LENGTH = ["steps=40", "checkpoint.every=7", "eval.every=20"]
 SHORT = ["steps=6", "checkpoint.every=2", "eval.every=3"]
-SLOW_HARMS = ["a missing object", "a missing seal", "a damaged seal", "another step's seal"]
+HARMS = ["a flipped bit", "a missing object", "a missing seal", "a damaged seal", "another step's seal"]
 TRAIN = "scripts/train.py"
 WORKDIR = "workdir=objects://bucket/runs"
 
@@ -175,10 +175,8 @@ def test_a_process_needs_the_chunks_that_its_devices_overlap(tmp_path: Path) -> 
         _needed(saved, {"gone": Array(8, 6)}, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "harm",
-    ["a flipped bit", *(pytest.param(harm, marks=pytest.mark.slow) for harm in SLOW_HARMS)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_checkpoint_is_not_used(
     harm: str, module_folder: Path, bucket: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,6 +208,7 @@ def test_a_damaged_checkpoint_is_not_used(
     state_and_position(args)
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_for_a_while_costs_a_line(
     module_folder: Path, bucket: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
