@@ -99,7 +99,7 @@ def run(args: Namespace) -> int:
         "repeats": args.repeats,
         "devices": f"{mesh.size} x {program.execution.device_kind}",
         "mesh": dict(mesh.shape),
-        "compute": config.precision.compute,
+        "compute": program.config.precision.compute,
         "jax": jax.__version__,
     }
     if every:
