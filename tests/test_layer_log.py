@@ -286,15 +286,20 @@ def test_drawing_takes_little_of_a_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(drawn) == 3 * len(QUANTITIES), "once more at the end, and not again without new numbers"
 
 
-def test_without_matplotlib_one_line_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def two_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> tuple[RunFolder, list[str]]:
+    """The folder of a run of two steps, and its warnings."""
     config, folder = settings_of(tmp_path)
     with caplog.at_level(logging.WARNING, "mutransformer"), Metrics(config, folder, 1.0, 1, 0) as log:
         log_steps(log, 1, 2)
         log.close({"validation/loss": 1.0})
-    lines = [record.getMessage() for record in caplog.records]
+    return folder, [record.getMessage() for record in caplog.records]
+
+
+def test_without_matplotlib_one_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    folder, lines = two_steps(tmp_path, caplog)
     assert lines == ["log.layers: without heat maps, which need a package: pip install 'mutransformer[plots]'"]
     assert len(read_layers(folder.path)) == 2 and not list(folder.path.glob("*.png"))
 
@@ -303,9 +308,5 @@ def test_a_heat_map_that_fails_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(layer_log, "heat_map", lambda *_: 1 / 0)
-    config, folder = settings_of(tmp_path)
-    with caplog.at_level(logging.WARNING, "mutransformer"), Metrics(config, folder, 1.0, 1, 0) as log:
-        log_steps(log, 1, 2)
-        log.close({"validation/loss": 1.0})
-    lines = [record.getMessage() for record in caplog.records]
+    folder, lines = two_steps(tmp_path, caplog)
     assert lines == ["heat maps of the layers cannot be drawn: division by zero; training goes on without"]

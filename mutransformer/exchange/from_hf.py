@@ -29,7 +29,7 @@ from mutransformer.training.run_folder import RunFolder
 # What the settings of a training that is yet to come may change: the state at step 0 does not depend on them.
 FREE = ["fingerprint.tokens", "steps", "seed", "data.packing", "data.intra_document_mask", "data.seq_len", "data.batch_size"]
 FREE += ["optim.lr", "optim.schedule", "optim.warmup_steps", "optim.warmup_fraction", "optim.weight_decay", "optim.clip_norm"]
-FREE += ["precision.compute"]
+FREE += ["precision.compute"]  # resolved by the devices that train it
 
 
 @dataclass(frozen=True)

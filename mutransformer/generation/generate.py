@@ -54,15 +54,22 @@ def generate(
         decoder = Decoder(program, sampling, requests)
         step, params = restore_params(program, tokenizer, folder)
     show(texts)
-    for first, new in decoder.decode(params, ended=lambda i: texts[i].end is not None):
-        for text, row in zip(texts[first:], new.tolist(), strict=False):
-            text.add([token for token in row if token != NONE])
-        show(texts)
+    complete(texts, decoder, params, lambda: show(texts))
     n = sampling.samples
     found = [
         {"prompt": prompt, "samples": [text.result() for text in texts[i * n : (i + 1) * n]]} for i, prompt in enumerate(prompts)
     ]
     return {"run": folder.name, "step": step, "prompts": found}
+
+
+def complete(
+    texts: Sequence[Continuation], decoder: Decoder, params: Transformer[Array], added: Callable[[], None] = lambda: None
+) -> None:
+    """Decodes texts, in the order of the decoder's requests, to their ends. Calls `added` after each chunk of new tokens."""
+    for first, new in decoder.decode(params, ended=lambda i: texts[i].end is not None):
+        for text, row in zip(texts[first:], new.tolist(), strict=False):
+            text.add([token for token in row if token != NONE])
+        added()
 
 
 def new_tokens(name: str, n: int, wanted: int | None, T: int) -> int:

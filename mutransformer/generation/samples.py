@@ -6,8 +6,8 @@ from itertools import islice
 from jax import Array
 
 from mutransformer.data.cache.dataset import Corpus, TokenSplit
-from mutransformer.generation.decoding import NONE, Decoder, Request
-from mutransformer.generation.generate import new_tokens
+from mutransformer.generation.decoding import Decoder, Request
+from mutransformer.generation.generate import complete, new_tokens
 from mutransformer.generation.sampling import Sampling
 from mutransformer.generation.text import Continuation, prompt_tokens
 from mutransformer.model.weights import Transformer
@@ -45,9 +45,7 @@ class Sampler:
         texts = [
             Continuation(decode(ids), ids, end - len(ids), self._tokenizer) for ids, end in zip(self._prompts, ends, strict=True)
         ]
-        for first, new in self._decoder.decode(params, ended=lambda i: texts[i].end is not None):
-            for text, row in zip(texts[first:], new.tolist(), strict=False):
-                text.add([token for token in row if token != NONE])
+        complete(texts, self._decoder, params)
         return [Sample(text.prompt, text.text) for text in texts]
 
 

@@ -87,7 +87,7 @@ class SealedCache:
 def keep_compiled(folder: str | None) -> None:
     """Makes JAX keep compiled programs in a folder, and look for them there. Call it before anything is compiled.
 
-    JAX_COMPILATION_CACHE_DIR takes precedence; a URL there is left to JAX. folder: None: none.
+    The folder that JAX_COMPILATION_CACHE_DIR names takes precedence; a URL there is left to JAX. Without either nothing is kept.
     """
     import jax
     from jax._src import compilation_cache  # JAX has no public way to give it another kind of cache

@@ -43,7 +43,7 @@ class Sample(NamedTuple):
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where numbers go. Every method may raise: a run goes on without a sink that fails."""
+    """Where numbers and texts go. Every method may raise: a run goes on without a sink that fails."""
 
     name: str  # for messages
 
@@ -69,7 +69,7 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl; and with log.layers layers.jsonl, and images as files beside it."""
+    """metrics.jsonl, layers.jsonl and samples.jsonl, the latter two if there is something to write; and images as files."""
 
     def __init__(self, folder: RunFolder, start_step: int) -> None:
         """Drops what an earlier process wrote after start_step, the updates completed. Raises OSError."""

@@ -21,9 +21,9 @@ from mutransformer.training.step import make_train_step
 # Compile only: do not ask the metadata server, do not claim a chip; do not look for CUDA's driver.
 _TPU_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 _GPU_ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
-# XLA:GPU schedules a step for a limit of memory: beyond, it saves memory, computes again and hides no collective. In a run the
-# limit follows from what JAX's allocator has, here from XLA_SHARE of the GPU's memory. So that both agree, for a run that takes
-# MEMORY_FRACTION of what the driver reports, the compiler is told of more memory than there is.
+# XLA:GPU schedules a step for a memory limit. Near the limit it recomputes values and stops overlapping collectives with
+# computation. In a run it takes the limit from JAX's allocator; without a GPU it takes XLA_SHARE of the memory size in the target
+# config. That size is set so that the limit is the one of a run with XLA_PYTHON_CLIENT_MEM_FRACTION = MEMORY_FRACTION.
 MEMORY_FRACTION = 0.95  # XLA_PYTHON_CLIENT_MEM_FRACTION of the run that is planned
 DRIVER_REPORTS = 1.06  # bytes per byte of the data sheet: 84.9 GB for 80, 151.4 for 141, 191.5 for 180
 XLA_SHARE = 0.8
