@@ -30,7 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reference-dir", help="a folder of reference cases (.npz) to run besides those in tests/data")
 
 
+# Files whose tests are few and long come first: otherwise one process of the test run is left alone with them at its end.
+_FIRST = ("test_resume", "test_processes", "test_gcs", "test_api", "test_parallel_runs", "test_layer_log", "test_faults")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    rank = {name: i for i, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from short_runs import ROOT
 
-from mutransformer.sharding.compile_cache import SealedCache
+from mutransformer.sharding.compile_cache import SealedCache, keep_compiled
 
 
 def test_what_was_put_is_found(tmp_path: Path) -> None:
@@ -93,6 +94,13 @@ def test_without_a_folder_or_with_another_nothing_is_written(tmp_path: Path) -> 
     assert compiled("null")[0].split()[1:] == ["0", "0"]
     hits = compiled(tmp_path / "ours", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "theirs"))[0].split()[1]
     assert hits == "0" and not (tmp_path / "ours").exists() and list((tmp_path / "theirs").glob("*/*"))
+
+
+def test_the_second_run_of_a_process_looks_where_the_first_did(tmp_path: Path) -> None:
+    before = jax.config.values["jax_compilation_cache_dir"]
+    assert Path(before).is_dir(), "set by conftest.py"
+    keep_compiled(str(tmp_path / "another"))
+    assert jax.config.values["jax_compilation_cache_dir"] == before and not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_costs_one_warning(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_unless
 from short_runs import events, finish, metrics, settings, start, wait_for_step
 
 from mutransformer.cli import main
@@ -418,9 +419,10 @@ def replace(path: Path) -> None:
     path.mkdir()
 
 
-@pytest.mark.parametrize(
-    "damage", [flip, lambda path: os.truncate(path, 1), Path.unlink, lambda path: path.write_bytes(b""), replace]
-)
+DAMAGES = [flip, lambda path: os.truncate(path, 1), Path.unlink, lambda path: path.write_bytes(b""), replace]
+
+
+@pytest.mark.parametrize(("damage",), slow_unless([(flip,), (Path.unlink,)], [(damage,) for damage in DAMAGES]))
 def test_any_damage_to_any_file_falls_back_in_one_line(
     damage: Callable[[Path], object], finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -66,6 +66,7 @@ def test_processes_of_a_run_share_a_bucket(bucket: str, tmp_path: Path) -> None:
     assert one["tokens"] == two["tokens"] and [one["made"], two["made"]] == [list(range(i, FILES, 2)) for i in range(2)]
 
 
+@pytest.mark.slow
 def test_processes_write_to_a_bucket(bucket: str, tmp_path: Path) -> None:
     text(tmp_path, copies=5000, kind="jsonl")
     args = ["data.source=jsonl", f"data.files=[{tmp_path}/text/*.jsonl]", "data.tokenizer=bytes", "data.tokenize_workers=2"]
@@ -73,6 +74,7 @@ def test_processes_write_to_a_bucket(bucket: str, tmp_path: Path) -> None:
     assert len(gcsfs.GCSFileSystem().find("bucket/cache")) == 2 * FILES + 1 and os.environ["STORAGE_EMULATOR_HOST"]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_resumes_and_evaluates(bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = settings(tmp_path, f"workdir={bucket}/runs", "name=r", f"data.local_dir={tmp_path}/local", "checkpoint.every=2")
     assert main(["train", *args, "steps=4", "optim.schedule=constant"]) == FINISHED

@@ -91,7 +91,7 @@ def test_a_change_shows(change):
 
 
 @pytest.mark.parametrize("name", YAMLS)
-@pytest.mark.parametrize("n_devices", [1, 8])
+@pytest.mark.parametrize("n_devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_every_yaml_traces_a_step(name, n_devices):
     y = 2 if n_devices == 8 and config_of(name).model.n_head % 2 == 0 else 1
     x = n_devices // y

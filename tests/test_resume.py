@@ -58,10 +58,12 @@ def compare(run: Path, whole: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, final_state(run), final_state(whole))
 
 
-def test_killed_run_goes_on_bit_for_bit(folder: Path, uninterrupted: Path) -> None:
-    args = settings(folder, *LENGTH, "name=killed")
-    run = folder / "runs" / "killed"
-    for step in (17, 44):  # between checkpoints, in the first and in the second epoch
+# Between checkpoints, in the second epoch; and in the first as well.
+@pytest.mark.parametrize("steps", [(44,), pytest.param((17, 44), marks=pytest.mark.slow)])
+def test_killed_run_goes_on_bit_for_bit(steps: tuple[int, ...], folder: Path, uninterrupted: Path) -> None:
+    args = settings(folder, *LENGTH, f"name=killed{len(steps)}")
+    run = folder / "runs" / f"killed{len(steps)}"
+    for step in steps:
         process = start(TRAIN, args, quick=True)
         wait_for_step(process, run, step)
         process.send_signal(signal.SIGKILL)

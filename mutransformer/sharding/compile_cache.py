@@ -96,7 +96,9 @@ def keep_compiled(folder: str | None) -> None:
     folder = given or folder
     if folder is None or is_url(folder) or not hasattr(compilation_cache, "get_file_cache"):
         return
-    path = Path(folder).expanduser() / _machine()
+    path = Path(folder).expanduser()
+    if path.name != _machine():  # else an earlier call of this process has chosen it
+        path /= _machine()
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)  # what is in it is executed
     except OSError as error:
