@@ -266,7 +266,7 @@ def test_a_folder_that_is_removed_ends_the_run_at_the_next_save(
 
     monkeypatch.setattr(Checkpoints, "save", save_and_lose)
     assert main(["train", *args]) == USAGE_ERROR
-    assert f"{run}: the run's folder was removed or replaced while the run was going on" in capsys.readouterr().err
+    assert f"{run}: the folder was removed or replaced while the run was going on" in capsys.readouterr().err
 
 
 def test_a_folder_given_by_a_link_is_that_run(copy: Path) -> None:

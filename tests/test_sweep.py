@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,10 +29,11 @@ from mutransformer.data.cache.prepare import prepare
 from mutransformer.errors import FINISHED, STOPPED, USAGE_ERROR, ConfigError
 from mutransformer.sharding import devices as hardware
 from mutransformer.study.sweep import grid, records
-from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun
+from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun, mean_losses
 from mutransformer.study.sweep.run import _groups, _latest_snapshot, _snapshots
 from mutransformer.training.loop import train
 from mutransformer.training.program import build_with_data
+from mutransformer.training.run_folder import LOCK, RunFolder
 
 SCRIPT = "scripts/sweep.py"
 STEPS = 80
@@ -191,6 +193,27 @@ def test_a_stopped_sweep_resumes_to_bit_equal_losses(complete: Path, folder: Pat
 
 
 @pytest.mark.slow
+def test_one_sweep_at_a_time_has_a_folder(complete: Path, folder: Path, sweep, trained, capsys) -> None:
+    with RunFolder(complete).owned():
+        assert sweep(*arguments(folder), *GRID, "--out", str(complete)) == USAGE_ERROR
+    message = f"error: {complete}: in use by process {os.getpid()} on host .*; choose another --out, or stop that run"
+    assert re.fullmatch(message, capsys.readouterr().err.splitlines()[-1]) and not trained
+    assert sweep(*arguments(folder), *GRID, "--out", str(complete)) == FINISHED and not (complete / LOCK).exists()
+
+
+def test_a_folder_that_is_removed_meanwhile_is_told(folder: Path, sweep, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    out = folder / "removed"
+
+    def score(*args: Any) -> Any:
+        shutil.rmtree(out)
+        return mean_losses(*args)
+
+    monkeypatch.setattr("mutransformer.study.sweep.run.mean_losses", score)
+    options = ["--widths", "32", "--lrs", "2^-6", "--out", str(out)]
+    assert sweep(*arguments(folder, "log.tensorboard=false", steps=20), *options) == USAGE_ERROR
+    assert f"error: {out}: the folder was removed or replaced while" in capsys.readouterr().err and not out.exists()
+
+
 def test_only_the_run_of_a_truncated_line_is_trained_again(complete: Path, folder: Path, sweep, trained, capsys) -> None:
     out = folder / "cut"
     out.mkdir()
@@ -502,7 +525,7 @@ def test_one_axis_must_be_chosen(sizes: list[str], sweep, capsys) -> None:
 def test_a_folder_that_cannot_be_created_is_reported_first(folder: Path, sweep, trained, capsys) -> None:
     options = ["--widths", "32", "--lrs", "0.1", "--out", "/dev/null/out"]
     assert sweep(*arguments(folder, "log.tensorboard=false"), *options) == USAGE_ERROR
-    assert capsys.readouterr().err == "error: /dev/null/out: Not a directory\n" and trained == []
+    assert capsys.readouterr().err == "error: /dev/null/out: cannot be used: Not a directory\n" and trained == []
 
 
 def test_a_mistake_as_a_process_needs_no_jax(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time has it, its files are replaced, never written through, and its loss is noticed.
+"""The folder of a run or a sweep: one at a time has it, its files are replaced, never written through, and its loss is noticed.
 
 This is a folder on a disk. mutransformer.training.url_folder has those at a URL.
 """
@@ -30,9 +30,10 @@ _log = logging.getLogger(__name__)
 class RunFolder:
     """The folder at a path, which is created when it is owned or first written to."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, chosen_by: str = "name=...") -> None:
         self.path = path  # where its files are on this machine
         self.name = str(path)  # for messages
+        self._chosen_by = chosen_by  # the setting or option that gives another folder
         self._identity: tuple[int, int] | None = None  # device and inode, once it is owned
 
     def write(self, name: str, data: bytes) -> None:
@@ -113,7 +114,7 @@ class RunFolder:
     def check_present(self) -> None:
         """Raises ConfigError if the folder is gone, or another one has its place, since it was owned."""
         if self._identity is not None:
-            gone = f"{self.path}: the run's folder was removed or replaced while the run was going on"
+            gone = f"{self.path}: the folder was removed or replaced while the run was going on"
             try:
                 check(_identity(self.path) == self._identity, gone)
             except OSError as error:
@@ -125,7 +126,7 @@ class RunFolder:
         path = self.path / LOCK
         not_ours = path.is_symlink() or (path.exists() and not path.is_file())
         check(not not_ours, f"{path}: not a file of the run's own; remove it")
-        with translate_errors(f"{self.path}: cannot hold a run", OSError):
+        with translate_errors(f"{self.path}: cannot be used", OSError):
             self.path.mkdir(parents=True, exist_ok=True)
             while True:
                 lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -143,7 +144,8 @@ class RunFolder:
                         raise
                     holder = _holder(lock)
                     os.close(lock)
-                    raise ConfigError(f"{self.path}: in use by {holder}; choose another name=..., or stop that run") from None
+                    text = f"{self.path}: in use by {holder}; choose another {self._chosen_by}, or stop that run"
+                    raise ConfigError(text) from None
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
             os.ftruncate(lock, 0)
             os.pwrite(lock, json.dumps(holder).encode(), 0)

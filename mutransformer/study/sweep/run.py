@@ -36,6 +36,7 @@ from mutransformer.study.sweep.grid import Point, VariantConfig
 from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun, mean_losses
 from mutransformer.study.sweep.records import AXES
 from mutransformer.training.program import prepare_data
+from mutransformer.training.run_folder import RunFolder, owned_by_all
 from mutransformer.training.sinks import EventFile
 
 SNAPSHOT_SECONDS = 300.0  # between snapshots of runs in progress
@@ -48,11 +49,16 @@ def sweep(variants: Sequence[VariantConfig], points: Sequence[Point], folder: Pa
     """Trains each config at each point, except those already in the folder's runs.jsonl.
 
     The folder also gets TensorBoard files and snapshots. `memory` is the bytes that runs may use on a device; None: what it has.
-    Returns the exit code: FINISHED, or STOPPED after a signal, with all progress saved. Raises ConfigError if the folder holds
-    runs with other settings, or a setting does not fit the data or the devices.
+    Returns the exit code: FINISHED, or STOPPED after a signal, with all progress saved. Raises ConfigError if another sweep has
+    the folder, it holds runs with other settings, or a setting does not fit the data or the devices.
     """
-    path = folder / records.FILE
-    folder.mkdir(parents=True, exist_ok=True)  # fails before training, not after
+    owned = RunFolder(folder, chosen_by="--out")
+    with owned_by_all(owned):
+        return _sweep(variants, points, owned, memory)
+
+
+def _sweep(variants: Sequence[VariantConfig], points: Sequence[Point], owned: RunFolder, memory: int | None) -> int:
+    folder, path = owned.path, owned.path / records.FILE
     writes = jax.process_index() == 0
     if writes and records.repair(path):
         _log.warning("%s: removed a truncated last line; its run is trained again", path)
@@ -76,6 +82,7 @@ def sweep(variants: Sequence[VariantConfig], points: Sequence[Point], folder: Pa
                     _log.info("stopped; progress is saved. Re-run the same command to resume.")
                     return STOPPED
                 if writes:
+                    owned.check_present()
                     records.append(path, runs)
                 best = min(runs, key=lambda run: run.loss)
                 diverged = sum(run.status == "diverged" for run in runs)
