@@ -22,6 +22,7 @@ from cases import slow_unless
 from short_runs import events, finish, metrics, settings, start, wait_for_step
 
 from mutransformer.cli import main
+from mutransformer.commands import start_jax
 from mutransformer.config.load import load
 from mutransformer.config.schema import Config
 from mutransformer.errors import FAILED, FINISHED, STOPPED, USAGE_ERROR, ConfigError
@@ -384,6 +385,12 @@ def test_a_validation_split_without_text_is_told_before_training(
 def test_a_run_within_its_warm_up_is_told(steps: int, warmup: int, told: str, tmp_path: Path) -> None:
     found = load(settings(tmp_path, f"steps={steps}", f"optim.warmup_steps={warmup}")).warnings()
     assert bool(found) == bool(told) and all(told in line for line in found)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_only_what_trains_tells_of_the_warm_up(trains: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start_jax(load(settings(tmp_path, "steps=20", "optim.warmup_steps=100")), trains)
+    assert sum("within its warm-up" in text for text in capsys.readouterr()) == trains
 
 
 def test_a_schedule_that_jumps_is_told(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

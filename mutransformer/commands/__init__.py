@@ -38,11 +38,14 @@ def start(settings: Sequence[str]) -> Config:
     return config
 
 
-def start_jax(config: Config) -> None:
-    """Starts JAX and logging. Raises ConfigError if another process of the run cannot be reached."""
+def start_jax(config: Config, trains: bool = False) -> None:
+    """Starts JAX and logging; a command that trains also warns of settings that are unlikely to be intended.
+
+    Raises ConfigError if another process of the run cannot be reached.
+    """
     processes.prepare_jax(config)
     from mutransformer.training import metrics
 
     metrics.setup_logging()
-    for text in config.warnings():
+    for text in config.warnings() if trains else []:
         logging.getLogger(__name__).warning("%s", text)

@@ -27,7 +27,7 @@ VERSIONS = ("mutransformer", "jax", "jaxlib", "equinox", "optax", "orbax-checkpo
 
 def run(args: Namespace) -> int:
     config = load(args.settings)
-    start_jax(config)
+    start_jax(config, trains=True)
     from mutransformer.training.url_folder import run_folder
 
     checks, folder = _Checks(), run_folder(config)

@@ -51,7 +51,7 @@ def run(args: Namespace) -> int:
     out = args.out or config.rundir.with_name(f"{config.name}-sweep")
 
     processes.simulate_devices(args.cpu_devices or min(os.cpu_count() or 1, len(points)))
-    start_jax(config)
+    start_jax(config, trains=True)
     from mutransformer.study.sweep.run import sweep
 
     return sweep(variants, points, out, None if args.memory is None else int(args.memory * 1e9))

@@ -29,7 +29,7 @@ def run(args: Namespace) -> int:
         with stop.at_once():
             config = load(args.settings)
             print(f"{config.name}: starting", flush=True)  # JAX alone takes seconds to import
-            start_jax(config)
+            start_jax(config, trains=True)
             from mutransformer.generation.samples import make_sampler
             from mutransformer.training import loop
 
