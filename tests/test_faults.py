@@ -635,3 +635,17 @@ def test_a_run_is_where_it_lies(given: str, copy: Path, monkeypatch: pytest.Monk
         return
     assert load([arg]).rundir == moved and load([arg]).optim.warmup_steps == 3
     assert load([arg, "name=other"]).rundir == copy / "other"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_tokenizer_in_the_folder_of_a_run_moves_with_it(there: bool, tmp_path: Path) -> None:
+    (run := tmp_path / "before/r").mkdir(parents=True)
+    (run / "checkpoints").mkdir()
+    text = f"name: r\nworkdir: {run.parent}\ndata: {{tokenizer: sentencepiece, tokenizer_file: {run}/tokenizer.model}}\n"
+    (run / "config.yaml").write_text(text)
+    (run / "tokenizer.model").write_bytes(b"x" * there)
+    assert load([str(run)]).data.tokenizer_file == f"{run}/tokenizer.model"
+    run.rename(moved := tmp_path / "after")
+    if not there:
+        (moved / "tokenizer.model").unlink()
+    assert load([str(moved)]).data.tokenizer_file == (f"{moved}/tokenizer.model" if there else f"{run}/tokenizer.model")

@@ -139,8 +139,19 @@ def _file(arg: str) -> dict[Any, Given]:
     for at in (path, path.resolve()):  # a link may lead to it
         if at.name == RUN_CONFIG and (at.parent / "checkpoints").is_dir():
             folder = at.parent if at.parent.name.strip(".") else at.parent.resolve()
-            return given | {"workdir": str(folder.parent), "name": folder.name}
+            return _with_own_tokenizer(given, folder) | {"workdir": str(folder.parent), "name": folder.name}
     return given
+
+
+def _with_own_tokenizer(given: dict[Any, Given], folder: Path) -> dict[Any, Given]:
+    """A tokenizer file in a run's folder, where an import puts it, moves with the run."""
+    data = given.get("data")
+    file = data.get("tokenizer_file") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(file, str):
+        return given
+    recorded, here = Path(file), (folder / Path(file).name).absolute()
+    moved = recorded.parent.name == given.get("name") and not recorded.exists() and here.is_file()
+    return {**given, "data": {**data, "tokenizer_file": str(here)}} if moved else given
 
 
 def _at_url(url: str) -> dict[Any, Given]:
