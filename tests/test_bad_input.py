@@ -151,7 +151,7 @@ def test_settings(args, message, settings, tmp_path, train):
     [
         ("optim.lr=-1", "", r"optim.lr = -1.0: must be above 0"),
         ("mesh.x=3", "", r"mesh.x = 3, mesh.y = 1: need 3 devices, here are 1"),
-        ("data.batch_size=12", EIGHT, r"data.batch_size = 12 .*not divisible by mesh.x = 8"),
+        pytest.param("data.batch_size=12", EIGHT, r"data.batch_size = 12 .*not divisible by mesh.x = 8", marks=pytest.mark.slow),
     ],
 )
 def test_a_process_answers_in_time(args, flags, message, settings, tmp_path):
