@@ -347,6 +347,9 @@ def test_sizes_that_follow_from_others():
     model = load(["model.d_model=192", "model.d_head=64", "model.ff_multiple=2.5", "model.n_vocab=259"]).model
     assert (model.n_head, model.kv_heads, model.d_ff, model.logit_scale, model.padded_vocab) == (3, 3, 480, 1 / 64, 384)
     assert load(["model.n_kv_head=1", "model.qk_scale=0.5"]).model.kv_heads == 1
+    for multiple, heads in {"2": 6, "0.333333333333333": 1, repr(7 / 3): 7}.items():
+        wide = load(["model.d_model=192", "model.d_head=64", f"model.attention_multiple={multiple}"]).model
+        assert (wide.n_head, wide.kv_heads) == (heads, heads)
     with pytest.raises(ConfigError, match="model.n_vocab is not known yet"):
         _ = Config().model.padded_vocab
 
@@ -451,6 +454,7 @@ def test_every_number_must_fit_the_type_that_jax_computes_with():
         ("optim.beta2=0.99999999999", r"optim.beta2 = 0.99999999999: must be at least 0 and below 1 in float32, where it is 1$"),
         ("data.sources.a.weight=1e-46", r"data.sources.a.weight = 1e-46: must fit in float32"),
         ("model.ff_multiple=3e38", r"model.ff_multiple = 3e\+38: gives a feed-forward width of "),
+        ("model.attention_multiple=3e38", r"model.attention_multiple = 3e\+38: gives 6e\+38 heads of model.d_head = 64 at "),
     ],
     ids=lambda value: value[:40],
 )
@@ -526,6 +530,15 @@ RANGES: list[tuple[str, str]] = [
     ("model.d_head=1", r"model.d_head = 1: rotary positions need an even size"),
     *((f"model.ff_multiple={value}", rf"model.ff_multiple = {value}.*: must be above 0") for value in (0, -1)),
     *((f"model.ff_multiple={value}", rf"model.ff_multiple = {value}: must be a finite number") for value in ("inf", "nan")),
+    *((f"model.attention_multiple={value}", rf"model.attention_multiple = {value}.*: must be above 0") for value in (0, -1)),
+    *(
+        (f"model.attention_multiple={value}", rf"model.attention_multiple = {value}: gives {heads} heads of model.d_head = 64 at")
+        for value, heads in {0.3: "0.6", 1.3: "2.6", 1.0000001: "2", 0.001: "0.002"}.items()
+    ),
+    (
+        "model.d_model=96 model.attention_multiple=2 model.n_kv_head=2",
+        r"model.n_kv_head = 2: must divide the 3 heads \(attention_multiple x d_model / d_head\)$",
+    ),
     ("model.ff_multiple=0.001", r"model.ff_multiple = 0.001: gives a feed-forward width of 0"),
     ("model.n_vocab=1", r"model.n_vocab = 1: must be at least 2"),
     ("model.qk_scale=0", r"model.qk_scale = 0.0: must be above 0"),

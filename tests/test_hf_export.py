@@ -92,6 +92,9 @@ MORE = {
     "embedding norm": ["model.activation=swiglu", "model.embed_norm=true", "model.norm_scale=vector"],
     "embedding norm without gains": ["model.embed_norm=true"],
     "attention scale": ["model.qk_scale=0.7", "model.qk_norm=true", "model.norm_scale=scalar"],
+    "wide heads of Llama": ["model.attention_multiple=2", "model.activation=swiglu", "model.n_kv_head=2", "model.biases=true"],
+    "wide heads of Qwen3": ["model.attention_multiple=1.5", "model.activation=swiglu", "model.n_kv_head=3", "model.qk_norm=true"],
+    "narrow heads of Arcee": ["model.attention_multiple=0.5", "optim.rule=completep", "model.n_layer_base=1"],
     "large base, other eps": ["model.rotary_base=500000", "model.norm_eps=1e-3"],
 }
 

@@ -238,6 +238,19 @@ def test_a_tree_of_one_kind_gives_a_tree_of_another():
     assert block_specs(config).w_gate is None and tree.blocks.w_gate is None
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_heads_that_are_wider_together_than_the_model(width: int) -> None:
+    """The result of attention is summed over all heads: fan-in n_head * d_head, in a fixed ratio to the width."""
+    sizes = [f"model.d_model={width}", "model.d_base=32", "model.d_head=16", "model.attention_multiple=2.5", "model.n_vocab=64"]
+    scaling, absolute = (scaling_of(load([*sizes, f"optim.rule={rule}"])) for rule in ("mup", "abs_mup"))
+    blocks = specs(load(sizes)).blocks
+    assert (blocks.w_q.fan_in, blocks.w_q.fan_out) == (width, 2.5 * width) == (blocks.w_o.fan_out, blocks.w_o.fan_in)
+    assert init_std(blocks.w_o, scaling) == (2.5 * width) ** -0.5 and init_std(blocks.w_q, scaling) == width**-0.5
+    assert lr_multiplier(blocks.w_o, scaling) == lr_multiplier(blocks.w_q, scaling) == 32 / width
+    assert lr_multiplier(blocks.w_o, absolute) == pytest.approx(1 / (2.5 * width))
+    assert lr_multiplier(blocks.w_q, absolute) == 1 / width
+
+
 def test_absolute_rates_know_no_rounding_of_the_feed_forward_width() -> None:
     config = load(["model.d_model=64", "model.d_head=16", "model.ff_multiple=2.67", "model.n_vocab=64", "optim.rule=abs_mup"])
     blocks = specs(config).blocks

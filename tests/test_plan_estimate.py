@@ -37,6 +37,19 @@ def test_without_remat_only_attention_is_recomputed():
     assert found.parameters == L * LAYER + ENDS
 
 
+def test_heads_that_are_wider_together_than_the_model():
+    """By hand: projections of M x 2 M, and attention over twice the heads."""
+    found = estimated("model.remat=none", "model.attention_multiple=2")
+    weights = L * (4 * 2 + 8) * M * M + M * V
+    model = 6 * weights + 12 * L * 2 * M * T
+    assert found.flops["model"] == model * B * T / 8
+    assert found.flops["matmul"] == found.flops["model"] + L * 2 * T * 2 * M * B * T / 8
+    assert found.parameters == weights + M * V
+    assert traffic(found)["all-gather", "y"] == traffic(estimated("model.remat=none"))["all-gather", "y"]
+    with pytest.raises(ConfigError, match=r"^model.attention_multiple x model.d_model / model.d_head: heads = 1: not divisible"):
+        estimated("model.attention_multiple=0.25")
+
+
 def test_full_remat_repeats_a_layer_but_its_last_product():
     none, full = estimated("model.remat=none"), estimated("model.remat=full")
     again = L * (2 * (LAYER - 4 * M * M) + 4 * T * M) * B * T / 8

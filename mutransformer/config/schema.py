@@ -62,6 +62,7 @@ class ModelConfig:
     d_model: int = setting(128, "width of the residual stream", min=1)
     d_base: int = setting(128, "the width at which the learning rate was tuned", min=1)
     d_head: int = setting(64, "size of an attention head", min=1)
+    attention_multiple: float = setting(1.0, "width of all query heads together / d_model", above=0)
     n_layer: int = setting(6, "layers", min=1)
     n_layer_base: Optional[int] = setting(None, "the depth at which it was tuned, for the rules with depth; null: n_layer", min=1)
     n_kv_head: Optional[int] = setting(None, "key/value heads; null: one per query head; 1: multi-query", min=1)
@@ -97,19 +98,28 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "model.")
-        heads = max(1, self.d_model // self.d_head)
-        fit = f"the nearest that fit are {heads * self.d_head} and {(heads + 1) * self.d_head}"
-        not_divisible = f"model.d_model = {self.d_model}: not divisible by model.d_head = {self.d_head}; {fit}"
-        check(self.d_model % self.d_head == 0, not_divisible)
-        divides = self.n_head % self.kv_heads == 0
-        check(divides, f"model.n_kv_head = {self.n_kv_head}: must divide the {self.n_head} heads (d_model / d_head)")
+        self._check_heads()
         check(self.d_head % 2 == 0 or self.rotary_base == 0, f"model.d_head = {self.d_head}: rotary positions need an even size")
         fits = 1 <= self.d_ff <= INT32[1]
         check(fits, f"model.ff_multiple = {self.ff_multiple}: gives a feed-forward width of {self.d_ff}")
 
+    def _check_heads(self) -> None:
+        heads = max(1, self.d_model // self.d_head)
+        fit = f"the nearest that fit are {heads * self.d_head} and {(heads + 1) * self.d_head}"
+        not_divisible = f"model.d_model = {self.d_model}: not divisible by model.d_head = {self.d_head}; {fit}"
+        check(self.attention_multiple != 1 or self.d_model % self.d_head == 0, not_divisible)
+        exact = self.attention_multiple * self.d_model / self.d_head
+        whole = 1 <= self.n_head <= INT32[1] and abs(self.n_head - exact) < 1e-9 * exact  # a ratio such as 4 / 3 is rounded
+        gives = f"gives {exact:g} heads of model.d_head = {self.d_head} at model.d_model = {self.d_model}"
+        check(whole, f"model.attention_multiple = {self.attention_multiple}: {gives}, which must be a whole number")
+        ratio = "" if self.attention_multiple == 1 else "attention_multiple x "
+        divides = self.n_head % self.kv_heads == 0
+        check(divides, f"model.n_kv_head = {self.n_kv_head}: must divide the {self.n_head} heads ({ratio}d_model / d_head)")
+
     @property
     def n_head(self) -> int:
-        return self.d_model // self.d_head
+        """Number of query heads."""
+        return round(self.attention_multiple * self.d_model / self.d_head)
 
     @property
     def kv_heads(self) -> int:

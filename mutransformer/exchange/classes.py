@@ -171,9 +171,8 @@ def overrides_from(config: dict[str, Any], where: str) -> tuple[HFClass, list[st
     name = (config.get("architectures") or ["none"])[0]
     check(name in IMPORTED, f"{where}: architectures = {name}: only {', '.join(IMPORTED)} can be imported")
     hf = IMPORTED[name]
-    width, heads, d_head = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
-    fits = heads * d_head == width
-    check(fits, f"{where}: head_dim = {d_head}: {heads} heads of it must give hidden_size = {width}")
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    d_head = config.get("head_dim") or width // heads
     ours = {theirs: key for key, theirs in hf.activations.items()}
     act = config["hidden_act"]
     check(act in ours, f"{where}: hidden_act = {act}: with {name} it must be {' or '.join(ours)}")
@@ -188,6 +187,7 @@ def overrides_from(config: dict[str, Any], where: str) -> tuple[HFClass, list[st
         f"model.d_model={width}",
         f"model.d_base={width}",
         f"model.d_head={d_head}",
+        f"model.attention_multiple={heads * d_head / width!r}",
         f"model.n_layer={config['num_hidden_layers']}",
         f"model.n_kv_head={config['num_key_value_heads']}",
         f"model.n_vocab={config['vocab_size']}",

@@ -225,11 +225,12 @@ def _check_divides(config: Config, mesh: AnyMesh) -> None:
     x, y, groups = mesh.shape["x"], mesh.shape["y"], n_row_groups(mesh)
     batch = f"data.batch_size = {d.batch_size} / optim.grad_accumulation_steps = {steps}: rows at a time"
     at_a_time = d.batch_size // steps
+    ratio = "" if m.attention_multiple == 1 else "model.attention_multiple x "
     needs = [
         (batch, at_a_time, "x" if groups == x else "x times mesh.replicas", groups),
         ("model.d_model", m.d_model, "x", x),
         ("model.d_model", m.d_model, "y", y),
-        ("model.d_model / model.d_head: heads", m.n_head, "y", y),
+        (f"{ratio}model.d_model / model.d_head: heads", m.n_head, "y", y),
         ("feed-forward width model.ff_multiple x model.d_model", m.d_ff, "y", y),
         ("vocabulary padded to model.vocab_multiple", m.padded_vocab, "x", x),
         ("vocabulary padded to model.vocab_multiple", m.padded_vocab, "y", y),
