@@ -62,7 +62,10 @@ MODELS = {
     "elu, sp": ["model.attention_activation=elu", "optim.rule=sp", "model.activation=silu", "model.n_kv_head=2"],
     "norm_sqrelu, abs_mup": ["model.attention_activation=norm_sqrelu", "optim.rule=abs_mup", "model.qk_scale=1"],
     "norm_elu": ["model.attention_activation=norm_elu", "model.biases=true"],
-    "wide heads": ["model.attention_multiple=1.5", "model.n_kv_head=3", "model.qk_norm=true", "model.norm_scale=vector"],
+    "wide heads, multipliers": [
+        *("model.attention_multiple=1.5", "model.n_kv_head=3", "model.qk_norm=true", "model.norm_scale=vector"),
+        *("model.embed_multiplier=3", "model.residual_multiplier=0.5", "model.logits_multiplier=2"),
+    ],
 }
 MESHES = {"1 x 1": (1, 1), "2 x 1": (2, 1), "1 x 2": (1, 2), "4 x 2": (4, 2), "2 of 1 x 2": (1, 2, 2)}
 
@@ -122,7 +125,7 @@ def on_one_device(model: str) -> list[np.ndarray]:
 CASES = [
     *((model, "1 x 1") for model in MODELS),
     *((model, "4 x 2") for model in list(MODELS)[:3]),
-    ("wide heads", "4 x 2"),
+    ("wide heads, multipliers", "4 x 2"),
     *(("relu", on) for on in ("2 x 1", "1 x 2")),
 ]
 

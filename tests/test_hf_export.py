@@ -64,7 +64,7 @@ def program(*settings: str) -> Program:
 def weights(made: Program) -> Any:
     """Weights of which no gain is one and no bias zero, but for the bias that no class has."""
     drawn = params(made.config)
-    return drawn if drawn.b_unembed is None else dataclasses.replace(drawn, b_unembed=0 * drawn.b_unembed)
+    return drawn if drawn.b_unembed is None else dataclasses.replace(drawn, b_unembed=np.zeros_like(drawn.b_unembed))
 
 
 def parity(made: Program, folder: Path, keep_multipliers: bool = False) -> Parity:
@@ -86,23 +86,31 @@ def test_logits_are_the_same(activation: str, heads: str, norm_scale: str, rule:
     assert found.difference <= 1e-5 and found.largest > 0.1, found
 
 
+MULTIPLIERS = ["model.embed_multiplier=3", "model.residual_multiplier=0.3", "model.logits_multiplier=1.7"]
 MORE = {
     "biases of Llama": ["model.activation=swiglu", "model.biases=true"],
     "biases of Arcee": ["model.activation=sqrelu", "model.biases=true", "optim.rule=completep", "model.n_layer_base=1"],
+    "biases of Qwen3": ["model.activation=swiglu", "model.qk_norm=true", "model.biases=true", "model.biases_in=attention"],
+    "biases of the feed-forward layer": ["model.biases=true", "model.biases_in=feed_forward"],
     "embedding norm": ["model.activation=swiglu", "model.embed_norm=true", "model.norm_scale=vector"],
     "embedding norm without gains": ["model.embed_norm=true"],
     "attention scale": ["model.qk_scale=0.7", "model.qk_norm=true", "model.norm_scale=scalar"],
     "wide heads of Llama": ["model.attention_multiple=2", "model.activation=swiglu", "model.n_kv_head=2", "model.biases=true"],
     "wide heads of Qwen3": ["model.attention_multiple=1.5", "model.activation=swiglu", "model.n_kv_head=3", "model.qk_norm=true"],
     "narrow heads of Arcee": ["model.attention_multiple=0.5", "optim.rule=completep", "model.n_layer_base=1"],
+    "multipliers": [*MULTIPLIERS, "model.biases=true", "model.activation=swiglu"],
+    "multipliers and embedding norm": [*MULTIPLIERS, "model.embed_norm=true", "optim.rule=mup_table8"],
     "large base, other eps": ["model.rotary_base=500000", "model.norm_eps=1e-3"],
 }
 
 
 @pytest.mark.parametrize("case", MORE)
 def test_further_options(case: str, tmp_path: Path) -> None:
-    found = parity(program(*MORE[case]), tmp_path)
+    made = program(*MORE[case])
+    found = parity(made, tmp_path)
     assert found.difference <= 1e-5 and found.largest > 0.1, found
+    if "model.biases_in" in str(MORE[case]):
+        folds.fold(made, params(made.config), class_of(made.config.model))  # with no bias that is zero
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -117,11 +125,22 @@ def test_granite_keeps_the_multipliers(rule: str, tmp_path: Path) -> None:
     assert (of_logits, of_branches) == {"mup": (1, 1), "mup_table8": (0.5, 1), "completep": (0.5, 0.5)}[rule]
 
 
+def test_granite_keeps_the_multipliers_of_the_config(tmp_path: Path) -> None:
+    sizes = ["model.activation=swiglu", "model.attention_multiple=0.5", "model.qk_scale=0.3"]
+    made = program(*sizes, *MULTIPLIERS, *RULES["mup_table8"])
+    found = parity(made, tmp_path, keep_multipliers=True)
+    assert found.difference <= 1e-5 and found.largest > 0.1, found
+    config = transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
+    assert (config.embedding_multiplier, config.residual_multiplier, config.attention_multiplier) == (3, 0.3, 0.3)
+    assert config.logits_scaling == pytest.approx(1 / (0.5 * 1.7))
+
+
 # What must not go unnoticed.
 
 BROKEN: dict[str, tuple[Any, list[str]]] = {
     "factor on attention logits": ("query", ["model.qk_scale=0.2"]),
     "factor on attention logits with qk_norm": ("query", ["model.qk_scale=0.2", "model.qk_norm=true"]),
+    "multiplier of the embedding": ("embedding", MULTIPLIERS),
     "multiplier of attention": ("attention_branch", RULES["completep"]),
     "multiplier of the feed-forward layer": ("mlp_branch", RULES["completep"]),
     "multiplier of the logits": ("logits", RULES["mup_table8"]),
@@ -244,7 +263,8 @@ def test_a_folder_with_something_in_it_is_left_alone(run: Path, exported: Path, 
 def test_other_logits_leave_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(folds, "factors", lambda of: dict.fromkeys(("query", "attention_branch", "mlp_branch", "logits"), 1.0))
+    real = folds.factors
+    monkeypatch.setattr(folds, "factors", lambda of: dict.fromkeys(real(of), 1.0))
     assert main(["export", str(run), "--to", "hf", str(tmp_path / "out"), "--random-rows"]) == USAGE_ERROR
     assert "not written, since the logits differ from the run's by more than 1e-05" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -42,8 +42,11 @@ MODELS = {
         "model.qk_norm=true",
         "model.embed_norm=true",
     ],
-    "wide heads": [
+    "wide heads, multipliers": [
         "model.attention_multiple=2",
+        "model.embed_multiplier=2",
+        "model.residual_multiplier=0.5",
+        "model.logits_multiplier=2",
         "model.n_kv_head=2",
         "model.activation=swiglu",
         "model.norm_scale=vector",
@@ -142,7 +145,7 @@ def same(ours: tuple[dict, Transformer], theirs: tuple[dict, Transformer]) -> No
 
 # Each kind of mesh and each model at least once; the rest is slow. The last model adds one mechanism that a mesh can break,
 # heads that some y divide and others do not: two meshes show it.
-FEW = [("relu", 8, 1), ("relu", 1, 8), ("all options", 2, 4), ("wide heads", 2, 4)]
+FEW = [("relu", 8, 1), ("relu", 1, 8), ("all options", 2, 4), ("wide heads, multipliers", 2, 4)]
 FEW += [(m, 2, 4) for m in MODELS if m.startswith("grouped")]
 ALL = [(m, *mesh) for m in MODELS for mesh in MESHES[1:] if not m.startswith("grouped") or mesh in [(4, 2), (2, 4)]]
 

@@ -84,6 +84,23 @@ def test_a_stack_is_the_same_weight_with_layers_in_front():
     assert (stack.size, stack.init, stack.dim_on("x"), stack.dims[0].name) == (3 * one.size, "zero", 1, "L")
 
 
+@pytest.mark.parametrize(
+    ("where", "names"),
+    [
+        ("attention", {"b_q", "b_k", "b_v", "b_o"}),
+        ("feed_forward", {"b_up", "b_gate", "b_down"}),
+        ("layers", {"b_q", "b_k", "b_v", "b_o", "b_up", "b_gate", "b_down"}),
+        ("all", {"b_q", "b_k", "b_v", "b_o", "b_up", "b_gate", "b_down", "b_unembed"}),
+    ],
+)
+def test_biases_are_where_they_are_asked_for(where, names):
+    def biases(*args):
+        tree = specs(load(["model.activation=swiglu", "model.n_vocab=100", f"model.biases_in={where}", *args]))
+        return {name for part in (tree, tree.blocks) for name, w in vars(part).items() if name.startswith("b_") and w is not None}
+
+    assert biases("model.biases=true") == names and not biases()
+
+
 def test_every_weight_of_a_model_with_all_of_them():
     config = load(
         [

@@ -2,9 +2,10 @@
 
 Example: mutransformer import exported/small --out runs/again data.source=text 'data.files=[notes/*.txt]' optim.lr=0.001
 
-Takes Llama, Qwen3 and Arcee models in safetensors. The folder says what the model is; the settings say how it goes on: data,
-steps, learning rate, with a new optimizer state. A folder that `mutransformer export` wrote also has the settings of its run. The
-logits are compared with those of transformers in float32; if they differ nothing is written. Needs the extra hf-export.
+Takes Llama, Granite, Qwen3, Arcee and Apertus models in safetensors. The folder says what the model is; the settings say how it
+goes on: data, steps, learning rate, with a new optimizer state. A folder that `mutransformer export` wrote also has the settings
+of its run. The logits are compared with those of transformers in float32; if they differ nothing is written. Needs the extra
+hf-export.
 """
 
 from argparse import ArgumentParser, Namespace

@@ -28,6 +28,7 @@ from mutransformer.errors import ConfigError, check, is_url, redact
 
 AttentionActivation = Literal["softmax", "sqrelu", "elu", "norm_sqrelu", "norm_elu"]
 AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
+BiasesIn = Literal["all", "layers", "attention", "feed_forward"]
 Remat = Literal["none", "dots", "attention", "outputs", "full"]
 Float = Literal["float32", "bfloat16"]  # not float16: gradients would need a loss scale
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
@@ -75,10 +76,14 @@ class ModelConfig:
         "auto", "auto: splash attention on a TPU, cuDNN's on an NVIDIA GPU, where they are faster; else xla", resume="free"
     )
     qk_scale: Optional[float] = setting(None, "attention logits are qk_scale * (q . k); null: 1 / d_head", above=0)
+    embed_multiplier: float = setting(1.0, "constant factor on the embedding, the same at every width", above=0)
+    residual_multiplier: float = setting(1.0, "on what a layer adds to the residual stream, besides that of the rule", above=0)
+    logits_multiplier: float = setting(1.0, "on the logits, besides that of the rule", above=0)
     qk_norm: bool = setting(False, "normalize queries and keys")
     embed_norm: bool = setting(False, "normalize the embedding")
     norm_scale: Literal["none", "vector", "scalar"] = setting("none", "trained gains of the norms")
     biases: bool = setting(False, "trained biases of the projections")
+    biases_in: BiasesIn = setting("all", "which projections have them, with model.biases; layers: all but the unembedding")
     rotary_base: float = setting(10000.0, "base of the rotary position encoding; 0: no position encoding", min=0)
     norm_eps: float = setting(1e-5, "added to the mean square in a norm", above=0)
     q_init: Literal["fan_in", "zero"] = setting("fan_in", "initial values of the query projection")
@@ -129,6 +134,10 @@ class ModelConfig:
     @property
     def d_ff(self) -> int:
         return int(self.ff_multiple * self.d_model)
+
+    def has_bias(self, part: Literal["attention", "feed_forward", "unembedding"]) -> bool:
+        """Whether the projections of a part of the model have biases."""
+        return self.biases and (self.biases_in in ("all", part) or (self.biases_in == "layers" and part != "unembedding"))
 
     @property
     def logit_scale(self) -> float:

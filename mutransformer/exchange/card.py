@@ -34,7 +34,7 @@ def card(
         f"# {redact(config.name)}",
         "",
         f"A decoder-only Transformer of mutransformer {__version__}: {sentence}, rows of {config.data.seq_len} tokens.",
-        f"This is step {step} of {config.steps}, as `{hf.name}` in float32.",
+        f"This is step {step} of {config.steps}, as `{hf.name}`.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

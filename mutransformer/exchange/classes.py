@@ -5,9 +5,9 @@ weight, or stands in its config. Conventions that need nothing: heads and their 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mutransformer.config.schema import ModelConfig
 from mutransformer.errors import ConfigError, check
@@ -16,7 +16,7 @@ from mutransformer.errors import ConfigError, check
 # vector here, a vector there.
 Layout = Literal["linear", "table", "vector", "gain"]
 # A factor that a row takes up unless the class keeps it in its config: see Factors in exchange.folds.
-Fold = Literal["query", "attention_branch", "mlp_branch", "logits"]
+Fold = Literal["embedding", "query", "attention_branch", "mlp_branch", "logits"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,20 @@ class Row:
         return "{}" in self.theirs
 
 
+class Setting(NamedTuple):
+    """A setting of a class that holds a factor, or its inverse."""
+
+    name: str
+    inverse: bool = False
+
+    def value(self, factor: float) -> float:
+        """The setting; an inverse to 15 digits, so that one whose `factor` was taken comes back."""
+        return float(f"{1 / factor:.15g}") if self.inverse else factor
+
+    def factor(self, value: float) -> float:
+        return 1 / value if self.inverse else value
+
+
 @dataclass(frozen=True)
 class HFClass:
     """A class of transformers and its table."""
@@ -42,8 +56,7 @@ class HFClass:
     activations: Mapping[str, str]  # model.activation: hidden_act
     rows: tuple[Row, ...]
     qk_norm: bool = False
-    # Settings of its config that hold a factor, instead of a weight: a function of the factor.
-    keeps: Mapping[Fold, tuple[str, Callable[[float], float]]] = field(default_factory=dict)
+    keeps: Mapping[Fold, Setting] = field(default_factory=dict)  # factors that its config holds, instead of a weight
 
     @property
     def has_mlp_bias(self) -> bool:
@@ -76,7 +89,7 @@ def _rows(
         Row("k_norm", f"{_PREFIX}self_attn.k_norm.weight", "gain"),
     )
     return (
-        Row("embed", "model.embed_tokens.weight", "table"),
+        Row("embed", "model.embed_tokens.weight", "table", "embedding"),
         Row("attn_norm", f"{_PREFIX}{norms[0]}.weight", "gain"),
         *attention,
         *(gains if qk_norm else ()),
@@ -110,15 +123,24 @@ GRANITE = HFClass(
     _GATED,
     LLAMA.rows,
     keeps={
-        "query": ("attention_multiplier", lambda f: f),
-        "attention_branch": ("residual_multiplier", lambda f: f),
-        "mlp_branch": ("residual_multiplier", lambda f: f),
-        "logits": ("logits_scaling", lambda f: 1 / f),
+        "embedding": Setting("embedding_multiplier"),
+        "query": Setting("attention_multiplier"),
+        "attention_branch": Setting("residual_multiplier"),
+        "mlp_branch": Setting("residual_multiplier"),
+        "logits": Setting("logits_scaling", inverse=True),
     },
 )
 
 EXPORTED = (LLAMA, ARCEE, QWEN3, APERTUS)  # the first that fits is taken
-IMPORTED = {c.name: c for c in (LLAMA, QWEN3, ARCEE)}
+IMPORTED = {c.name: c for c in (LLAMA, GRANITE, QWEN3, ARCEE, APERTUS)}
+
+# The settings here of a factor that a class keeps in its config.
+MULTIPLIERS: dict[Fold, str] = {
+    "embedding": "model.embed_multiplier",
+    "query": "model.qk_scale",
+    "attention_branch": "model.residual_multiplier",
+    "logits": "model.logits_multiplier",
+}
 
 # Settings that both sides have under different names.
 SIZES = {
@@ -150,16 +172,14 @@ def class_of(c: ModelConfig, keep_multipliers: bool = False) -> HFClass:
 
 
 def settings_for(c: ModelConfig, hf: HFClass, seq_len: int) -> dict[str, Any]:
-    """The config of the class for a model, without the factors that it keeps."""
-    sizes = {theirs: getattr(c, ours) for theirs, ours in SIZES.items()}
-    biases = {"attention_bias": c.biases} | ({"mlp_bias": c.biases} if hf.has_mlp_bias else {})
+    """The config of the class for a model, without the factors that it keeps and whether embeddings are tied."""
     return {
-        **sizes,
-        **biases,
+        **{theirs: getattr(c, ours) for theirs, ours in SIZES.items()},
+        "attention_bias": c.has_bias("attention"),
+        **({"mlp_bias": c.has_bias("feed_forward")} if hf.has_mlp_bias else {}),
         "hidden_act": hf.activations[c.activation],
         "rope_parameters": {"rope_type": "default", "rope_theta": float(c.rotary_base)},
         "max_position_embeddings": seq_len,
-        "tie_word_embeddings": False,
     }
 
 
@@ -182,7 +202,9 @@ def overrides_from(config: dict[str, Any], where: str) -> tuple[HFClass, list[st
     partial = rope.get("partial_rotary_factor", 1.0)
     check(partial == 1, f"{where}: partial_rotary_factor = {partial}: must be 1")
     check(not config.get("use_sliding_window"), f"{where}: use_sliding_window = true: there is no windowed attention here")
-    biases = bool(config.get("attention_bias") or config.get("mlp_bias"))
+    for setting in hf.keeps.values():
+        check(config[setting.name] > 0, f"{where}: {setting.name} = {config[setting.name]}: must be above 0")
+    biased = {"attention": bool(config.get("attention_bias")), "feed_forward": bool(config.get("mlp_bias"))}
     return hf, [
         f"model.d_model={width}",
         f"model.d_base={width}",
@@ -196,8 +218,10 @@ def overrides_from(config: dict[str, Any], where: str) -> tuple[HFClass, list[st
         f"model.norm_eps={config['rms_norm_eps']!r}",
         f"model.rotary_base={float(rope.get('rope_theta', 10000.0))!r}",
         f"model.qk_scale={d_head**-0.5!r}",
+        *(f"{key}={hf.keeps[fold].factor(config[hf.keeps[fold].name])!r}" for fold, key in MULTIPLIERS.items() if hf.keeps),
         f"model.qk_norm={'true' if hf.qk_norm else 'false'}",
-        f"model.biases={'true' if biases else 'false'}",
+        f"model.biases={'true' if any(biased.values()) else 'false'}",
+        f"model.biases_in={next((part for part, has in biased.items() if has and not all(biased.values())), 'layers')}",
         "model.norm_scale=vector",
         "model.embed_norm=false",
     ]

@@ -27,10 +27,11 @@ class NotInvertible(Exception):
 
 def factors(program: Program) -> dict[Fold, float]:
     """What a class of transformers does not compute of itself: the factor on q . k beyond 1 / sqrt(d_head), the forward
-    multipliers of the residual branches and of the logits."""
+    multipliers of the embedding, of the residual branches and of the logits."""
     c, m = program.config.model, program.forward.multipliers
     return {
         "query": c.logit_scale * math.sqrt(c.d_head),
+        "embedding": m.embed,
         "attention_branch": m.blocks.w_o,
         "mlp_branch": m.blocks.w_down,
         "logits": m.unembed,
@@ -41,10 +42,10 @@ def kept(program: Program, hf: HFClass) -> dict[str, float]:
     """The settings of a class that hold factors."""
     found = {**factors(program), "query": program.config.model.logit_scale}
     settings: dict[str, float] = {}
-    for fold, (key, of) in hf.keeps.items():
-        value = of(found[fold])
-        assert settings.get(key, value) == value, f"{key} stands for two factors that differ"
-        settings[key] = value
+    for fold, setting in hf.keeps.items():
+        value = setting.value(found[fold])
+        assert settings.get(setting.name, value) == value, f"{setting.name} stands for two factors that differ"
+        settings[setting.name] = value
     return settings
 
 
@@ -54,14 +55,14 @@ def fold(program: Program, params: Transformer[Any], hf: HFClass) -> Tensors:
     Raises ConfigError, naming the key, if a weight that the class lacks is not zero.
     """
     c, factor = program.config.model, _factors(program, hf)
-    weights, specs = _by_name(params), _by_name(program.specs)
+    weights, specs = by_name(params), by_name(program.specs)
     _check_complete(c, hf, weights)
     tensors: Tensors = {}
     for row in hf.rows:
         w, spec = weights.get(row.ours), specs.get(row.ours)
         if w is None and row.layout != "gain":
             continue
-        if w is not None and row.ours == "embed" and c.embed_norm:
+        if w is not None and row.ours == "embed" and c.embed_norm:  # before its factor
             w = _normed(w, weights.get("embed_norm"), c.norm_eps)
         layers = range(c.n_layer) if row.in_layers else [None]
         for i in layers:
@@ -73,15 +74,16 @@ def fold(program: Program, params: Transformer[Any], hf: HFClass) -> Tensors:
 
 
 def unfold(program: Program, tensors: Mapping[str, Array], hf: HFClass) -> Transformer[Any]:
-    """Our weights, float32 on the host, of their tensors. Rows that pad the vocabulary, and biases that they lack, are zero.
+    """Our weights, float32 on the host, of their tensors, to a rounding of the factors.
+
+    Rows that pad the vocabulary, and biases that they lack, are zero. The norm of an embedding is not undone: then the result
+    folds to other tensors.
 
     Raises:
-        NotInvertible: no weights of this model fold to these tensors.
+        NotInvertible: a gain of theirs is none of this model's.
         ConfigError: a tensor is missing, or has another shape than the settings give.
     """
     c, factor = program.config.model, _factors(program, hf)
-    if c.embed_norm:
-        raise NotInvertible("a normalized embedding does not tell the one before")
     rows = {row.ours: row for row in hf.rows}
 
     def one(name: str, spec: Weight) -> Array:
@@ -89,7 +91,7 @@ def unfold(program: Program, tensors: Mapping[str, Array], hf: HFClass) -> Trans
         in_layers = spec.dims[:1] and spec.dims[0].name == "L"
         shape = spec.shape[1:] if in_layers else spec.shape
         if row is None or (row.ours.startswith("b_") and row.theirs.format(0) not in tensors):
-            return np.zeros(spec.shape, np.float32)
+            return np.full(spec.shape, float(spec.role.endswith("gain")), np.float32)
         names = [row.theirs.format(i) for i in range(c.n_layer)] if in_layers else [row.theirs]
         found = []
         for theirs in names:
@@ -99,26 +101,25 @@ def unfold(program: Program, tensors: Mapping[str, Array], hf: HFClass) -> Trans
         return np.stack(found) if in_layers else found[0]
 
     def check_absent(name: str) -> None:
-        """A gain that the model does not have must be one."""
+        """A gain that the model does not have must be one, times what is folded into it."""
         row = rows.get(name)
         if row is not None and row.layout == "gain":
             for i in range(c.n_layer if row.in_layers else 1):
-                t = _times(tensors[row.theirs.format(i)], 1 / factor.get(row.fold, 1.0))
-                if not np.all(t == 1):
+                if not np.all(tensors[row.theirs.format(i)] == np.float32(factor.get(row.fold, 1.0))):
                     raise NotInvertible(f"{row.theirs.format(i)} is not one everywhere")
 
-    specs = _by_name(program.specs)
+    specs = by_name(program.specs)
     for name in rows.keys() - specs.keys():
         check_absent(name)
     weights = {name: one(name, spec) for name, spec in specs.items()}
     return jax.tree_util.tree_map_with_path(lambda path, _: weights[path[-1].name], program.specs)
 
 
-def same(ours: Tensors, theirs: Mapping[str, Array]) -> bool:
+def same(ours: Tensors, theirs: Mapping[str, Array], rounding: float = ROUNDING) -> bool:
     """Whether two sets of tensors are equal but for the rounding of a factor. Biases that are missing are zero."""
     for name in ours.keys() | theirs.keys():
         a, b = (np.float64(side[name]) if name in side else np.float64(0) for side in (ours, theirs))
-        if a.ndim and b.ndim and a.shape != b.shape or not np.all(np.abs(a - b) <= ROUNDING * np.abs(b)):
+        if a.ndim and b.ndim and a.shape != b.shape or not np.all(np.abs(a - b) <= rounding * np.abs(b)):
             return False
     return True
 
@@ -127,7 +128,7 @@ def _factors(program: Program, hf: HFClass) -> dict[Fold | None, float]:
     return {fold: value for fold, value in factors(program).items() if fold not in hf.keeps}
 
 
-def _by_name(tree: Transformer[Any]) -> dict[str, Any]:
+def by_name(tree: Transformer[Any]) -> dict[str, Any]:
     """The weights of a tree by the name of their field, which is unique, leaving out what is None."""
     return {path[-1].name: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 

@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import jax
+import numpy as np
 
 from mutransformer.config.data import DataConfig
 from mutransformer.config.load import RUN_CONFIG, load, to_yaml
@@ -18,9 +21,10 @@ from mutransformer.data.tokenizers.registry import convert_hf
 from mutransformer.data.tokenizers.tokenizer import HF_FILES, ByteTokenizer, HFTokenizer, SentencePieceTokenizer, Tokenizer
 from mutransformer.errors import ConfigError, check, first_line, translate_errors
 from mutransformer.exchange.classes import HFClass, overrides_from
-from mutransformer.exchange.folds import NotInvertible, Tensors, fold, same, unfold
+from mutransformer.exchange.folds import ROUNDING, NotInvertible, Tensors, fold, same, unfold
 from mutransformer.exchange.parity import TOLERANCE, Parity, compare, libraries, load_model, on_cpu, random_rows
-from mutransformer.exchange.to_hf import SETTINGS
+from mutransformer.exchange.remainders import Kept, complete
+from mutransformer.exchange.to_hf import REMAINDERS, SETTINGS
 from mutransformer.model.weights import Transformer
 from mutransformer.training.checkpoint import Checkpoints
 from mutransformer.training.program import Program
@@ -41,10 +45,10 @@ class Imported:
 
 
 def import_folder(folder: Path, out: Path, settings: Sequence[str], note: Callable[[str], None] = lambda text: None) -> Imported:
-    """Writes a run whose checkpoint of step 0 has the weights of a Llama, Qwen3 or Arcee folder.
+    """Writes a run whose checkpoint of step 0 has the weights of a folder of one of the classes in IMPORTED.
 
-    A folder that was exported from a run gets this run's settings, and its weights bit for bit where the folds are powers of 2.
-    Others get a parametrization whose base is the model itself, so that learning rates are those of this width.
+    A folder that was exported from a run gets this run's settings, and its weights bit for bit. Others get a parametrization
+    whose base is the model itself, so that learning rates are those of this width.
 
     Args:
         out: the run's folder, which must not exist, or be empty. It gets its name when it is complete.
@@ -76,8 +80,9 @@ def import_folder(folder: Path, out: Path, settings: Sequence[str], note: Callab
         place = [f"workdir={out.absolute().parent}", f"name={out.name}", f"checkpoint.allow=[{', '.join(FREE)}]"]
         converted = None
         if (folder / SETTINGS).is_file():
+            kept = _kept(folder)
             try:
-                converted = _convert([*_recorded(folder), *place, *settings], tensors, hf, work / "recorded")
+                converted = _convert([*_recorded(folder), *place, *settings], tensors, hf, work / "recorded", kept)
             except (NotInvertible, ConfigError) as error:
                 note(f"{SETTINGS} in the folder is not used: {first_line(error)}")
         as_it_was = converted is not None
@@ -101,15 +106,33 @@ class _Converted(NamedTuple):
     tokenizer: Tokenizer
 
 
-def _convert(settings: Sequence[str], tensors: Tensors, hf: HFClass, work: Path) -> _Converted:
-    """The config of these settings, and its weights. Raises NotInvertible if its model is not the folder's."""
+def _convert(settings: Sequence[str], tensors: Tensors, hf: HFClass, work: Path, kept: Kept | None = None) -> _Converted:
+    """The config of these settings, and its weights. Raises NotInvertible if its model is not the folder's.
+
+    kept: what an export kept of the weights. It is used if with it every bit of the folder's tensors follows from the weights.
+    """
     config = load(settings)
     tokenizer = _open_tokenizer(config.data, work)
     program = on_cpu(config, tokenizer)
     params = unfold(program, tensors, hf)
+    if kept:
+        whole = complete(program, params, kept)
+        # Sums of squares in a norm may be rounded otherwise on another machine.
+        if same(fold(program, whole, hf), tensors, ROUNDING if config.model.embed_norm else 0.0):
+            return _Converted(config, program, whole, tokenizer)
     if not same(fold(program, params, hf), tensors):
         raise NotInvertible("they give other tensors")
     return _Converted(config, program, params, tokenizer)
+
+
+def _kept(folder: Path) -> Kept:
+    """What an export kept of the weights beside them. Raises ConfigError if the file is damaged."""
+    path = folder / REMAINDERS
+    if not path.is_file():
+        return {}
+    with translate_errors(f"{path}: cannot be read", (OSError, ValueError, EOFError, BadZipFile, zlib.error)):
+        with np.load(path, allow_pickle=False) as held:
+            return dict(held)
 
 
 def _open_tokenizer(data: DataConfig, work: Path) -> Tokenizer:

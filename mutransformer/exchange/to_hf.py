@@ -32,13 +32,16 @@ from mutransformer.exchange.parity import (
     on_cpu,
     random_rows,
 )
+from mutransformer.exchange.remainders import remainders
 from mutransformer.exchange.servers import servers
 from mutransformer.exchange.tokenizer import write_tokenizer
 from mutransformer.generation.generate import restore_params
 from mutransformer.training.program import Program
 from mutransformer.training.url_folder import readable
 
-SETTINGS = "mutransformer.yaml"  # in an exported folder: the settings of the run, by which it can be imported unchanged
+# In an exported folder: the settings of the run, and what the folder's weights do not tell of its own, so that it can be imported
+# unchanged. Not safetensors: servers read every such file of a folder as weights.
+SETTINGS, REMAINDERS = "mutransformer.yaml", "mutransformer.npz"
 
 
 @dataclass(frozen=True)
@@ -112,18 +115,40 @@ def export_run(
 def write_model(
     program: Program, params: Any, hf: HFClass, ids: dict[str, int], folder: Path, torch: Any, transformers: Any
 ) -> None:
-    """Writes config.json, generation_config.json and the weights in safetensors. ids: bos_token_id and the like."""
-    c = program.config
-    settings = settings_for(c.model, hf, c.data.seq_len) | kept(program, hf) | ids
+    """Writes config.json, generation_config.json, the weights in safetensors, and what these do not tell of the run's weights.
+
+    They are in float32; or in 16 bits if these hold every weight exactly, as those of a folder in 16 bits that was imported.
+
+    Args:
+        ids: bos_token_id and the like.
+    """
+    c, params = program.config, jax.device_get(params)
+    tensors = fold(program, params, hf)
+    rest = remainders(program, params, tensors, hf)
+    # Of a tied folder that was imported and not trained.
+    tied = np.array_equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    settings = settings_for(c.model, hf, c.data.seq_len) | kept(program, hf) | {"tie_word_embeddings": bool(tied)} | ids
     with translate_errors(f"{hf.name} cannot have the settings of this model", ValueError):
         hf_config = transformers.AutoConfig.for_model(hf.model_type, **settings)
-    tensors = fold(program, jax.device_get(params), hf)
+    state = {name: torch.from_numpy(t.copy()) for name, t in tensors.items()}
+    dtype = next((d for d in (torch.bfloat16, torch.float16) if _holds(d, state)), torch.float32)
+    state = {name: t.to(dtype) for name, t in state.items()}
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    if tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
     # strict: the table of the class names every weight that the class has.
-    model.load_state_dict({name: torch.from_numpy(t.copy()) for name, t in tensors.items()}, strict=True, assign=True)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
     model.generation_config = transformers.GenerationConfig(**ids)
     model.save_pretrained(folder)
+    if rest:
+        np.savez_compressed(folder / REMAINDERS, **rest)  # pyright: ignore[reportArgumentType]  # not allow_pickle
+
+
+def _holds(dtype: Any, state: dict[str, Any]) -> bool:
+    """Whether a dtype of torch holds all these numbers exactly."""
+    return all(bool((t.to(dtype).to(t.dtype) == t).all()) for t in state.values())
 
 
 def _rows(program: Program, tokenizer: Tokenizer, read_data: bool) -> tuple[Int32[np.ndarray, "B T"], str]:

@@ -43,8 +43,8 @@ Keep = Callable[[Intermediates], Any]  # what of a layer's intermediates to retu
 class Forward:
     """The mathematics of a model, for use inside shard_map on this device's shards.
 
-    The multipliers are the factors on residual branches and logits: muP's forward multipliers, one for each weight of a layer
-    and for the unembedding.
+    The multipliers are the factors on the embedding, on residual branches and on logits: muP's forward multipliers, times those
+    of the config. There is one for each weight.
     """
 
     c: ModelConfig
@@ -82,6 +82,7 @@ class Forward:
         x = look_up(table, inputs, self.policy.compute)
         if self.c.embed_norm:
             x = self.norm(x, self.gather(params.embed_norm, s.embed_norm))
+        x = _times(x, self.multipliers.embed)
 
         def layer(xs: tuple[Array, ...], of_layer: tuple[Block[Array], Any]) -> tuple[tuple[Array, ...], Any]:
             block, cache = of_layer

@@ -5,7 +5,7 @@ A tree of `Transformer` holds anything of which there is one per weight: specs, 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -60,8 +60,8 @@ def block_specs(c: ModelConfig, y: int = 1) -> Block[Weight]:
     # Key/value heads that y does not divide are sharded inside the head, and gathered after their projection.
     kv = "K/y D" if c.kv_heads % y == 0 else "K D/y"
 
-    def bias(dims: str) -> Weight | None:
-        return w(f"-> {dims}", role="bias") if c.biases else None
+    def bias(dims: str, part: Literal["attention", "feed_forward"]) -> Weight | None:
+        return w(f"-> {dims}", role="bias") if c.has_bias(part) else None
 
     return Block(
         w_q=w("M/x -> H/y D", init=_INIT[c.q_init]),
@@ -76,13 +76,13 @@ def block_specs(c: ModelConfig, y: int = 1) -> Block[Weight]:
         q_norm=gain("D", "qk_gain") if c.qk_norm else None,
         k_norm=gain("D", "qk_gain") if c.qk_norm else None,
         mlp_norm=gain("M/y", "gain"),
-        b_q=bias("H/y D"),
-        b_k=bias(kv),
-        b_v=bias(kv),
-        b_o=bias("M/y"),
-        b_up=bias("F/y"),
-        b_down=bias("M/y"),
-        b_gate=bias("F/y") if gated else None,
+        b_q=bias("H/y D", "attention"),
+        b_k=bias(kv, "attention"),
+        b_v=bias(kv, "attention"),
+        b_o=bias("M/y", "attention"),
+        b_up=bias("F/y", "feed_forward"),
+        b_down=bias("M/y", "feed_forward"),
+        b_gate=bias("F/y", "feed_forward") if gated else None,
     )
 
 
@@ -95,7 +95,7 @@ def transformer_specs(c: ModelConfig, y: int = 1) -> Transformer[Weight]:
         unembed=w("M/x -> V/y", init=c.unembed_init),
         embed_norm=_gain(c, w, "M/y", "outer_gain") if c.embed_norm else None,
         final_norm=_gain(c, w, "M/y", "outer_gain"),
-        b_unembed=w("-> V/y", role="outer_bias") if c.biases else None,
+        b_unembed=w("-> V/y", role="outer_bias") if c.has_bias("unembedding") else None,
     )
 
 

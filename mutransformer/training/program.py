@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from mutransformer import mup
 from mutransformer.config.run import BadStepsConfig
-from mutransformer.config.schema import Config
+from mutransformer.config.schema import Config, ModelConfig
 from mutransformer.data.cache.dataset import Corpus
 from mutransformer.data.cache.prepare import prepare, prepare_tokenizer
 from mutransformer.data.tokenizers.tokenizer import Tokenizer
@@ -143,13 +143,19 @@ def build(
         c=config.model,
         specs=specs,
         block_specs=block_specs(config.model, mesh.shape["y"]),
-        multipliers=jax.tree.map(lambda w: mup.forward_multiplier(w, scaling), specs),
+        multipliers=_multipliers(config.model, specs, scaling),
         policy=MatmulPolicy(config.precision.compute, config.precision.grad_reduce_dtype, settings.platform == "cpu"),
         execution=settings,
         z_loss=config.optim.z_loss,
     )
     state = abstract_state(optimizer, mesh, config.bad_steps)
     return Program(config, Vocabulary(found.n_vocab, found.bos_id, found.eos_id), mesh, scaling, forward, optimizer, state)
+
+
+def _multipliers(m: ModelConfig, specs: Transformer[Weight], scaling: mup.Scaling) -> Transformer[float]:
+    """The factor on each weight's output in the forward pass: the parametrization's, and the config's own constant."""
+    own = {"input": m.embed_multiplier, "residual": m.residual_multiplier, "output": m.logits_multiplier}
+    return jax.tree.map(lambda w: own.get(w.role, 1.0) * mup.forward_multiplier(w, scaling), specs)
 
 
 def initial_state(optimizer: Optimizer, seed: Int[Array, ""] | int, bad_steps: BadStepsConfig) -> TrainState[Array]:
