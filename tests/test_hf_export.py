@@ -69,7 +69,7 @@ def weights(made: Program) -> Any:
 
 def parity(made: Program, folder: Path, keep_multipliers: bool = False) -> Parity:
     hf, drawn = class_of(made.config.model, keep_multipliers), weights(made)
-    write_model(made, drawn, hf, IDS, folder, torch, transformers)
+    write_model(made, drawn, hf, IDS, folder, torch, transformers, made.config.data.seq_len)
     return compare(made, drawn, load_model(transformers, folder), random_rows(made), "random rows")
 
 
@@ -251,6 +251,13 @@ def test_a_run_becomes_a_folder(run: Path, exported: Path) -> None:
     card = (exported / "README.md").read_text()
     assert '| `model.activation` | `"swiglu"` |' in card and "validation_whole/loss" in card and "held-out rows" in card
     assert not [path for path in exported.parent.iterdir() if path.name.startswith(".")], "something was left"
+    assert model.config.max_position_embeddings == tokenizer.model_max_length == load([str(run)]).data.seq_len
+
+
+def test_rows_that_a_run_was_trained_on_fit(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), "--to", "hf", str(tmp_path / "out"), "--max-positions", "31"]) == USAGE_ERROR
+    assert capsys.readouterr().err == "error: --max-positions 31: the run was trained on rows of data.seq_len = 32\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_something_in_it_is_left_alone(run: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--to", nargs=2, required=True, metavar=("hf", "FOLDER"), help="the format, and a folder that does not exist or is empty")
     add("--keep-multipliers", action="store_true", help="Granite instead of Llama: factors as settings, not folded into weights")
+    add("--max-positions", type=int, metavar="N", help="the longest row that servers take (default: data.seq_len)")
     add("--without-tokenizer", action="store_true", help="write the model alone")
     add("--random-rows", action="store_true", help="compare on random ids, and do not read the run's data")
 
@@ -42,6 +43,7 @@ def run(args: Namespace) -> int:
         config,
         Path(out).expanduser(),
         keep_multipliers=args.keep_multipliers,
+        max_positions=args.max_positions,
         with_tokenizer=not args.without_tokenizer,
         read_data=not args.random_rows,
         note=print,

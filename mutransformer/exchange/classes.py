@@ -171,7 +171,7 @@ def class_of(c: ModelConfig, keep_multipliers: bool = False) -> HFClass:
     return next(one for one in EXPORTED if one.qk_norm == c.qk_norm and c.activation in one.activations)
 
 
-def settings_for(c: ModelConfig, hf: HFClass, seq_len: int) -> dict[str, Any]:
+def settings_for(c: ModelConfig, hf: HFClass, max_positions: int) -> dict[str, Any]:
     """The config of the class for a model, without the factors that it keeps and whether embeddings are tied."""
     return {
         **{theirs: getattr(c, ours) for theirs, ours in SIZES.items()},
@@ -179,7 +179,7 @@ def settings_for(c: ModelConfig, hf: HFClass, seq_len: int) -> dict[str, Any]:
         **({"mlp_bias": c.has_bias("feed_forward")} if hf.has_mlp_bias else {}),
         "hidden_act": hf.activations[c.activation],
         "rope_parameters": {"rope_type": "default", "rope_theta": float(c.rotary_base)},
-        "max_position_embeddings": seq_len,
+        "max_position_embeddings": max_positions,
     }
 
 

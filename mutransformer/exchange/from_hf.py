@@ -85,6 +85,9 @@ def import_folder(folder: Path, out: Path, settings: Sequence[str], note: Callab
                 converted = _convert([*_recorded(folder), *place, *settings], tensors, hf, work / "recorded", kept)
             except (NotInvertible, ConfigError) as error:
                 note(f"{SETTINGS} in the folder is not used: {first_line(error)}")
+            else:
+                if kept and not converted.is_exact:
+                    note(f"{REMAINDERS} in the folder is not used: the weights are not those that it was written with")
         as_it_was = converted is not None
         if converted is None:
             plain = [*model_settings, *_tokenizer_settings(folder, settings), *place, *settings]
@@ -104,6 +107,7 @@ class _Converted(NamedTuple):
     program: Program
     params: Transformer[Any]
     tokenizer: Tokenizer
+    is_exact: bool = False  # by what was kept of the weights
 
 
 def _convert(settings: Sequence[str], tensors: Tensors, hf: HFClass, work: Path, kept: Kept | None = None) -> _Converted:
@@ -119,7 +123,7 @@ def _convert(settings: Sequence[str], tensors: Tensors, hf: HFClass, work: Path,
         whole = complete(program, params, kept)
         # Sums of squares in a norm may be rounded otherwise on another machine.
         if same(fold(program, whole, hf), tensors, ROUNDING if config.model.embed_norm else 0.0):
-            return _Converted(config, program, whole, tokenizer)
+            return _Converted(config, program, whole, tokenizer, is_exact=True)
     if not same(fold(program, params, hf), tensors):
         raise NotInvertible("they give other tensors")
     return _Converted(config, program, params, tokenizer)
@@ -169,7 +173,7 @@ def _tokenizer_settings(folder: Path, settings: Sequence[str]) -> list[str]:
 
 def _write_run(converted: _Converted, work: Path, out: Path) -> None:
     """The files of a run of which nothing is trained yet. work: a folder beside `out`, in which it is made."""
-    config, program, params, tokenizer = converted
+    config, program, params, tokenizer, _ = converted
     data = config.data
     if data.tokenizer == "sentencepiece":  # the run has a copy
         config = dataclasses.replace(

@@ -58,6 +58,7 @@ def export_run(
     out: Path,
     *,
     keep_multipliers: bool = False,
+    max_positions: int | None = None,
     with_tokenizer: bool = True,
     read_data: bool = True,
     note: Callable[[str], None] = lambda text: None,
@@ -67,6 +68,7 @@ def export_run(
     Args:
         out: must not exist, or be empty. It gets its name when the folder is complete.
         keep_multipliers: Granite instead of Llama, with the factors as settings of its config.
+        max_positions: the longest row that servers take; None: data.seq_len.
         with_tokenizer: write the tokenizer's files.
         read_data: compare on held-out rows if the run's data are there; else, or if they are not, on random ids.
         note: called with each line of progress.
@@ -77,6 +79,9 @@ def export_run(
     with libraries() as (torch, transformers):
         check(not out.exists() or (out.is_dir() and not any(out.iterdir())), f"{out}: exists, and is not an empty folder")
         hf = class_of(config.model, keep_multipliers)
+        seq_len = config.data.seq_len
+        longest = seq_len if max_positions is None else max_positions
+        check(longest >= seq_len, f"--max-positions {longest}: the run was trained on rows of data.seq_len = {seq_len}")
         with readable(config) as run:
             tokenizer = saved_tokenizer(config.data, run.path)
             program = on_cpu(config, tokenizer)
@@ -90,10 +95,10 @@ def export_run(
         try:
             folder = work / "folder"
             ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-            write_model(program, params, hf, ids, folder, torch, transformers)
+            write_model(program, params, hf, ids, folder, torch, transformers, longest)
             if with_tokenizer:
                 texts = [tokenizer.decode(row) for row in tokens] if rows.startswith("held-out") else []
-                write_tokenizer(tokenizer, folder, config.data.add_bos, config.data.seq_len, texts)
+                write_tokenizer(tokenizer, folder, config.data.add_bos, longest, texts)
             parity = compare(program, params, load_model(transformers, folder), tokens, rows)
             differ = f"{out}: not written, since the logits differ from the run's by more than {TOLERANCE:g}: {parity}"
             check(parity.holds, differ)
@@ -113,7 +118,14 @@ def export_run(
 
 
 def write_model(
-    program: Program, params: Any, hf: HFClass, ids: dict[str, int], folder: Path, torch: Any, transformers: Any
+    program: Program,
+    params: Any,
+    hf: HFClass,
+    ids: dict[str, int],
+    folder: Path,
+    torch: Any,
+    transformers: Any,
+    max_positions: int,
 ) -> None:
     """Writes config.json, generation_config.json, the weights in safetensors, and what these do not tell of the run's weights.
 
@@ -122,12 +134,12 @@ def write_model(
     Args:
         ids: bos_token_id and the like.
     """
-    c, params = program.config, jax.device_get(params)
+    c, params = program.config.model, jax.device_get(params)
     tensors = fold(program, params, hf)
     rest = remainders(program, params, tensors, hf)
     # Of a tied folder that was imported and not trained.
     tied = np.array_equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
-    settings = settings_for(c.model, hf, c.data.seq_len) | kept(program, hf) | {"tie_word_embeddings": bool(tied)} | ids
+    settings = settings_for(c, hf, max_positions) | kept(program, hf) | {"tie_word_embeddings": bool(tied)} | ids
     with translate_errors(f"{hf.name} cannot have the settings of this model", ValueError):
         hf_config = transformers.AutoConfig.for_model(hf.model_type, **settings)
     state = {name: torch.from_numpy(t.copy()) for name, t in tensors.items()}

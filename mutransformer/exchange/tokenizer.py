@@ -29,7 +29,7 @@ PROBES = (
 SPELLED = "<s> </s> <pad> <unk> <bos> <|endoftext|>"
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, add_bos: bool, seq_len: int, texts: Iterable[str] = ()) -> None:
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, add_bos: bool, max_positions: int, texts: Iterable[str] = ()) -> None:
     """Writes tokenizer.json and tokenizer_config.json, and tokenizer.model if there is one.
 
     A text is encoded behind the bos that begins every row in training; with add_bos behind that of a document too.
@@ -50,7 +50,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, add_bos: bool, seq_len: 
         special["unk_token"] = str(backend.id_to_token(tokenizer.unk_id))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        model_max_length=seq_len,
+        model_max_length=max_positions,
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,  # a text that spells a special token gets ordinary ids
         **special,
