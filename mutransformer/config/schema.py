@@ -63,7 +63,7 @@ class ModelConfig:
     d_model: int = setting(128, "width of the residual stream", min=1)
     d_base: int = setting(128, "the width at which the learning rate was tuned", min=1)
     d_head: int = setting(64, "size of an attention head", min=1)
-    attention_multiple: float = setting(1.0, "width of all query heads together / d_model", above=0)
+    attention_multiple: float = setting(1.0, "query heads x d_head / d_model", above=0)
     n_layer: int = setting(6, "layers", min=1)
     n_layer_base: Optional[int] = setting(None, "the depth at which it was tuned, for the rules with depth; null: n_layer", min=1)
     n_kv_head: Optional[int] = setting(None, "key/value heads; null: one per query head; 1: multi-query", min=1)
