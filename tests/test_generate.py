@@ -27,7 +27,7 @@ from mutransformer.data.tokenizers.tokenizer import ByteTokenizer
 from mutransformer.errors import FINISHED, USAGE_ERROR, ConfigError
 from mutransformer.generation import decoding
 from mutransformer.generation.decoding import Decoder, Request, make_decode, make_prefill, padded_length
-from mutransformer.generation.sampling import Sampling, choose, filter_logits
+from mutransformer.generation.sampling import Sampling, choose, draw, filter_logits
 from mutransformer.generation.text import Continuation, prompt_tokens
 from mutransformer.model.ops import shift_right
 from mutransformer.sharding import devices as hardware
@@ -342,8 +342,8 @@ def plain_filter(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
 def test_which_tokens_may_be_drawn(top_k: int, top_p: float) -> None:
     rng = np.random.default_rng(0)
     spread = jax.jit(partial(filter_logits, top_k=top_k, top_p=top_p))
-    for scale in (0.0, 1.0, 5.0):
-        logits = np.round(scale * rng.normal(size=40), 1).astype(np.float32) + 0.0  # some are equal; no -0.0, which is less
+    for scale, size in ((0.0, 40), (1.0, 40), (5.0, 40), (3.0, 5000)):
+        logits = np.round(scale * rng.normal(size=size), 1).astype(np.float32) + 0.0  # some are equal; no -0.0, which is less
         found = np.asarray(spread(logits))
         kept = set(np.flatnonzero(found > -np.inf).tolist())
         assert kept == plain_filter(logits, top_k, top_p)
@@ -355,6 +355,25 @@ def test_draws_have_the_probabilities_of_the_softmax() -> None:
     draws = jax.jit(jax.vmap(lambda key: choose(logits, key, how)))(jax.random.split(jax.random.key(0), 20000))
     expected = np.exp([0, 0.5, -np.inf, 0.25, 1.5])
     assert np.bincount(draws, minlength=5) / 20000 == pytest.approx(expected / expected.sum(), abs=0.012)
+
+
+@pytest.mark.parametrize("size", [1, 5, 128, 129, 1000])
+def test_a_draw_is_where_the_cumulative_sum_passes_the_random_number(size: int) -> None:
+    rng = np.random.default_rng(size)
+    weights = np.where(rng.random(size) < 0.5, rng.random(size), 0).astype(np.float32)
+    weights[size // 2] = 1
+    u = np.append(rng.random(500), [0, 1 - 2**-23, 1]).astype(np.float32)
+    found = np.asarray(jax.jit(jax.vmap(draw, (None, 0)))(jnp.asarray(weights), jnp.asarray(u)))
+    assert (weights[found] > 0).all() and found[-3] == np.flatnonzero(weights)[0] and found[-1] == np.flatnonzero(weights)[-1]
+    ends = np.cumsum(weights, dtype=np.float64)
+
+    def apart(u: np.ndarray) -> np.ndarray:
+        """How far u is from where its index was drawn, in the cumulative sum; 0: it is there."""
+        x = u * ends[-1]
+        return np.maximum(0, np.maximum(x - ends[found], ends[found] - weights[found] - x)) / ends[-1]
+
+    assert apart(u).max() <= 1e-6
+    assert size == 1 or (apart(u[::-1]) > 1e-3).mean() > 0.3, "the control: other numbers would do as well"
 
 
 def test_the_tokenizer_is_read_from_the_runs_folder(tmp_path: Path) -> None:

@@ -83,21 +83,24 @@ def make_decode(program: Program) -> Callable[..., tuple[Float[Array, "B V"], KV
         params: Transformer[Array], cache: KVCache, inputs: Int[Array, " b"], positions: Int[Array, " b"]
     ) -> tuple[Float[Array, "b v"], KVCache]:
         logits, new = forward.decode_step(params, inputs[:, None], DecodeState(cache, positions))
-        return logits[:, 0], jax.tree.map(lambda kept, one: _insert(kept, one.astype(kept.dtype), positions), cache, new)
+        return logits[:, 0], _insert(cache, new, positions)
 
     caches, rows = _cache_pspecs(program), program.batch_pspec
     in_specs, out_specs = (forward.pspecs, caches, rows, rows), (PartitionSpec(*rows, "y"), caches)
     return jax.shard_map(decode, mesh=program.mesh, in_specs=in_specs, out_specs=out_specs)
 
 
-def _insert(kept: Float[Array, "L b K T D"], new: Float[Array, "L b K 1 D"], positions: Int[Array, " b"]) -> Array:
+def _insert(cache: KVCache, new: KVCache, positions: Int[Array, " b"]) -> KVCache:
     """The cache with one position of each row replaced, row by row: in place, which a scatter is not on a CPU."""
 
-    def row(i: Any, kept: Array) -> Array:
-        one = lax.dynamic_slice_in_dim(new, i, 1, axis=1)
-        return lax.dynamic_update_slice(kept, one, (0, i, 0, positions[i], 0))
+    def row(i: Any, cache: KVCache) -> KVCache:
+        def replaced(kept: Float[Array, "L b K T D"], new: Float[Array, "L b K 1 D"]) -> Array:
+            one = lax.dynamic_slice_in_dim(new, i, 1, axis=1).astype(kept.dtype)
+            return lax.dynamic_update_slice(kept, one, (0, i, 0, positions[i], 0))
 
-    return lax.fori_loop(0, kept.shape[1], row, kept)
+        return jax.tree.map(replaced, cache, new)
+
+    return lax.fori_loop(0, positions.size, row, cache)
 
 
 def _cache_pspecs(program: Program) -> Any:

@@ -30,6 +30,7 @@ SAVED_NAMES = {
 SPLASH_FROM = 512  # the shortest row for which auto selects splash attention: a shorter row's logits are cheap to write out
 _WITHOUT_CUDNN = re.compile(f"AMD|{BEFORE_AMPERE}", re.IGNORECASE)  # GPUs without its attention kernel
 HEAD_CHUNK_CPU = 512  # tokens; tuned on two cores
+CACHE_LENGTHS_CPU = 4  # a GPU would stop for each choice, and reads its memory fast
 HEAD_BYTES = 512 << 20  # of float32 logits: the sum of the unembedding's gradient, of like size, is read and written per chunk
 
 
@@ -84,6 +85,7 @@ class Execution:
     head_chunk: int  # tokens of a device whose logits exist at a time
     overlap_groups: int  # groups of a device's rows; one computes while another communicates over y
     via_all_to_all: bool  # for sums over y
+    cache_lengths: int  # different parts of a KV cache, from its beginning, that decoding can choose to read
     compiler_options: Mapping[str, str]  # for XLA, by name
 
     def rematerialize(self, layer: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,6 +129,7 @@ def resolve(config: Config, mesh: AnyMesh) -> Execution:
         head_chunk=m.head_chunk or _head_chunk(device.platform, m.padded_vocab // y),
         overlap_groups=groups,
         via_all_to_all=tuned.via_all_to_all if via_all_to_all is None else via_all_to_all,
+        cache_lengths=CACHE_LENGTHS_CPU if device.platform == "cpu" else 1,
         compiler_options={**(tuned.options if config.xla_tuned else {}), **{k: _option(v) for k, v in config.xla.items()}},
     )
 

@@ -85,16 +85,16 @@ class Forward:
         x = _times(x, self.multipliers.embed)
 
         def layer(xs: tuple[Array, ...], of_layer: tuple[Block[Array], Any]) -> tuple[tuple[Array, ...], Any]:
-            block, cache = of_layer
+            block, i = of_layer
             w = jax.tree.map(self.gather, block, self.block_specs)
-            layer_past = None if past is None else DecodeState(cache, past.positions)
+            layer_past = None if past is None else past._replace(layer=i)
             done = [self.layer(w, x, rows, layer_past) for x, rows in zip(xs, groups, strict=True)]
             return tuple(x for x, _ in done), None if keep is None else keep(done[0][1])
 
         n = self.execution.overlap_groups
         n = n if keep is None and inputs.shape[0] % n == 0 else 1
         groups = jnp.split(segments, n) if segments is not None else [None] * n
-        scanned = params.blocks, past and past.cache
+        scanned = params.blocks, None if past is None else jnp.arange(past.cache.k.shape[0])
         xs, kept = lax.scan(self.execution.rematerialize(layer), tuple(jnp.split(x, n)), scanned)
         return jnp.concatenate(xs), kept
 
@@ -118,13 +118,13 @@ class Forward:
         if c.qk_norm:
             q, k = (_gained(ops.rms_norm(z, c.norm_eps), g) for z, g in ((q, w.q_norm), (k, w.k_norm)))
         if c.rotary_base:
-            where = (None, None) if past is None else (past.positions[:, None], past.cache.k.shape[2])
+            where = (None, None) if past is None else (past.positions[:, None], past.cache.k.shape[3])
             q, k = (ops.rotary(z, c.rotary_base, *where) for z in (q, k))
         settings = c.logit_scale, c.attention_activation, c.norm_eps
         if past is None:
             o = attention(q, k, v, *settings, segments, self.execution.attention)
         else:
-            o = decode_attention(q, k, v, past, *settings)
+            o = decode_attention(q, k, v, past, *settings, self.execution.cache_lengths)
         r = _plus(self.scatter_y(project(o, w.w_o, s.w_o, self.policy)), w.b_o)
         return r, seen | {"rotated_query": q, "rotated_key": k, "attention_output": o, "attention_branch": r}
 
