@@ -1,5 +1,6 @@
 """The settings of a step follow from config and devices, and its compiler options reach the compiler that they are for."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,9 +12,11 @@ from programs import program
 from mutransformer.config.load import load
 from mutransformer.data.batches.rows import Batch
 from mutransformer.errors import ConfigError
+from mutransformer.generation.decoding import Decoder, Request
+from mutransformer.generation.sampling import Sampling
 from mutransformer.model.execution import Execution, device_kernel, resolve, tuning, with_compute
 from mutransformer.sharding.devices import multiplies_bfloat16
-from mutransformer.training.step import make_train_step
+from mutransformer.training.step import make_eval_step, make_train_step
 
 TINY = ["model.d_model=32", "model.d_head=16", "model.n_layer=1", "model.n_vocab=128", "data.seq_len=8", "data.batch_size=8"]
 TPU, GPU, CPU = ("tpu", "TPU v5"), ("gpu", "NVIDIA H100 80GB HBM3"), ("cpu", "cpu")
@@ -45,9 +48,46 @@ def test_a_gpu_computes_deterministically_unless_told_otherwise() -> None:
     assert resolved(GPU, "xla_tuned=false").compiler_options == {}
 
 
-@pytest.mark.parametrize("device", [CPU, ("gpu", "AMD Instinct MI300X"), ("tpu", "TPU v99")])
+@pytest.mark.parametrize("device", [("gpu", "AMD Instinct MI300X"), ("tpu", "TPU v99")])
 def test_an_unknown_device_has_no_options(device: tuple[str, str]) -> None:
     assert resolved(device).compiler_options == {} and not resolved(device).via_all_to_all
+
+
+def test_a_cpu_compiles_quickly_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    level = "xla_backend_optimization_level"
+    monkeypatch.delenv("XLA_FLAGS")
+    assert resolved(CPU).compiler_options == resolved(CPU).other_options == {level: "1"}
+    assert resolved(CPU, "xla_tuned=false").compiler_options == resolved(CPU, "xla_tuned=false").other_options == {}
+    assert resolved(CPU, f"xla.{level}=2").compiler_options == {level: "2"}
+    assert level not in resolved(GPU).compiler_options and resolved(GPU).other_options == resolved(TPU).other_options == {}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    assert resolved(CPU).compiler_options == {level: "1"}
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count=2 --{level}=3")
+    assert resolved(CPU).compiler_options == resolved(CPU).other_options == {}, "the user's level is overridden"
+    assert resolved(CPU, f"xla.{level}=2").compiler_options == {level: "2"}
+
+
+@pytest.mark.parametrize("what", ["initial values", "evaluation", "decoding"])
+def test_options_reach_what_is_not_the_step(what: str) -> None:
+    """An option that XLA does not know is refused there, and not by the step."""
+    built = program(load([*TINY, "mesh.x=1"]), jax.devices()[:1])
+    refuses = replace(built.forward.execution, other_options={"xla_of_nothing": "true"})
+    built = replace(built, forward=replace(built.forward, execution=refuses))
+    batch = Batch(jax.ShapeDtypeStruct((8, 8), jnp.int32), jax.ShapeDtypeStruct((8, 8), jnp.bool_))
+    make_train_step(built).lower(built.state, batch)
+    weights: Any = built.state.params
+    evaluation: Any = make_eval_step(built)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_of_nothing"):
+        if what == "initial values":
+            built.init_state()
+        elif what == "evaluation":
+            evaluation.lower(weights, batch).compile()
+        else:
+            next(Decoder(built, Sampling(), [Request((1,), 0, 4)]).decode(weights))
+
+
+def test_only_a_cpu_chooses_how_much_of_a_cache_it_reads() -> None:
+    assert resolved(CPU).cache_lengths > 1 and resolved(GPU).cache_lengths == resolved(TPU).cache_lengths == 1
 
 
 def test_options_of_the_config_come_last() -> None:

@@ -13,7 +13,7 @@ import jax
 
 from mutransformer.config.schema import AttentionKernel, Config, unfit
 from mutransformer.errors import check
-from mutransformer.sharding.devices import BEFORE_AMPERE, multiplies_bfloat16
+from mutransformer.sharding.devices import BEFORE_AMPERE, multiplies_bfloat16, quick_compilation
 from mutransformer.sharding.mesh import AnyMesh, first_device
 
 # blockwise: softmax over blocks of queries, in XLA; dense: all logits at once, in XLA, which XLA:TPU fuses with their softmax.
@@ -86,7 +86,8 @@ class Execution:
     overlap_groups: int  # groups of a device's rows; one computes while another communicates over y
     via_all_to_all: bool  # for sums over y
     cache_lengths: int  # different parts of a KV cache, from its beginning, that decoding can choose to read
-    compiler_options: Mapping[str, str]  # for XLA, by name
+    compiler_options: Mapping[str, str]  # of the step, for XLA, by name
+    other_options: Mapping[str, str]  # likewise, of evaluation, decoding and initial values
 
     def rematerialize(self, layer: Callable[..., Any]) -> Callable[..., Any]:
         """The layer with remat applied. For use in a scan: see prevent_cse of jax.checkpoint."""
@@ -121,6 +122,8 @@ def resolve(config: Config, mesh: AnyMesh) -> Execution:
     # backward pass recomputes layers: without, each group would gather the layer's weights again there.
     groups = config.mesh.overlap_groups or (2 if y > 1 and m.remat != "none" else 1)
     via_all_to_all = config.mesh.reduce_scatter_via_all_to_all  # 0.575 -> 0.538 at 16 x 4
+    quick = quick_compilation(device.platform) if config.xla_tuned else {}
+    options = {**quick, **(tuned.options if config.xla_tuned else {})}
     return Execution(
         platform=device.platform,
         device_kind=device.device_kind,
@@ -130,7 +133,8 @@ def resolve(config: Config, mesh: AnyMesh) -> Execution:
         overlap_groups=groups,
         via_all_to_all=tuned.via_all_to_all if via_all_to_all is None else via_all_to_all,
         cache_lengths=CACHE_LENGTHS_CPU if device.platform == "cpu" else 1,
-        compiler_options={**(tuned.options if config.xla_tuned else {}), **{k: _option(v) for k, v in config.xla.items()}},
+        compiler_options={**options, **{k: _option(v) for k, v in config.xla.items()}},
+        other_options=quick,
     )
 
 

@@ -72,6 +72,16 @@ def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
 
 
+def quick_compilation(platform: str) -> dict[str, str]:
+    """XLA's options, by name, that compile a program sooner for devices of a platform, as JAX names it.
+
+    On a CPU LLVM optimizes less, at level 1 instead of 3: a train step compiles in two thirds of the time, and is as fast. A
+    level in XLA_FLAGS is left alone, over which these options would take precedence.
+    """
+    option = "xla_backend_optimization_level"
+    return {option: "1"} if platform == "cpu" and option not in os.environ.get("XLA_FLAGS", "") else {}
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 FLOP/s of a device of a kind as JAX names it, dense; None if the kind is not known, as for a CPU."""
     kind = device_kind.strip().removeprefix("NVIDIA ")

@@ -96,9 +96,7 @@ class Program:
     def init_state(self) -> TrainState[Array]:
         """The state before the first update, computed in place: bit for bit the same on every mesh."""
         init = partial(initial_state, self.optimizer, self.config.seed, self.config.bad_steps)
-        # It runs once: on a CPU less optimization compiles it in a third of the time, to the same bits.
-        options = {"xla_backend_optimization_level": "1"} if self.execution.platform == "cpu" else None
-        return jax.jit(init, out_shardings=self.state_shardings, compiler_options=options)()
+        return jax.jit(init, out_shardings=self.state_shardings, compiler_options=dict(self.execution.other_options))()
 
     def __str__(self) -> str:
         c, e = self.config, self.execution

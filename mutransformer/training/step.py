@@ -109,7 +109,7 @@ def make_train_step(program: Program) -> jax.stages.Wrapped:
         metrics, grads = loss_and_grads(state.params, batch)
         return update(program, state, metrics, grads, program.config.optim.lr)
 
-    options = dict(program.execution.compiler_options) or None
+    options = dict(program.execution.compiler_options)
     if program.config.xla and mesh.devices.flat[0] in jax.devices():
         with translate_errors("xla", jax.errors.JaxRuntimeError):
             jax.jit(lambda: jnp.zeros(()), compiler_options=options)()
@@ -125,7 +125,8 @@ def device_sums(program: Program, params: Transformer[Array], batch: Batch) -> t
 def make_eval_step(program: Program) -> Callable[[Transformer[Array], Batch], tuple[Array, Array]]:
     """The jitted sum of losses over unmasked targets, in nats, and the number of these targets."""
     sums, in_specs = partial(device_sums, program), (program.forward.pspecs, program.batch_pspec)
-    return jax.jit(jax.shard_map(sums, mesh=program.mesh, in_specs=in_specs, out_specs=PartitionSpec()))
+    mapped = jax.shard_map(sums, mesh=program.mesh, in_specs=in_specs, out_specs=PartitionSpec())
+    return jax.jit(mapped, compiler_options=dict(program.execution.other_options))
 
 
 def make_position_sums(program: Program) -> Callable[[Transformer[Array], Batch], tuple[Array, Array]]:
@@ -148,7 +149,8 @@ def make_position_sums(program: Program) -> Callable[[Transformer[Array], Batch]
         return by_position(losses), by_position(batch.mask.astype(jnp.int32))
 
     in_specs = (program.forward.pspecs, program.batch_pspec)
-    return jax.jit(jax.shard_map(sums, mesh=program.mesh, in_specs=in_specs, out_specs=PartitionSpec()))
+    mapped = jax.shard_map(sums, mesh=program.mesh, in_specs=in_specs, out_specs=PartitionSpec())
+    return jax.jit(mapped, compiler_options=dict(program.execution.other_options))
 
 
 def make_logits(program: Program) -> Callable[..., Float[Array, "B T V"]]:
