@@ -122,7 +122,8 @@ class Forward:
             q, k = (ops.rotary(z, c.rotary_base, *where) for z in (q, k))
         settings = c.logit_scale, c.attention_activation, c.norm_eps
         if past is None:
-            o = attention(q, k, v, *settings, segments, self.execution.attention)
+            with jax.named_scope("attention"):  # by which profilers, and `benchmark --report`, know its operations
+                o = attention(q, k, v, *settings, segments, self.execution.attention)
         else:
             o = decode_attention(q, k, v, past, *settings, self.execution.cache_lengths)
         r = _plus(self.scatter_y(project(o, w.w_o, s.w_o, self.policy)), w.b_o)

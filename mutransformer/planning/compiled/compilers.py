@@ -110,14 +110,7 @@ def compile_step(scenario: Scenario) -> CompiledStep:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "memory" in line), lines[0])
         raise ConfigError(f"the compiler rejects the step on {scenario.topology}: {reason}") from None
-    seconds, analysis = time.perf_counter() - begin, compiled.memory_analysis()
-    assert analysis is not None
-    memory = {
-        "arguments": float(analysis.argument_size_in_bytes),
-        "outputs": float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
-        "temporaries": float(analysis.temp_size_in_bytes),
-        "code": float(analysis.generated_code_size_in_bytes),
-    }
+    seconds, memory = time.perf_counter() - begin, compiled_memory(compiled)
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError:
@@ -125,3 +118,15 @@ def compile_step(scenario: Scenario) -> CompiledStep:
     if text is None:
         raise ConfigError("--compile: this libtpu cannot print its schedule; use pip install jax==0.10.2 libtpu==0.0.42")
     return CompiledStep(text, seconds, memory)
+
+
+def compiled_memory(compiled: Any) -> dict[str, float]:
+    """Bytes on a device that a compiled program needs, by category, as in CompiledStep."""
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return {
+        "arguments": float(analysis.argument_size_in_bytes),
+        "outputs": float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
+        "temporaries": float(analysis.temp_size_in_bytes),
+        "code": float(analysis.generated_code_size_in_bytes),
+    }
