@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import slow_unless
 from programs import program, specs
 
 from mutransformer import mup
@@ -90,8 +91,11 @@ def test_a_change_shows(change):
     assert "+embed " in difference("small", config_of("small", "model.d_model=192"))
 
 
-@pytest.mark.parametrize("name", YAMLS)
-@pytest.mark.parametrize("n_devices", [pytest.param(1, marks=pytest.mark.slow), 8])
+# By default one of each kind, on a mesh.
+FEW = [(name, 8) for name in ("small", "huge", "study", "paper/width128", "presets/completed_p", "presets/delphi", "scale/10b")]
+
+
+@pytest.mark.parametrize(("name", "n_devices"), slow_unless(FEW, [(name, n) for name in YAMLS for n in (1, 8)]))
 def test_every_yaml_traces_a_step(name, n_devices):
     y = 2 if n_devices == 8 and config_of(name).model.n_head % 2 == 0 else 1
     x = n_devices // y

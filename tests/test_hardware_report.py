@@ -79,23 +79,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sections")
 
 
-@pytest.fixture(scope="module")
-def results(folder: Path, sizes: Sizes) -> dict[str, Result]:
-    """Every section once, in this process, with a known peak: a step on eight devices, a sweep on one, to compile less. The
-    transfer has time for one rule."""
-    found, one = {}, jax.devices()[:1]
-    for section in report.SECTIONS:
+class Results(dict[str, Result]):
+    """The results of sections, each run once, when it is first asked for; in this process, with a known peak.
+
+    A step runs on eight devices, a sweep on one, to compile less. The transfer has time for one rule.
+    """
+
+    def __init__(self, folder: Path, sizes: Sizes) -> None:
+        self._folder, self._sizes, self._sections = folder, sizes, {section.name: section for section in report.SECTIONS}
+
+    def __missing__(self, name: str) -> Result:
+        section, one = self._sections[name], jax.devices()[:1]
         run = getattr(importlib.import_module(section.module), section.function)
-        deadline = time.monotonic() + 1 if section.name == "transfer" else math.inf
+        deadline = time.monotonic() + 1 if name == "transfer" else math.inf
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("mutransformer.study.hardware.step_time.peak_flops", lambda kind: PEAK)
-            if section.name in ("sweep", "transfer"):
-                for name in ("devices", "local_devices"):
-                    patch.setattr(jax, name, lambda: one)
-                for name in ("device_count", "local_device_count"):
-                    patch.setattr(jax, name, lambda: 1)
-            found[section.name] = last(run(Task(folder, deadline=deadline), *section.arguments(sizes)))
-    return found
+            if name in ("sweep", "transfer"):
+                for function in ("devices", "local_devices"):
+                    patch.setattr(jax, function, lambda: one)
+                for function in ("device_count", "local_device_count"):
+                    patch.setattr(jax, function, lambda: 1)
+            self[name] = last(run(Task(self._folder, deadline=deadline), *section.arguments(self._sizes)))
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, sizes: Sizes) -> Results:
+    return Results(folder, sizes)
 
 
 def test_kernels_agree_with_the_plain_formula(results: dict[str, Result]) -> None:
@@ -222,6 +232,7 @@ def test_the_trace_of_a_step(results: dict[str, Result], folder: Path) -> None:
     assert (folder / "trace/.gitignore").read_text() == "*\n" and list((folder / "trace").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_the_sweep_factor(results: dict[str, Result]) -> None:
     (each,) = results["sweep"]["sizes"]
     assert each["factor"] == pytest.approx(3 * each["alone_seconds"] / each["together_seconds"])
@@ -229,6 +240,7 @@ def test_the_sweep_factor(results: dict[str, Result]) -> None:
     assert each["together_seconds"] == np.median(each["together_repeats"]) > 0
 
 
+@pytest.mark.slow
 def test_the_short_transfer(results: dict[str, Result], sizes: Sizes, folder: Path) -> None:
     found, rates = results["transfer"], sizes.transfer.rates
     assert [each["rule"] for each in found["rules"]] == ["mup"] and found["steps"] == 8
@@ -367,11 +379,12 @@ def test_benchmark_alone_prints_json(capsys: Any) -> None:
 # All of it
 
 
+@pytest.mark.slow
 def test_the_whole_report(results: dict[str, Result], sizes: Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `benchmark --report` writes, of sections that ran in this process."""
 
     def run(section: Section, *_: Any, **__: Any) -> Result:
-        found = results.get(section.name) or last(device.describe(Task(tmp_path)))
+        found = results[section.name] if section in report.SECTIONS else last(device.describe(Task(tmp_path)))
         return {"status": "finished", "error": None, "seconds": 1.0, "limit": 2.0, "result": json.loads(json.dumps(found))}
 
     monkeypatch.setattr(report, "_run", run)
