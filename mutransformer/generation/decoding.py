@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from mutransformer.config.schema import SPLASH_MULTIPLE
 from mutransformer.generation.sampling import Sampling, choose
-from mutransformer.model.attention import DecodeState, KVCache
+from mutransformer.model.cached_attention import DecodeState, KVCache
 from mutransformer.model.weights import Transformer
 from mutransformer.sharding.mesh import n_row_groups, replicated
 from mutransformer.training.program import Program

@@ -67,8 +67,7 @@ def kernels(task: Task, size: AttentionSize) -> Iterator[Result]:
             continue
         for (n_kv, apart), plain in expected.items():
             case, began = Case(kernel, size.heads, n_kv, apart), time.monotonic()
-            if not task.time_for(GROWTH * longest):
-                why = f"{task.seconds_left:.0f} s are left, and the longest case took {longest:.0f} s"
+            if why := task.too_late_for(GROWTH * longest, f"the longest case took {longest:.0f} s"):
                 result["left_out"].append(f"{case}: {why}")
                 yield result
                 continue

@@ -38,13 +38,10 @@ class Task:
         """A config of the section with the user's settings."""
         return load([*settings, *more, *self.settings])
 
-    def time_for(self, seconds: float) -> bool:
-        """Whether so many seconds are left."""
-        return time.monotonic() + seconds <= self.deadline
-
-    @property
-    def seconds_left(self) -> float:
-        return self.deadline - time.monotonic()
+    def too_late_for(self, seconds: float, because: str) -> str | None:
+        """Why what may take so many seconds is left out, with what the estimate rests on; None if that much time is left."""
+        left = self.deadline - time.monotonic()
+        return f"{left:.0f} s are left, and {because}" if seconds > left else None
 
 
 _FOLDERS = re.compile(r"(?<![\w)>~/.\]])~?/(?:[\w.+@-]+/)+")

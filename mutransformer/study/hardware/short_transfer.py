@@ -36,8 +36,7 @@ def short_transfer(task: Task, size: TransferSize) -> Iterator[Result]:
     longest, folder = 0.0, (task.scratch or task.folder) / "transfer"
     for rule in size.rules:
         began = time.monotonic()
-        if not task.time_for(1.2 * longest):
-            why = f"{task.seconds_left:.0f} s are left, and {size.rules[0]} took {longest:.0f} s"
+        if why := task.too_late_for(1.2 * longest, f"{size.rules[0]} took {longest:.0f} s"):
             result["left_out"].append(f"{rule}: {why}")
             yield result
             continue

@@ -25,8 +25,7 @@ def sweep_factor(task: Task, sizes: Sequence[SweepSize], n_rates: int, seconds: 
     longest = 0.0
     for size in sizes:
         began = time.monotonic()
-        if not task.time_for(GROWTH * longest):
-            why = f"{task.seconds_left:.0f} s are left, and the size before it took {longest:.0f} s"
+        if why := task.too_late_for(GROWTH * longest, f"the size before it took {longest:.0f} s"):
             result["left_out"].append(f"{size.name}: {why}")
         else:
             task.say(f"{size.name}: compiling one run, and {n_rates} at once")

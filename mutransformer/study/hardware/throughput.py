@@ -29,8 +29,7 @@ def throughput(task: Task, sizes: tuple[StepSize, ...], seconds: float, repeats:
     longest = 0.0
     for size in sizes:
         began = time.monotonic()
-        if not task.time_for(GROWTH * longest):
-            why = f"{task.seconds_left:.0f} s are left, and the size before it took {longest:.0f} s"
+        if why := task.too_late_for(GROWTH * longest, f"the size before it took {longest:.0f} s"):
             result["left_out"].append(f"{size.name}: {why}")
             yield result
             continue
