@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -117,10 +118,16 @@ def make_advance(program: Program, sampling: Sampling) -> Callable[..., tuple[In
     """
     (n_vocab, _, eos_id), decode = program.vocabulary, make_decode(program)
 
+    def random_numbers(number: Int[Array, ""], position: Int[Array, ""]) -> Float[Array, " n"]:
+        """Of a sample, at a position and the next ones."""
+        key = jax.random.fold_in(jax.random.key(sampling.seed), number)
+        return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, position + i)))(jnp.arange(CHUNK))
+
     def advance(
         params: Transformer[Array], rows: Rows, numbers: Int[Array, " B"], ends: Int[Array, " B"], n: Int[Array, ""]
     ) -> tuple[Int[Array, "B n"], Rows]:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), numbers)
+        # At once: one by one they took a tenth of the time of 16 texts on a CPU.
+        draws = jax.vmap(random_numbers)(numbers, rows.positions)
 
         def unfinished(carry: Any) -> Array:
             k, _, rows = carry
@@ -130,8 +137,7 @@ def make_advance(program: Program, sampling: Sampling) -> Callable[..., tuple[In
             k, tokens, (cache, previous, positions, live) = carry
             logits, cache = decode(params, cache, previous, positions)
             logits = jnp.where((jnp.arange(logits.shape[1]) < n_vocab)[None], logits, -jnp.inf)
-            draws = jax.vmap(lambda logits, key, at: choose(logits, jax.random.fold_in(key, at), sampling))
-            new = draws(logits, keys, positions)
+            new = jax.vmap(partial(choose, sampling))(logits, draws[:, k])
             tokens = tokens.at[:, k].set(jnp.where(live, new, NONE))
             after = jnp.where(live, positions + 1, positions)
             rows = Rows(cache, jnp.where(live, new, previous), after, live & (new != eos_id) & (after < ends))

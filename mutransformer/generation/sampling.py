@@ -38,12 +38,12 @@ class Sampling:
         check(self.batch >= 1, f"batch = {self.batch}: must be at least 1")
 
 
-def choose(logits: Float[Array, " V"], key: Array, sampling: Sampling) -> Int[Array, ""]:
-    """The next token."""
+def choose(sampling: Sampling, logits: Float[Array, " V"], u: Float[Array, ""]) -> Int[Array, ""]:
+    """The next token. u: uniform in 0 ... 1."""
     if sampling.temperature == 0:
         return jnp.argmax(logits).astype(jnp.int32)
     kept = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-    return draw(jnp.exp(kept - jnp.max(kept)), jax.random.uniform(key))
+    return draw(jnp.exp(kept - jnp.max(kept)), u)
 
 
 def filter_logits(logits: Float[Array, " V"], top_k: int, top_p: float) -> Float[Array, " V"]:
