@@ -32,7 +32,7 @@ class Case:
     """A variant of the model. What is wrong with it, or with nothing wrong, what it is."""
 
     name: str
-    settings: tuple[str, ...] = ()
+    settings: Sequence[str] = ()
     rows: Callable[[dict[Role, Row]], dict[Role, Row]] | None = None  # the rule's rows -> those to put in their place
     at_width: Callable[[int], tuple[str, ...]] = lambda width: ()  # further settings by width
 
@@ -57,6 +57,7 @@ def rows(roles: Sequence[Role], **changes: Powers) -> Callable[[dict[Role, Row]]
 
 
 GAINS, DECAY = "model.norm_scale=vector", "optim.weight_decay=0.1"
+FACTORS = (("embed", 3), ("residual", 0.5), ("logits", 2))
 AT_BASE = Powers(fan_in=-0.5, width=0.5)  # fan-in^-1/2 of the base model
 MISTAKES = [
     Case("the embedding starts with a std of M^-1/2", rows=rows(["input"], std=Powers(width=-0.5))),
@@ -88,6 +89,8 @@ CORRECT = [
     Case("Muon", ("optim.name=muon",)),
     Case("gains, biases, independent decay", (GAINS, "model.biases=true", DECAY)),
     Case("squared ReLU, normed queries and keys", ("model.activation=sqrelu", "model.qk_norm=true")),
+    Case("heads twice as wide as the model", ("model.attention_multiple=2",)),
+    Case("embed x 3, residual x 0.5, logits x 2", [f"model.{part}_multiplier={by}" for part, by in FACTORS]),
 ]
 
 
