@@ -206,7 +206,7 @@ def test_presets_are_what_their_papers_say():
 
     assert rate("small", "presets/delphi", *longer) == pytest.approx(4**-0.3)
     assert rate("small", "presets/completed_p", *longer) == pytest.approx(4**-0.5)
-    assert load(["small", "presets/delphi"]).optim.warmup(800) == 80 and small.optim.warmup(800) == 100
+    assert load(["small", "presets/delphi"]).optim.warmup(800) == 80 and small.optim.warmup(800) == 200
     wide = load(["small", "presets/microsoft_mup", "model.d_model=512", "model.n_vocab=64"])
     unembed = named(specs(wide))["unembed"]
     assert mup.init_std(unembed, scaling_of(wide)) == pytest.approx(128**0.5 / 512)
