@@ -352,7 +352,7 @@ def test_which_tokens_may_be_drawn(top_k: int, top_p: float) -> None:
 
 def test_draws_have_the_probabilities_of_the_softmax() -> None:
     logits, how = jnp.array([0.0, 1.0, -1.0, 0.5, 3.0]), Sampling(temperature=2.0, top_k=4)
-    draws = jax.jit(jax.vmap(lambda u: choose(how, logits, u)))(jax.random.uniform(jax.random.key(0), 20000))
+    draws = jax.jit(jax.vmap(lambda u: choose(how, logits, u)))(jax.random.uniform(jax.random.key(0), (20000,)))
     expected = np.exp([0, 0.5, -np.inf, 0.25, 1.5])
     assert np.bincount(draws, minlength=5) / 20000 == pytest.approx(expected / expected.sum(), abs=0.012)
 
