@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
@@ -52,19 +53,15 @@ def without_signals() -> Iterator[None]:
 
 def call_without_signals(action: Callable[[], T]) -> T:
     """The result of an action that starts processes and may take long: it runs in a thread, while this one answers signals."""
-    result: list[T] = []
-    errors: list[BaseException] = []
+    outcome = Future[T]()
 
     def run() -> None:
         try:
-            result.append(action())
-        except BaseException as error:  # raised again by the caller, below
-            errors.append(error)
+            outcome.set_result(action())
+        except BaseException as error:  # an exit or an interrupt, too, belongs to the caller's thread
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
+    # Not an executor, whose threads hold up the end of the program.
     with without_signals():
-        thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return result[0]
+        threading.Thread(target=run, daemon=True).start()
+    return outcome.result()
