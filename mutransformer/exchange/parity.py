@@ -91,7 +91,6 @@ def libraries() -> Iterator[tuple[Any, Any]]:
 
 def load_model(transformers: Any, folder: Path) -> Any:
     """A model in float32 for inference, from safetensors only. Raises OSError or ValueError if there is none."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    return transformers.AutoModelForCausalLM.from_pretrained(
         str(folder), trust_remote_code=False, use_safetensors=True, dtype="float32", attn_implementation="eager"
     )
-    return model.eval()
