@@ -203,6 +203,11 @@ def test_samples_depend_on_neither_their_number_nor_the_mesh(on: str) -> None:
     assert len({row.tobytes() for row in more}) == 6
 
 
+def test_samples_do_not_depend_on_how_many_tokens_are_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "CHUNK", 3)
+    assert np.array_equal(sampled(Sampling(samples=3, temperature=1.0)), drawn())
+
+
 def test_samples_depend_on_the_seed() -> None:
     assert np.array_equal(sampled(Sampling(samples=3, temperature=1.0)), drawn())
     other = sampled(Sampling(samples=3, temperature=1.0, seed=1))
