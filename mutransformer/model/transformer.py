@@ -16,11 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from mutransformer.config.schema import ModelConfig
 from mutransformer.model import ops
-from mutransformer.model.attention import (
-    attention,
-    attention_logits,
-    attention_mean_square,
-)
+from mutransformer.model.attention import attention, attention_logits, attention_mean_square
 from mutransformer.model.cached_attention import DecodeState, KVCache, decode_attention
 from mutransformer.model.execution import Execution
 from mutransformer.model.loss import Head, head_loss, mean_square_of_logits, target_losses
