@@ -506,8 +506,8 @@ def test_the_validator_itself():
 
 
 # What may change on resume, independent of the schema.
-FREE = {"name", "workdir", "model.remat", "model.head_chunk", "model.attention_kernel", "optim.grad_accumulation_steps"}
-FREE |= {"bad_steps.limit", "optim.grad_sync", "xla", "xla_tuned", "compile_cache"}
+FREE = {"name", "workdir", "model.remat", "model.head_chunk", "model.unroll_layers", "model.attention_kernel"}
+FREE |= {"optim.grad_accumulation_steps", "bad_steps.limit", "optim.grad_sync", "xla", "xla_tuned", "compile_cache"}
 FREE_GROUPS = {"mesh", "distributed", "eval", "log", "checkpoint", "profile", "watchdog", "xla", "data"}
 FIXED = {"data.seq_len", "data.batch_size", "data.packing", "data.intra_document_mask", "data.truncated_eos"}
 

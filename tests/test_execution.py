@@ -1,5 +1,6 @@
 """The settings of a step follow from config and devices, and its compiler options reach the compiler that they are for."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +23,10 @@ TINY = ["model.d_model=32", "model.d_head=16", "model.n_layer=1", "model.n_vocab
 TPU, GPU, CPU = ("tpu", "TPU v5"), ("gpu", "NVIDIA H100 80GB HBM3"), ("cpu", "cpu")
 
 
-def resolved(device: tuple[str, str], *args: str, y: int = 1) -> Execution:
+def resolved(device: tuple[str, str], *args: str, devices: int = 8, y: int = 1) -> Execution:
     platform, kind = device
     abstract = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
-    mesh = AbstractMesh((8 // y, y), ("x", "y"), (AxisType.Auto,) * 2, abstract_device=abstract)
+    mesh = AbstractMesh((devices // y, y), ("x", "y"), (AxisType.Auto,) * 2, abstract_device=abstract)
     return resolve(load(["model.n_vocab=32000", *args]), mesh)
 
 
@@ -137,6 +138,26 @@ def test_sums_over_y_by_an_all_to_all() -> None:
     key = "mesh.reduce_scatter_via_all_to_all"
     assert [resolved(TPU, f"{key}={value}").via_all_to_all for value in ("null", "true", "false")] == [True, True, False]
     assert resolved(CPU, f"{key}=true").via_all_to_all
+
+
+def test_layers_are_unrolled_on_one_cpu_device() -> None:
+    def unrolled(*args: str, device: tuple[str, str] = CPU, devices: int = 1) -> bool:
+        return resolved(device, *args, devices=devices).unroll_layers
+
+    assert unrolled("model.n_layer=12") and unrolled("model.n_layer=13", "model.unroll_layers=true")
+    assert not any((unrolled("model.n_layer=13"), unrolled("model.remat=dots"), unrolled("model.unroll_layers=false")))
+    assert not any((unrolled(devices=2), unrolled(device=GPU), unrolled(device=TPU)))
+
+
+@pytest.mark.parametrize("unroll", ["false", "true"])
+def test_what_remat_drops_is_computed_again(unroll: str) -> None:
+    def products(*options: str) -> int:
+        built = program(load([*TINY, "model.n_layer=2", f"model.unroll_layers={unroll}", "xla_tuned=false", *options]))
+        batch = Batch(jax.ShapeDtypeStruct((8, 8), jnp.int32), jax.ShapeDtypeStruct((8, 8), jnp.bool_))
+        return len(re.findall(r"/dot_general", make_train_step(built).lower(built.state, batch).compile().as_text() or ""))
+
+    kept, recomputed = products(), products("model.remat=full")
+    assert recomputed > kept
 
 
 def test_head_chunk() -> None:

@@ -99,6 +99,7 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(batch, base):
     "settings",
     [
         ("model.remat=full", "model.head_chunk=37"),
+        ("model.unroll_layers=false",),
         pytest.param(("optim.grad_accumulation_steps=2", "model.head_chunk=1000"), marks=pytest.mark.slow),
     ],
 )

@@ -73,6 +73,7 @@ OPTIONS = {
         "all options",
         ["mesh.overlap_groups=2", "mesh.reduce_scatter_via_all_to_all=true", "model.remat=dots"],
     ),
+    "unrolled layers": ("all options", ["model.unroll_layers=true"]),
     "remat=outputs": ("relu", ["model.remat=outputs"]),
     "remat=attention": ("all options", ["model.remat=attention", "mesh.reduce_scatter_via_all_to_all=true"]),
     "remat=dots": ("relu", ["model.remat=dots"]),

@@ -31,6 +31,7 @@ SPLASH_FROM = 512  # the shortest row for which auto selects splash attention: a
 _WITHOUT_CUDNN = re.compile(f"AMD|{BEFORE_AMPERE}", re.IGNORECASE)  # GPUs without its attention kernel
 HEAD_CHUNK_CPU = 512  # tokens; tuned on two cores
 CACHE_LENGTHS_CPU = 4  # a GPU would stop for each choice, and reads its memory fast
+UNROLLED_LAYERS_CPU = 12  # at most; with 32 the step takes 10 s longer to compile and is no faster
 HEAD_BYTES = 512 << 20  # of float32 logits: the sum of the unembedding's gradient, of like size, is read and written per chunk
 
 
@@ -83,6 +84,7 @@ class Execution:
     attention: Attention
     remat: str  # what a layer recomputes in the backward pass: none, or a key of SAVED_NAMES
     head_chunk: int  # tokens of a device whose logits exist at a time
+    unroll_layers: bool  # one after another in the program, instead of a loop over layers
     overlap_groups: int  # groups of a device's rows; one computes while another communicates over y
     via_all_to_all: bool  # for sums over y
     cache_lengths: int  # different parts of a KV cache, from its beginning, that decoding can choose to read
@@ -90,11 +92,12 @@ class Execution:
     other_options: Mapping[str, str]  # likewise, of evaluation, decoding and initial values
 
     def rematerialize(self, layer: Callable[..., Any]) -> Callable[..., Any]:
-        """The layer with remat applied. For use in a scan: see prevent_cse of jax.checkpoint."""
+        """The layer with remat applied."""
         if self.remat == "none":
             return layer
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES[self.remat])
-        return jax.checkpoint(layer, prevent_cse=False, policy=policy)
+        # In a loop XLA cannot replace what is recomputed by what the forward pass computed; in a straight program it would.
+        return jax.checkpoint(layer, prevent_cse=self.unroll_layers, policy=policy)
 
 
 def device_kernel(platform: str, kind: str) -> AttentionKernel:
@@ -130,6 +133,7 @@ def resolve(config: Config, mesh: AnyMesh) -> Execution:
         attention=_attention(config, device.platform, device.device_kind),
         remat=m.remat,
         head_chunk=m.head_chunk or _head_chunk(device.platform, m.padded_vocab // y),
+        unroll_layers=_unroll_layers(config, device.platform, mesh.size) if m.unroll_layers is None else m.unroll_layers,
         overlap_groups=groups,
         via_all_to_all=tuned.via_all_to_all if via_all_to_all is None else via_all_to_all,
         cache_lengths=CACHE_LENGTHS_CPU if device.platform == "cpu" else 1,
@@ -161,6 +165,16 @@ def _attention(config: Config, platform: str, kind: str) -> Attention:
     if kernel == "cudnn":
         return "cudnn"
     return "dense" if platform == "tpu" else "blockwise"
+
+
+def _unroll_layers(config: Config, platform: str, n_devices: int) -> bool:
+    """Whether no loop over layers is needed, and its copies into and out of stacks of activations can go.
+
+    A loop limits what is alive at a time: with remat, the recomputed activations of one layer; on several devices, its gathered
+    weights. Only on a CPU was the gain measured.
+    """
+    m = config.model
+    return platform == "cpu" and n_devices == 1 and m.remat == "none" and m.n_layer <= UNROLLED_LAYERS_CPU
 
 
 def _head_chunk(platform: str, n_logits: int) -> int:

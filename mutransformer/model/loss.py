@@ -102,12 +102,11 @@ def _head(
             logits = logits + bias.astype(jnp.float32)[None]
         if padded:
             logits = jnp.where((entry < head.n_vocab)[None], logits, MASKED)
-        # A comparison, not an index: its gradient is elementwise and fuses, that of an index is a scatter.
         is_target = target[:, None] == entry[None]
         top = max_y(jnp.max(logits, axis=-1))
         power = jnp.exp(logits - top[:, None])
         norm = sum_y(jnp.sum(power, axis=-1))
-        at_target = sum_y(jnp.sum(jnp.where(is_target, logits, 0), axis=-1))
+        at_target = sum_y(_at(logits, target - entry[0]))
         log_norm, each = jnp.log(norm) + top, count * (jnp.log(norm) + top - at_target)
         loss = jnp.sum(each)
         scale = count / norm  # of the softmax's numerators in the gradient by the logits
@@ -140,6 +139,13 @@ def _head(
 
 
 head_loss.defvjp(_head, _head_backward)
+
+
+def _at(logits: Array, i: Array) -> Array:
+    """The logit of entry i of each row, or 0 where i is not an entry: an entry of another device's slice of the vocabulary."""
+    v = logits.shape[1]
+    found = jnp.take_along_axis(logits, jnp.clip(i, 0, v - 1)[:, None], axis=1)[:, 0]
+    return jnp.where((i >= 0) & (i < v), found, 0)
 
 
 def _in_chunks(a: Array, n: int) -> Array:

@@ -88,8 +88,12 @@ class Forward:
         n = self.execution.overlap_groups
         n = n if keep is None and inputs.shape[0] % n == 0 else 1
         groups = jnp.split(segments, n) if segments is not None else [None] * n
-        scanned = params.blocks, None if past is None else jnp.arange(past.cache.k.shape[0])
-        xs, kept = lax.scan(self.execution.rematerialize(layer), tuple(jnp.split(x, n)), scanned)
+        layer, xs, kept = self.execution.rematerialize(layer), tuple(jnp.split(x, n)), None
+        if self.execution.unroll_layers and keep is None and past is None:
+            for block in _unstacked(params.blocks):
+                xs, _ = layer(xs, (block, None))
+        else:
+            xs, kept = lax.scan(layer, xs, (params.blocks, None if past is None else jnp.arange(past.cache.k.shape[0])))
         return jnp.concatenate(xs), kept
 
     def layer(self, w: "Block[Any]", x: Stream, segments: Segments, past: DecodeState | None) -> tuple[Stream, Intermediates]:
@@ -241,6 +245,13 @@ class Forward:
 
 def _kv(seen: Intermediates) -> KVCache:
     return KVCache.of(seen["rotated_key"], seen["value"])
+
+
+def _unstacked(blocks: Block[Array]) -> list[Block[Array]]:
+    """The weights of each layer. By lax.split, whose gradient is one concatenation: that of an index is padded to all layers."""
+    leaves, tree = jax.tree.flatten(blocks)
+    layers = zip(*(lax.split(leaf, (1,) * leaf.shape[0]) for leaf in leaves), strict=True)
+    return [jax.tree.unflatten(tree, [jnp.squeeze(leaf, 0) for leaf in layer]) for layer in layers]
 
 
 def _mean_square(x: Array) -> Array:
