@@ -3,6 +3,7 @@
 import difflib
 import textwrap
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from functools import cache
 from importlib import metadata
@@ -49,7 +50,7 @@ def load(args: Sequence[str]) -> Config:
         ConfigError: a file is missing, empty or not YAML; a key is unknown or given twice; a value is of the wrong type or out of
             range.
     """
-    tree = asdict(Config())
+    tree = deepcopy(_defaults())
     first = next((arg for arg in args if is_file(arg)), None)
     if first:
         tree["name"] = Path(first).stem
@@ -61,6 +62,11 @@ def load(args: Sequence[str]) -> Config:
         return build(Config, tree, tree)
     except UnknownKey as error:  # in a ${...}
         raise ConfigError(f"{error.at}{_unknown(error.key)}") from None
+
+
+@cache
+def _defaults() -> Tree:
+    return asdict(Config())
 
 
 def is_file(arg: str) -> bool:

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from mutransformer.errors import check, check_path
+from mutransformer.errors import ConfigError, check_path
 
 _BOUNDS = {
     "min": ("at least", operator.ge),
@@ -43,26 +43,37 @@ def check_settings(group: Any, prefix: str) -> None:
     integer without a `max` does not fit in int32, or a float is not finite or out of bounds in float32.
     """
     for field in dataclasses.fields(group):
-        key, value, metadata = f"{prefix}{field.name}", getattr(group, field.name), field.metadata
+        value, path_kind = getattr(group, field.name), field.metadata["path"]
         if value is None:
             continue
-        check(not isinstance(value, float) or math.isfinite(value), f"{key} = {value}: must be a finite number")
-        choices = get_args(field.type) if get_origin(field.type) is Literal else ()
-        check(not choices or value in choices, f"{key} = {value}: must be {' or '.join(choices)}")
-        bounds = metadata["bounds"]
-        check(_within(value, bounds), f"{key} = {value}: must be {limits(bounds)}")
-        kinds = (field.type, *get_args(field.type))
-        if float in kinds:
-            held = _float32(value)
-            check(math.isfinite(held), f"{key} = {value}: must fit in float32, up to 3.4e38")
-            check(held != 0 or value == 0, f"{key} = {value}: must fit in float32, from {_FLOAT32_SMALLEST:.2g}, or be 0")
-            check(_within(held, bounds), f"{key} = {value}: must be {limits(bounds)} in float32, where it is {held:g}")
-        elif int in kinds and "max" not in bounds:
-            exceeded = f"at least {INT32[0]}" if value < 0 else f"at most {INT32[1]}"
-            check(INT32[0] <= value <= INT32[1], f"{key} = {value}: must be {exceeded}")
-        if metadata["path"]:
+        fault = _fault(value, field.type, field.metadata["bounds"])
+        if fault:
+            raise ConfigError(f"{prefix}{field.name} = {value}: must {fault}")
+        if path_kind:
             for path in value if isinstance(value, list) else [value]:
-                check_path(key, str(path), urls=metadata["path"] == "url")
+                check_path(f"{prefix}{field.name}", str(path), urls=path_kind == "url")
+
+
+def _fault(value: Any, kind: Any, bounds: dict[str, int | float]) -> str | None:
+    """What a value that is not allowed must be instead; None if it is allowed."""
+    kinds = (kind, *get_args(kind))
+    if isinstance(value, float) and not math.isfinite(value):
+        return "be a finite number"
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        return f"be {' or '.join(get_args(kind))}"
+    if not _within(value, bounds):
+        return f"be {limits(bounds)}"
+    if float in kinds:
+        held = _float32(value)
+        if not math.isfinite(held):
+            return "fit in float32, up to 3.4e38"
+        if held == 0 and value != 0:
+            return f"fit in float32, from {_FLOAT32_SMALLEST:.2g}, or be 0"
+        if not _within(held, bounds):
+            return f"be {limits(bounds)} in float32, where it is {held:g}"
+    elif int in kinds and "max" not in bounds and not INT32[0] <= value <= INT32[1]:
+        return f"be at least {INT32[0]}" if value < 0 else f"be at most {INT32[1]}"
+    return None
 
 
 def _within(value: Any, bounds: dict[str, int | float]) -> bool:
