@@ -103,17 +103,9 @@ def loss_inputs() -> tuple[Any, ...]:
     return normal(6, *TOKENS, 12), normal(7, 12, 44), normal(8, 44), jnp.asarray(targets), jnp.asarray(mask)
 
 
-def sharded_loss(
-    grid: tuple[int, int],
-    policy: MatmulPolicy,
-    chunk: int,
-    n_vocab: int,
-    biased: bool,
-    z_loss: float = 0.0,
-    index_targets: bool = True,
-) -> Any:
+def sharded_loss(grid: tuple[int, int], policy: MatmulPolicy, chunk: int, n_vocab: int, biased: bool, z_loss: float = 0.0) -> Any:
     spec, bias_spec = weight("M/x -> V/y", SIZES), weight("-> V/y", SIZES, role="bias")
-    head = Head(spec, policy, n_vocab, chunk, index_targets, z_loss)
+    head = Head(spec, policy, n_vocab, chunk, z_loss)
 
     def loss(h: jax.Array, w: jax.Array, bias: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         h = jax.lax.pcast(h, "y", to="varying")
@@ -131,12 +123,11 @@ def plain_loss(h: Any, w: Any, bias: Any, targets: Any, mask: Any, z_loss: float
     return jnp.sum((each + z_loss * jnp.square(jax.nn.logsumexp(logits, -1))) * mask)
 
 
-@pytest.mark.parametrize("index_targets", [True, False])
 @pytest.mark.parametrize(("grid", "chunk"), [((1, 1), CHUNK), ((2, 2), CHUNK), ((1, 4), 7), ((1, 1), 1000)])
-def test_head_loss(grid, chunk, index_targets):
+def test_head_loss(grid, chunk):
     """Values and gradients; and what they tell of padding and of masked targets."""
     args = loss_inputs()
-    loss = sharded_loss(grid, FULL, chunk, N_VOCAB, biased=True, index_targets=index_targets)
+    loss = sharded_loss(grid, FULL, chunk, N_VOCAB, biased=True)
     # Scaled, so that the gradient by the loss is not one.
     ours, theirs = (jax.jit(jax.value_and_grad(lambda *a, f=f: 0.3 * f(*a), (0, 1, 2)))(*args) for f in (loss, plain_loss))
     assert max(distances(ours, theirs).values()) < 1e-5

@@ -26,9 +26,6 @@ class Head(NamedTuple):
     policy: MatmulPolicy
     n_vocab: int  # entries of the padded vocabulary that are real; the others get no probability
     chunk: int  # tokens whose logits exist at a time
-    # The logit of a target by its index, or by a comparison with all entries. XLA:TPU fuses the comparison with other sums over
-    # the logits, and is 0.4 ms of 388 slower with the index; XLA:CPU writes the comparison's result out, as large as the logits.
-    index_targets: bool
     z_loss: float = 0.0  # factor on the square of the log-normalizer (Chowdhery et al., arXiv 2204.02311, section 5)
 
 
@@ -109,11 +106,7 @@ def _head(
         top = max_y(jnp.max(logits, axis=-1))
         power = jnp.exp(logits - top[:, None])
         norm = sum_y(jnp.sum(power, axis=-1))
-        if head.index_targets:
-            own = _at(logits, target - entry[0])
-        else:
-            own = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-        at_target = sum_y(own)
+        at_target = sum_y(_at(logits, target - entry[0]))
         log_norm, each = jnp.log(norm) + top, count * (jnp.log(norm) + top - at_target)
         loss = jnp.sum(each)
         scale = count / norm  # of the softmax's numerators in the gradient by the logits

@@ -220,8 +220,7 @@ class Forward:
         """The bias of the unembedding, and its static settings."""
         assert self.c.n_vocab is not None
         bias = self.gather(params.b_unembed, self.specs.b_unembed)
-        e = self.execution
-        return bias, Head(self.specs.unembed, self.policy, self.c.n_vocab, e.head_chunk, e.platform == "cpu", self.z_loss)
+        return bias, Head(self.specs.unembed, self.policy, self.c.n_vocab, self.execution.head_chunk, self.z_loss)
 
     def gather(self, w: Array | None, s: Weight | None) -> Any:
         """A weight over x, as the mathematics takes it: a Matrix, or a vector in the compute dtype."""
