@@ -111,6 +111,13 @@ def until(process: subprocess.Popen[str], line: str) -> None:
     raise AssertionError(f"ended before {line}: {process.stderr and process.stderr.read()[-2000:]}")
 
 
+def stop(pid: int) -> None:
+    """Returns once all threads are stopped: to the system the process is so only then, some time after the signal."""
+    os.kill(pid, signal.SIGSTOP)
+    threads = [Path(f"/proc/{pid}/task/{thread.id}/stat") for thread in psutil.Process(pid).threads()]
+    assert wait_for(lambda: all(path.read_text().rpartition(")")[2].split()[0] == "T" for path in threads), 10), "not stopped"
+
+
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
@@ -125,7 +132,7 @@ def test_workers_end_with_a_parent_that_is_killed(script: str, stopped: bool, st
     until(process, "ready")
     assert wait_for(lambda: [os.getpgid(pid) == pid for pid in workers(process)] == [True, True], 20), "not set up"
     if stopped:
-        os.kill(workers(process)[0], signal.SIGSTOP)
+        stop(workers(process)[0])
     process.kill()
     process.wait()
     assert wait_for(lambda: not workers(process), 5)
@@ -151,7 +158,7 @@ def test_close_ends_stopped_workers(size: str, stopped: int, start) -> None:
     assert wait_for(lambda: len(workers(process)) == 2, 20)
     time.sleep(0.5)  # until they wait with full buffers, perhaps in the middle of sending
     for pid in workers(process)[:stopped]:
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
     out, err = process.communicate("close\n", timeout=30)
     assert process.returncode == 0 and "Traceback" not in err
     assert float(out.split()[-1]) < (9 if stopped else 3)
