@@ -58,7 +58,7 @@ def call_without_signals(action: Callable[[], T]) -> T:
     def run() -> None:
         try:
             outcome.set_result(action())
-        except BaseException as error:  # an exit or an interrupt, too, belongs to the caller's thread
+        except BaseException as error:  # of any kind: without an outcome the caller would wait forever
             outcome.set_exception(error)
 
     # Not an executor, whose threads hold up the end of the program.
