@@ -84,7 +84,7 @@ class Execution:
     attention: Attention
     remat: str  # what a layer recomputes in the backward pass: none, or a key of SAVED_NAMES
     head_chunk: int  # tokens of a device whose logits exist at a time
-    unroll_layers: bool  # one after another in the program, instead of a loop over layers
+    unroll_layers: bool  # one after another in the program, instead of in a loop
     overlap_groups: int  # groups of a device's rows; one computes while another communicates over y
     via_all_to_all: bool  # for sums over y
     cache_lengths: int  # different parts of a KV cache, from its beginning, that decoding can choose to read
@@ -168,10 +168,10 @@ def _attention(config: Config, platform: str, kind: str) -> Attention:
 
 
 def _unroll_layers(config: Config, platform: str, n_devices: int) -> bool:
-    """Whether no loop over layers is needed, and its copies into and out of stacks of activations can go.
+    """Whether to unroll the loop over layers, which copies activations into and out of stacks.
 
-    A loop limits what is alive at a time: with remat, the recomputed activations of one layer; on several devices, its gathered
-    weights. Only on a CPU was the gain measured.
+    A loop limits what is alive at a time: with remat, to the recomputed activations of one layer; on several devices, to its
+    gathered weights. The gain was measured on a CPU only.
     """
     m = config.model
     return platform == "cpu" and n_devices == 1 and m.remat == "none" and m.n_layer <= UNROLLED_LAYERS_CPU

@@ -88,12 +88,13 @@ class Forward:
         n = self.execution.overlap_groups
         n = n if keep is None and inputs.shape[0] % n == 0 else 1
         groups = jnp.split(segments, n) if segments is not None else [None] * n
-        layer, xs, kept = self.execution.rematerialize(layer), tuple(jnp.split(x, n)), None
+        layer, xs = self.execution.rematerialize(layer), tuple(jnp.split(x, n))
         if self.execution.unroll_layers and keep is None and past is None:
             for block in _unstacked(params.blocks):
                 xs, _ = layer(xs, (block, None))
-        else:
-            xs, kept = lax.scan(layer, xs, (params.blocks, None if past is None else jnp.arange(past.cache.k.shape[0])))
+            return jnp.concatenate(xs), None
+        scanned = params.blocks, None if past is None else jnp.arange(past.cache.k.shape[0])
+        xs, kept = lax.scan(layer, xs, scanned)
         return jnp.concatenate(xs), kept
 
     def layer(self, w: "Block[Any]", x: Stream, segments: Segments, past: DecodeState | None) -> tuple[Stream, Intermediates]:

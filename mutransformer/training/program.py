@@ -109,7 +109,8 @@ class Program:
             "batch": f"{c.data.batch_size} rows of {c.data.seq_len} tokens, {c.optim.grad_accumulation_steps} microbatch(es)",
             "precision": f"compute {c.precision.compute}, gradient sums {c.precision.grad_reduce_dtype}, weights float32",
             "execution": f"attention {e.attention}, remat {e.remat}, head chunk {e.head_chunk}, overlap groups {e.overlap_groups}"
-            + (", all-to-all over y" if e.via_all_to_all else ""),
+            + (", all-to-all over y" if e.via_all_to_all else "")
+            + (", unrolled layers" if e.unroll_layers else ""),
         }
         if e.compiler_options:
             rows["XLA options"] = " ".join(f"{name}={value}" for name, value in e.compiler_options.items())
