@@ -24,7 +24,7 @@ from short_runs import ROOT, finish, refuse_before_jax, settings, start
 
 from mutransformer.cli import main
 from mutransformer.config.load import load
-from mutransformer.config.schema import Config, non_defaults
+from mutransformer.config.schema import Config, may_change_on_resume, non_defaults
 from mutransformer.data.cache.prepare import prepare
 from mutransformer.errors import FINISHED, STOPPED, USAGE_ERROR, ConfigError
 from mutransformer.sharding import devices as hardware
@@ -234,6 +234,19 @@ def test_a_folder_with_other_settings_is_refused(change, complete: Path, folder:
     keys = ", ".join(sorted(text.partition("=")[0] for text in change))
     assert re.fullmatch(r"error: .*\n", err) and f"had other settings: {keys}; choose another --out or --label" in err
     assert lines(complete) == before and trained == []
+
+
+def test_settings_that_change_no_loss_may_differ_between_the_runs_of_a_folder(complete: Path, folder: Path, sweep, trained) -> None:
+    changed = ["data.prefetch=1", "log.tensorboard=false", "checkpoint.keep=1", "watchdog.timeout=100", "compile_cache=null"]
+    before = lines(complete)
+    assert sweep(*arguments(folder), *changed, *GRID, "--out", str(complete)) == FINISHED
+    assert lines(complete) == before and trained == []
+
+
+def test_what_changes_no_loss_is_a_setting_and_a_model_or_optimizer_has_none() -> None:
+    assert records.WITHOUT_EFFECT <= records.DEFAULTS.keys()
+    assert not [key for key in records.WITHOUT_EFFECT if not may_change_on_resume(key)]
+    assert not [key for key in records.WITHOUT_EFFECT if key.startswith(("model.", "optim.", "precision."))]
 
 
 @pytest.mark.parametrize("fault", ["none", "another version", "a truncated file"])

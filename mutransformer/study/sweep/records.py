@@ -16,7 +16,14 @@ from mutransformer.study.sweep.grid import KEYS, SweepAxis
 
 FILE = "runs.jsonl"  # in a sweep's folder
 DEFAULTS = flatten(Config())
-SHARED = {"optim.lr", "seed", "name", "workdir"}  # settings that every sweep varies, or that say where it is
+_WITHOUT_EFFECT_SECTIONS = ("checkpoint", "distributed", "profile", "watchdog")
+_WITHOUT_EFFECT_KEYS = {
+    *("name", "workdir", "compile_cache", "eval.samples", "eval.prompts", "log.layers", "log.tensorboard", "log.wandb"),
+    *("data.cache_dir", "data.cache_is_shared", "data.local_dir", "data.tokenize_workers"),
+    *("data.threads", "data.workers", "data.prefetch"),
+}
+# Settings that change no loss of a run: where it is, how its data are read, and what watches it.
+WITHOUT_EFFECT = _WITHOUT_EFFECT_KEYS | {key for key in DEFAULTS if key.partition(".")[0] in _WITHOUT_EFFECT_SECTIONS}
 
 HINTS = get_type_hints(Run, include_extras=True)
 
@@ -37,7 +44,7 @@ _COUNT: dict[SweepAxis, Callable[[Run], int]] = {
     "batch": lambda run: setting_of(run, "data.batch_size"),
 }
 AXES: dict[SweepAxis, ScalingAxis] = {
-    name: ScalingAxis(name, size, frozenset(SHARED | {KEYS[name]}), name == "width") for name, size in _COUNT.items()
+    name: ScalingAxis(name, size, frozenset(WITHOUT_EFFECT | {"optim.lr", "seed", KEYS[name]}), name == "width") for name, size in _COUNT.items()
 }
 
 

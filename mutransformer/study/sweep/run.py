@@ -34,13 +34,13 @@ from mutransformer.sharding.stopping import StopRequest, stop_on_signals
 from mutransformer.study.sweep import records
 from mutransformer.study.sweep.grid import Point, VariantConfig
 from mutransformer.study.sweep.parallel_runs import ParallelRuns, RunGroup, ShardedRun, mean_losses
-from mutransformer.study.sweep.records import AXES
+from mutransformer.study.sweep.records import AXES, WITHOUT_EFFECT
 from mutransformer.training.program import prepare_data
 from mutransformer.training.run_folder import RunFolder, owned_by_all
 from mutransformer.training.sinks import EventFile
 
 SNAPSHOT_SECONDS = 300.0  # between snapshots of runs in progress
-PER_RUN = {"optim.lr", "seed", "name", "workdir", "model.n_vocab"}  # settings that may differ between the runs of a config
+PER_RUN = WITHOUT_EFFECT | {"optim.lr", "seed", "model.n_vocab"}  # settings that may differ between the runs of a config
 
 _log = logging.getLogger(__name__)
 
