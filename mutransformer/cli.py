@@ -1,4 +1,4 @@
-"""The command line: `mutransformer COMMAND ...`, or `python -m mutransformer.cli COMMAND ...`.
+"""The command line: `mutransformer COMMAND ...`, or `python -m mutransformer COMMAND ...`.
 
 A command is a module of mutransformer.commands, imported when it is called. A mistake ends with one line on standard error and an
 exit code of mutransformer.errors, before JAX starts if it can be known by then.
@@ -203,7 +203,3 @@ def lasting_output() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         sys.stdout, sys.stderr = before
-
-
-if __name__ == "__main__":
-    sys.exit(main())

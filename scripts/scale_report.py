@@ -118,7 +118,7 @@ def cases(folder: Path) -> dict[str, list[str]]:
 
 def make(name: str, arguments: Sequence[str]) -> str:
     """The output of `mutransformer plan`, in a process of its own: a compiler may take 10 GB, and does not give them back."""
-    command = [sys.executable, "-m", "mutransformer.cli", "plan", *arguments]
+    command = [sys.executable, "-m", "mutransformer", "plan", *arguments]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("error: ")

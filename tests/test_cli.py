@@ -271,7 +271,7 @@ def test_there_is_no_other_way_in():
     assert others == {"benchmark_data", "coord_check_power", "scale_report"}
 
 
-@pytest.mark.parametrize("start", [["-m", "mutransformer.cli", "train"], [str(ROOT / "scripts/train.py")]])
+@pytest.mark.parametrize("start", [["-m", "mutransformer", "train"], [str(ROOT / "scripts/train.py")]])
 def test_a_mistake_is_reported_where_jax_cannot_be_imported(start, tmp_path):
     """Nor NumPy: each would take longer than the answer."""
     for name in ("jax", "numpy", "grain"):
@@ -285,7 +285,7 @@ def test_a_mistake_is_reported_where_jax_cannot_be_imported(start, tmp_path):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:strict"])
 def test_what_the_terminal_cannot_show_is_escaped(encoding, tmp_path):
-    command = [sys.executable, "-m", "mutransformer.cli", "train"]
+    command = [sys.executable, "-m", "mutransformer", "train"]
     env = {**os.environ, "PYTHONIOENCODING": encoding}
     shown = subprocess.run([*command, "name=中é", "--print-config"], cwd=ROOT, env=env, capture_output=True)
     assert shown.returncode == FINISHED and not shown.stderr

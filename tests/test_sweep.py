@@ -236,7 +236,7 @@ def test_a_folder_with_other_settings_is_refused(change, complete: Path, folder:
     assert lines(complete) == before and trained == []
 
 
-def test_settings_that_change_no_loss_may_differ_between_the_runs_of_a_folder(complete: Path, folder: Path, sweep, trained) -> None:
+def test_settings_that_change_no_loss_may_differ_in_a_folder(complete: Path, folder: Path, sweep, trained) -> None:
     changed = ["data.prefetch=1", "log.tensorboard=false", "checkpoint.keep=1", "watchdog.timeout=100", "compile_cache=null"]
     before = lines(complete)
     assert sweep(*arguments(folder), *changed, *GRID, "--out", str(complete)) == FINISHED

@@ -44,7 +44,8 @@ _COUNT: dict[SweepAxis, Callable[[Run], int]] = {
     "batch": lambda run: setting_of(run, "data.batch_size"),
 }
 AXES: dict[SweepAxis, ScalingAxis] = {
-    name: ScalingAxis(name, size, frozenset(WITHOUT_EFFECT | {"optim.lr", "seed", KEYS[name]}), name == "width") for name, size in _COUNT.items()
+    name: ScalingAxis(name, size, frozenset(WITHOUT_EFFECT | {"optim.lr", "seed", KEYS[name]}), name == "width")
+    for name, size in _COUNT.items()
 }
 
 
