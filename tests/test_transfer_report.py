@@ -254,8 +254,10 @@ def test_one_crossing_at_one_step_is_caught(seeds):
 
 
 def test_twice_the_noise_is_the_bound():
-    assert WidthPair(64, 128, [1, 11, 21], np.array([0.19, 0.21, math.inf]), 0.1, 2).holds.tolist() == [True, False, False]
-    assert WidthPair(64, 128, [1, 11], np.array([0.0, 1e-9]), 0.0, 1).holds.tolist() == [True, False]
+    noise = np.array([0.1, 0.1, 0.1, 0.2])
+    pair = WidthPair(64, 128, [1, 11, 21, 31], np.array([0.19, 0.21, math.inf, 0.39]), noise, 2)
+    assert pair.holds.tolist() == [True, False, False, True] and pair.worst == 2
+    assert WidthPair(64, 128, [1, 11], np.array([0.0, 1e-9]), np.zeros(2), 1).holds.tolist() == [True, False]
 
 
 def test_what_noise_explains_is_no_crossing():
@@ -263,11 +265,33 @@ def test_what_noise_explains_is_no_crossing():
         return lambda width, step, seed: 5.0 + size * float(np.random.default_rng([width, step, seed]).normal()) - 1e-3 * width
 
     found = ordering(only(trained(noisy(0.01))))
-    # Two widths' seeds, independent: variances add. 20 steps x 2 degrees of freedom give it to a fifth.
-    assert found.pairs[0].noise == pytest.approx(0.01 * math.sqrt(2) / math.sqrt(3), rel=0.2)
+    # Two widths' seeds, independent: variances add. 20 steps x 2 degrees of freedom give their mean to a fifth.
+    assert math.sqrt(np.mean(found.pairs[0].noise ** 2)) == pytest.approx(0.01 * math.sqrt(2) / math.sqrt(3), rel=0.2)
     assert found.better
     worse = ordering(only(trained(lambda width, step, seed: 5.0 + 0.001 * width + noisy(0.001)(0, step, seed))))
     assert worse.held == 0
+
+
+def test_noise_is_that_of_the_steps_nearby():
+    """Ten times as large from step 61 to 101 as elsewhere: what it allows there it allows nowhere else."""
+
+    def noisy(width: int, step: int, seed: int) -> float:
+        size = 0.1 if 61 <= step <= 101 else 0.01
+        return 5.0 - 2e-4 * width + size * float(np.random.default_rng([width, step, seed]).normal())
+
+    runs = trained(noisy, tuple(range(6)))
+    pair = ordering(only(runs)).pairs[0]
+    expected = np.array([0.1 if 61 <= step <= 101 else 0.01 for step in LOGGED]) * math.sqrt(2 / 6)
+    inside = np.array([61 < step < 101 for step in LOGGED])
+    outside = np.array([not 51 <= step <= 111 for step in LOGGED])
+    for where in (inside, outside):
+        assert pair.noise[where] == pytest.approx(expected[where], rel=0.6)
+    for step, better in ((81, True), (171, False)):
+
+        def worse(width: int, at: int, seed: int, step: int = step) -> float:
+            return noisy(width, at, seed) + (0.08 if (width, at) == (256, step) else 0)
+
+        assert ordering(only(trained(worse, tuple(range(6))))).better is better
 
 
 def test_a_wider_run_that_diverges_is_worse_and_a_narrower_one_is_not():

@@ -129,8 +129,8 @@ def ordering_in_words(ordering: WidthOrdering) -> str:
     words = f"{known[ordering.better]} at learning rate 2^{ordering.rate:.4g}"
     parts = [f"{words}: in {ordering.held} of {ordering.compared} comparisons"]
     if compared := [pair for pair in ordering.pairs if pair.steps]:
-        pair = max(compared, key=lambda pair: float(pair.difference.max()) - 2 * pair.noise)
-        allowed = f"noise allows {nats(2 * pair.noise)}" if pair.seeds > 1 else "one seed allows none above 0"
+        pair = max(compared, key=lambda pair: float((pair.difference - 2 * pair.noise).max()))
+        allowed = f"noise allows {nats(2 * pair.noise[pair.worst])}" if pair.seeds > 1 else "one seed allows none above 0"
         where = f"{'worst' if ordering.better is False else 'closest'} at step {pair.steps[pair.worst]}, width {pair}"
         parts.append(f"{where}: {nats(pair.difference[pair.worst])} ({allowed})")
     return "; ".join(parts + [ordering.why] * bool(ordering.why))

@@ -9,6 +9,10 @@ import numpy as np
 
 from mutransformer.mup.checks.runs import Run
 
+# Logged steps whose variances over seeds are averaged. One alone would be estimated from a few seeds; all together would hide
+# that the noise is up to ten times as large where the loss falls fast, as the warm-up ends, as it is at the beginning or end.
+WINDOW = 3
+
 
 @dataclass(frozen=True)
 class WidthPair:
@@ -18,7 +22,7 @@ class WidthPair:
     wide: int
     steps: list[int]  # that both have logged
     difference: np.ndarray  # by step: wider's loss minus narrower's, mean over paired seeds; infinite where one diverged
-    noise: float  # standard error of a difference: standard deviation over seeds, pooled over steps / sqrt(seeds); 0 for one seed
+    noise: np.ndarray  # by step: standard error of the difference over seeds, pooled over WINDOW steps; 0 for one seed
     seeds: int  # the number that both have
 
     @property
@@ -28,8 +32,8 @@ class WidthPair:
 
     @property
     def worst(self) -> int:
-        """The index of the largest difference."""
-        return int(np.argmax(self.difference))
+        """The index of the step at which the wider is worst relative to the noise."""
+        return int(np.argmax(self.difference - 2 * self.noise))
 
     def __str__(self) -> str:
         return f"{self.wide} minus {self.narrow}"
@@ -83,16 +87,26 @@ def _pair(narrow: int, wide: int, narrows: Mapping[int, Run], wides: Mapping[int
     seeds = sorted(narrows.keys() & wides.keys())
     steps, losses = training_losses([by_seed[seed] for by_seed in (wides, narrows) for seed in seeds])
     if not len(steps):
-        return WidthPair(narrow, wide, [], np.zeros(0), 0.0, len(seeds))
+        return WidthPair(narrow, wide, [], np.zeros(0), np.zeros(0), len(seeds))
     with np.errstate(invalid="ignore"):  # inf - inf = NaN: both diverged, so nothing to compare
         differences = losses[: len(seeds)] - losses[len(seeds) :]
         comparable = ~np.all(np.isnan(differences), axis=0)
         differences, steps = differences[:, comparable], steps[comparable]
         mean = np.nanmean(differences, axis=0)  # NaN: the wider diverged in one seed, the narrower in another
         mean = np.where(np.isnan(mean), math.inf, mean)
+    return WidthPair(narrow, wide, steps.tolist(), mean, _standard_errors(differences), len(seeds))
+
+
+def _standard_errors(differences: np.ndarray) -> np.ndarray:
+    """Of the mean over seeds, by step. differences [seeds, steps]; a step at which one is infinite has no variance of its own."""
+    seeds, steps = differences.shape
+    if seeds < 2:
+        return np.zeros(steps)
     finite = np.isfinite(differences).all(axis=0)
-    variance = np.var(differences[:, finite], axis=0, ddof=1) if len(seeds) > 1 and finite.any() else np.zeros(1)
-    return WidthPair(narrow, wide, steps.tolist(), mean, float(np.sqrt(variance.mean() / len(seeds))), len(seeds))
+    variance = np.var(np.where(finite, differences, 0.0), axis=0, ddof=1)
+    padded = (np.pad(each, WINDOW // 2) for each in (variance * finite, finite))
+    sums, counts = (np.convolve(each, np.ones(WINDOW), mode="valid") for each in padded)
+    return np.sqrt(sums / np.maximum(counts, 1) / seeds)
 
 
 def training_losses(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:

@@ -166,11 +166,11 @@ def _differences(axes: Axes, ordering: WidthOrdering, colors: dict[int, Any]) ->
     for pair, difference in zip(ordering.pairs, shown, strict=True):
         steps, color, wrong = np.array(pair.steps), colors[pair.wide], ~pair.holds
         axes.plot(steps, difference, color=color, linewidth=1.3)
-        axes.axhline(2 * pair.noise, color=color, linestyle=":", linewidth=1.0)
+        axes.plot(steps, 2 * pair.noise, color=color, linestyle=":", linewidth=1.0)
         axes.plot(steps[wrong], difference[wrong], **WRONG, zorder=4)
         beyond = steps[wrong & np.isnan(difference)]
         axes.plot(beyond, np.full(len(beyond), EDGE), **WRONG, transform=axes.get_xaxis_transform())
-    drawn = np.concatenate([*shown, [2 * pair.noise for pair in ordering.pairs], [0.0]])
+    drawn = np.concatenate([*shown, *(2 * pair.noise for pair in ordering.pairs), [0.0]])
     low, high = np.nanmin(drawn), np.nanmax(drawn)
     margin = 0.1 * (high - low) or 1e-3
     axes.set_ylim(low - margin, high + margin)

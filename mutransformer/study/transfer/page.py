@@ -43,8 +43,9 @@ DEFINITIONS = """\
 WIDER = """\
 - **Wider is better**: at every logged step, the training loss of each width minus that of the next narrower one, at the same
   learning rate and seed, mean over seeds, is at most twice its noise. The noise is the standard deviation of that
-  difference over seeds, pooled over steps, divided by the square root of the number of seeds. With one seed there is no
-  estimate of noise, and the difference must not be above 0.
+  difference over seeds, of the step and its two neighbors together, divided by the square root of the number of seeds: it is
+  largest where the loss falls fast, as the warm-up ends. With one seed there is no estimate of noise, and the difference must
+  not be above 0.
 """
 FOLLOWS = """\
 - **Exponent**: the slope p of log2(optimum) against log2({axis}), by least squares. ± seeds is the larger of two standard
@@ -110,11 +111,11 @@ def _section(variant: Variant) -> list[str]:
     if ordering is None:
         return [*parts, f"Whether a larger model is better at every step is not judged over {name}."]
     for pair in (pair for pair in ordering.pairs if pair.steps):
-        largest = f"{nats(pair.difference[pair.worst])} at step {pair.steps[pair.worst]}"
+        closest = f"{nats(pair.difference[pair.worst])} at step {pair.steps[pair.worst]}"
         holds = f"{int(pair.holds.sum())} of {len(pair.steps)}"
-        pairs.append([pair, holds, largest, f"{2 * pair.noise:.4f}", nats(pair.difference[-1]), pair.seeds])
+        pairs.append([pair, holds, closest, f"{2 * pair.noise[pair.worst]:.4f}", nats(pair.difference[-1]), pair.seeds])
     wider = _escape(ordering_in_words(ordering))
-    head = ["widths", "holds at", "largest difference", "2 × noise", "at the last step", "seeds"]
+    head = ["widths", "holds at", "closest to failing", "2 × noise there", "at the last step", "seeds"]
     return [*parts, f"{wider[:1].upper()}{wider[1:]}.", *([_table(head, pairs)] if ordering.pairs else [])]
 
 
