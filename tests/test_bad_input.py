@@ -68,7 +68,12 @@ def small_run(folder: Path) -> list[str]:
         "data.tokenizer=bytes",
         f"data.cache_dir={folder}/cache",
         f"workdir={folder}/runs",
-        *("model.d_model=64", "model.n_layer=1", "data.seq_len=16", "data.batch_size=8", "steps=2", "log.tensorboard=false"),
+        "model.d_model=64",
+        "model.n_layer=1",
+        "data.seq_len=16",
+        "data.batch_size=8",
+        "steps=2",
+        "log.tensorboard=false",
     ]
 
 

@@ -446,7 +446,7 @@ def test_a_failure_ends_the_other_workers_at_once(tmp_path: Path) -> None:
     bad = tmp_path / "text/00.jsonl"
     bad.write_text("{\n" + bad.read_text(encoding="utf-8"), encoding="utf-8")
     process = prepare_data(arguments(tmp_path, str(tmp_path / "cache"), "data.tokenize_workers=2"))
-    assert "00.jsonl:1: not JSON" in finish(process, code=2)
+    assert "00.jsonl:1: a JSON object over several lines" in finish(process, code=2)
     assert not list(tmp_path.glob("cache/*/*.json")) and not list(tmp_path.glob("cache/.*"))
     deadline = time.monotonic() + 20
     while of_session(process.pid):

@@ -352,8 +352,13 @@ TINY = [
 MODELS = {
     "relu": [],
     "all options": [
-        *("model.activation=swiglu", "model.n_kv_head=2", "model.qk_norm=true", "model.norm_scale=vector", "model.biases=true"),
-        *("model.embed_norm=true", "model.remat=full"),
+        "model.activation=swiglu",
+        "model.n_kv_head=2",
+        "model.qk_norm=true",
+        "model.norm_scale=vector",
+        "model.biases=true",
+        "model.embed_norm=true",
+        "model.remat=full",
     ],
     "grouped heads, swiglu": ["model.n_kv_head=4", "model.activation=swiglu", "optim.rule=completep", "model.n_layer_base=1"],
 }

@@ -71,8 +71,17 @@ def test_a_position_without_targets_is_left_out() -> None:
 
 T = 12
 SMALL = [
-    *("model.d_model=32", "model.d_base=16", "model.d_head=8", "model.n_layer=2", "model.ff_multiple=2", "model.head_chunk=10"),
-    *("model.n_vocab=90", "model.vocab_multiple=32", "precision.compute=float32", f"data.seq_len={T}", "data.batch_size=8"),
+    "model.d_model=32",
+    "model.d_base=16",
+    "model.d_head=8",
+    "model.n_layer=2",
+    "model.ff_multiple=2",
+    "model.head_chunk=10",
+    "model.n_vocab=90",
+    "model.vocab_multiple=32",
+    "precision.compute=float32",
+    f"data.seq_len={T}",
+    "data.batch_size=8",
 ]
 
 

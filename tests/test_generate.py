@@ -40,31 +40,55 @@ from mutransformer.training.step import make_logits
 BOS, NONE = 3, -1  # NONE: no token, and so an eos that never comes
 B, T, V, PADDED = 4, 12, 90, 96
 TINY = [
-    *("model.d_model=32", "model.d_base=16", "model.d_head=8", "model.n_layer=2", "model.ff_multiple=2"),
-    *(f"model.n_vocab={V}", "model.vocab_multiple=32", "precision.compute=float32"),
-    *(f"data.seq_len={T}", "data.batch_size=8"),
+    "model.d_model=32",
+    "model.d_base=16",
+    "model.d_head=8",
+    "model.n_layer=2",
+    "model.ff_multiple=2",
+    f"model.n_vocab={V}",
+    "model.vocab_multiple=32",
+    "precision.compute=float32",
+    f"data.seq_len={T}",
+    "data.batch_size=8",
 ]
 MODELS = {
     "relu": [],
     "multi-query, all options": [
-        *("model.activation=swiglu", "model.n_kv_head=1", "model.norm_scale=vector", "model.biases=true", "model.qk_norm=true"),
+        "model.activation=swiglu",
+        "model.n_kv_head=1",
+        "model.norm_scale=vector",
+        "model.biases=true",
+        "model.qk_norm=true",
         "model.embed_norm=true",
     ],
     # Three key/value heads, which y = 2 does not divide.
     "grouped, completep, scalar gains": [
-        *("model.d_model=48", "model.n_kv_head=3", "optim.rule=completep", "model.n_layer_base=1", "model.norm_scale=scalar"),
-        *("model.qk_norm=true", "model.remat=full"),
+        "model.d_model=48",
+        "model.n_kv_head=3",
+        "optim.rule=completep",
+        "model.n_layer_base=1",
+        "model.norm_scale=scalar",
+        "model.qk_norm=true",
+        "model.remat=full",
     ],
     "no positions, mup_table8": ["model.rotary_base=0", "model.n_kv_head=2", "optim.rule=mup_table8", "model.activation=gelu"],
     "sqrelu, completed_p": [
-        *("model.attention_activation=sqrelu", "optim.rule=completed_p", "model.n_layer_base=1", "model.activation=sqrelu"),
+        "model.attention_activation=sqrelu",
+        "optim.rule=completed_p",
+        "model.n_layer_base=1",
+        "model.activation=sqrelu",
     ],
     "elu, sp": ["model.attention_activation=elu", "optim.rule=sp", "model.activation=silu", "model.n_kv_head=2"],
     "norm_sqrelu, abs_mup": ["model.attention_activation=norm_sqrelu", "optim.rule=abs_mup", "model.qk_scale=1"],
     "norm_elu": ["model.attention_activation=norm_elu", "model.biases=true"],
     "wide heads, multipliers": [
-        *("model.attention_multiple=1.5", "model.n_kv_head=3", "model.qk_norm=true", "model.norm_scale=vector"),
-        *("model.embed_multiplier=3", "model.residual_multiplier=0.5", "model.logits_multiplier=2"),
+        "model.attention_multiple=1.5",
+        "model.n_kv_head=3",
+        "model.qk_norm=true",
+        "model.norm_scale=vector",
+        "model.embed_multiplier=3",
+        "model.residual_multiplier=0.5",
+        "model.logits_multiplier=2",
     ],
 }
 MESHES = {"1 x 1": (1, 1), "2 x 1": (2, 1), "1 x 2": (1, 2), "4 x 2": (4, 2), "2 of 1 x 2": (1, 2, 2)}

@@ -33,8 +33,15 @@ from mutransformer.exchange.to_hf import write_model  # noqa: E402
 
 V = 253  # not a multiple of vocab_multiple: rows that pad it must not get out
 TINY = [
-    *("model.d_model=32", "model.d_base=16", "model.d_head=8", "model.n_layer=2", "model.ff_multiple=2.5"),
-    *(f"model.n_vocab={V}", "model.vocab_multiple=128", "data.seq_len=24", "data.batch_size=4"),
+    "model.d_model=32",
+    "model.d_base=16",
+    "model.d_head=8",
+    "model.n_layer=2",
+    "model.ff_multiple=2.5",
+    f"model.n_vocab={V}",
+    "model.vocab_multiple=128",
+    "data.seq_len=24",
+    "data.batch_size=4",
 ]
 HEADS = {"MHA": [], "GQA": ["model.n_kv_head=2"], "MQA": ["model.n_kv_head=1"]}
 RULES = {
@@ -75,7 +82,10 @@ def parity(made: Program, folder: Path, keep_multipliers: bool = False) -> Parit
 
 def settings(activation: str, heads: str, norm_scale: str, rule: str, qk_norm: bool) -> list[str]:
     return [
-        *(f"model.activation={activation}", f"model.norm_scale={norm_scale}", *HEADS[heads], *RULES[rule]),
+        f"model.activation={activation}",
+        f"model.norm_scale={norm_scale}",
+        *HEADS[heads],
+        *RULES[rule],
         f"model.qk_norm={str(qk_norm).lower()}",
     ]
 

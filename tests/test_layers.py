@@ -29,8 +29,26 @@ ALLOWED["training.heat_maps"] = {"io", "io.BytesIO"}  # an image in memory
 ALLOWED["mup.checks.rate_sweep"] = {"logging", "time"}
 
 IMPURE_MODULES = {
-    *("datetime", "fsspec", "glob", "io", "logging", "os", "pathlib", "random", "requests", "secrets", "shutil", "signal"),
-    *("socket", "subprocess", "sys", "tempfile", "threading", "time", "urllib", "uuid"),
+    "datetime",
+    "fsspec",
+    "glob",
+    "io",
+    "logging",
+    "os",
+    "pathlib",
+    "random",
+    "requests",
+    "secrets",
+    "shutil",
+    "signal",
+    "socket",
+    "subprocess",
+    "sys",
+    "tempfile",
+    "threading",
+    "time",
+    "urllib",
+    "uuid",
 }
 IMPURE_CALLS = {"open", "print", "input"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -220,9 +238,17 @@ def test_nothing_runs_what_it_has_read(name):
 @pytest.mark.parametrize(
     "source",
     [
-        *("import pickle", "from pickle import load", "eval('1')", "exec(text)", "np.load(p, allow_pickle=True)"),
-        *("yaml.load(text, Loader=yaml.UnsafeLoader)", "yaml.unsafe_load(text)", "subprocess.run(c, shell=True)"),
-        *("AutoTokenizer.from_pretrained(n)", "AutoTokenizer.from_pretrained(n, trust_remote_code=True)", "os.system(c)"),
+        "import pickle",
+        "from pickle import load",
+        "eval('1')",
+        "exec(text)",
+        "np.load(p, allow_pickle=True)",
+        "yaml.load(text, Loader=yaml.UnsafeLoader)",
+        "yaml.unsafe_load(text)",
+        "subprocess.run(c, shell=True)",
+        "AutoTokenizer.from_pretrained(n)",
+        "AutoTokenizer.from_pretrained(n, trust_remote_code=True)",
+        "os.system(c)",
     ],
 )
 def test_unsafe_calls_are_seen(source):

@@ -209,9 +209,19 @@ def test_products_of_small_sizes_run_in_bfloat16():
 def test_a_train_step_runs_in_bfloat16(width, head, row, rows, grid, settings):
     config = load(
         [
-            *(f"model.d_model={width}", f"model.d_head={head}", f"data.seq_len={row}", f"data.batch_size={rows}"),
-            *("model.n_layer=1", "model.n_vocab=50", "model.vocab_multiple=8", f"mesh.x={grid[0]}", f"mesh.y={grid[1]}"),
-            *("precision.compute=bfloat16", "optim.lr=0.01", "optim.warmup_steps=0", *settings),
+            f"model.d_model={width}",
+            f"model.d_head={head}",
+            f"data.seq_len={row}",
+            f"data.batch_size={rows}",
+            "model.n_layer=1",
+            "model.n_vocab=50",
+            "model.vocab_multiple=8",
+            f"mesh.x={grid[0]}",
+            f"mesh.y={grid[1]}",
+            "precision.compute=bfloat16",
+            "optim.lr=0.01",
+            "optim.warmup_steps=0",
+            *settings,
         ]
     )
     mesh = mesh_of(grid)

@@ -25,9 +25,17 @@ BOS, B, T, V = 0, 2, 128, 257  # as many ids as a batch has positions; T takes a
 def make(*args: str) -> Config:
     return load(
         [
-            *("model.d_model=16", "model.d_head=4", "model.n_layer=2", "model.n_kv_head=2", f"model.n_vocab={V}"),
-            *("model.vocab_multiple=8", "model.biases=true", "precision.compute=float32"),
-            *(f"data.seq_len={T}", f"data.batch_size={B}", "mesh.x=1"),
+            "model.d_model=16",
+            "model.d_head=4",
+            "model.n_layer=2",
+            "model.n_kv_head=2",
+            f"model.n_vocab={V}",
+            "model.vocab_multiple=8",
+            "model.biases=true",
+            "precision.compute=float32",
+            f"data.seq_len={T}",
+            f"data.batch_size={B}",
+            "mesh.x=1",
             *args,
         ]
     )

@@ -23,8 +23,16 @@ def make(*args: str, rule: str = "mup") -> Config:
     """Without the factor on the unembedding's rate, which is no part of a rule."""
     return load(
         [
-            *(f"model.d_model={M}", f"model.d_base={P}", "model.d_head=8", "model.ff_multiple=1.5", "model.n_layer=2"),
-            *("model.n_kv_head=2", "model.n_vocab=512", "model.biases=true", "model.norm_scale=vector", f"optim.rule={rule}"),
+            f"model.d_model={M}",
+            f"model.d_base={P}",
+            "model.d_head=8",
+            "model.ff_multiple=1.5",
+            "model.n_layer=2",
+            "model.n_kv_head=2",
+            "model.n_vocab=512",
+            "model.biases=true",
+            "model.norm_scale=vector",
+            f"optim.rule={rule}",
             "optim.lr_factors.output=1",
             *args,
         ]
@@ -214,7 +222,10 @@ def test_no_two_weights_or_layers_are_alike(drawn):
 def test_zero_where_told():
     zero = draw(make("model.q_init=zero", "model.residual_init=zero", "model.unembed_init=zero"))
     assert {name for name, a in zero.items() if a.ndim > 1 and not a.any() and not name.startswith("blocks.b_")} == {
-        *("blocks.w_q", "blocks.w_o", "blocks.w_down", "unembed")
+        "blocks.w_q",
+        "blocks.w_o",
+        "blocks.w_down",
+        "unembed",
     }
 
 

@@ -19,9 +19,18 @@ from mutransformer.training.program import scaling_of
 def make(*args: str) -> Config:
     return load(
         [
-            *("model.d_model=16", "model.d_base=10", "model.d_head=8", "model.n_layer=2", "model.ff_multiple=1.5"),
-            *("model.n_vocab=20", "model.vocab_multiple=4", "model.norm_scale=vector", "model.biases=true"),
-            *("steps=10", "optim.warmup_steps=4", "optim.lr=0.05"),
+            "model.d_model=16",
+            "model.d_base=10",
+            "model.d_head=8",
+            "model.n_layer=2",
+            "model.ff_multiple=1.5",
+            "model.n_vocab=20",
+            "model.vocab_multiple=4",
+            "model.norm_scale=vector",
+            "model.biases=true",
+            "steps=10",
+            "optim.warmup_steps=4",
+            "optim.lr=0.05",
             *args,
         ]
     )
@@ -160,8 +169,14 @@ def test_two_updates(settings):
 @pytest.mark.parametrize(
     "change",
     [
-        *("optim.decay=independent", "optim.decay_vectors=true", "optim.clip_norm=0", "optim.eps_scaling=false"),
-        *("optim.weight_decay=0", "optim.rule=mup", "optim.beta1=0.5", "optim.min_lr_ratio=0.3"),
+        "optim.decay=independent",
+        "optim.decay_vectors=true",
+        "optim.clip_norm=0",
+        "optim.eps_scaling=false",
+        "optim.weight_decay=0",
+        "optim.rule=mup",
+        "optim.beta1=0.5",
+        "optim.min_lr_ratio=0.3",
     ],
 )
 def test_every_setting_is_felt(change):

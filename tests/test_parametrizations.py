@@ -21,10 +21,19 @@ from mutransformer.training.program import scaling_of
 from mutransformer.training.step import make_train_step
 
 TINY = [
-    *("model.d_model=32", "model.d_head=8", "model.n_layer=3", "model.n_vocab=60", "model.vocab_multiple=4"),
-    *("data.seq_len=16", "data.batch_size=8", "precision.compute=float32", "optim.warmup_steps=2", "steps=20"),
+    "model.d_model=32",
+    "model.d_head=8",
+    "model.n_layer=3",
+    "model.n_vocab=60",
+    "model.vocab_multiple=4",
+    "data.seq_len=16",
+    "data.batch_size=8",
+    "precision.compute=float32",
+    "optim.warmup_steps=2",
+    "steps=20",
     "optim.lr_factors.output=1",  # as in the papers' tables
-    *("optim.lr=0.05", "optim.eps=1e-30"),  # eps 0 but for weights without any gradient: 0 / 0
+    "optim.lr=0.05",
+    "optim.eps=1e-30",  # eps 0 but for weights without any gradient: 0 / 0
 ]
 STEPS = 6
 

@@ -68,7 +68,10 @@ def test_collectives_of_a_step():
     assert whole["all-gather", "y"] == (L * 4 + 1, (L * 4 + 1) * activation)
     assert whole["reduce-scatter", "y"] == (L * 4 + 1, (L * 4 + 1) * activation)
     assert set(whole) - {("all-reduce", "x"), ("all-reduce", "y")} == {
-        *(("all-gather", "x"), ("reduce-scatter", "x"), ("all-gather", "y"), ("reduce-scatter", "y")),
+        ("all-gather", "x"),
+        ("reduce-scatter", "x"),
+        ("all-gather", "y"),
+        ("reduce-scatter", "y"),
     }
 
 

@@ -56,8 +56,11 @@ def test_an_unknown_number_of_gpus_is_a_one_line_error(name):
 @pytest.mark.parametrize(
     ("name", "peak", "memory", "bandwidth"),
     [
-        *(("a100", 312e12, 80e9, 2.039e12), ("h100", 989e12, 80e9, 3.35e12), ("h200", 989e12, 141e9, 4.8e12)),
-        *(("b200", 2250e12, 1440e9 / 8, 64e12 / 8), ("gb200", 2500e12, 13.4e12 / 72, 576e12 / 72)),
+        ("a100", 312e12, 80e9, 2.039e12),
+        ("h100", 989e12, 80e9, 3.35e12),
+        ("h200", 989e12, 141e9, 4.8e12),
+        ("b200", 2250e12, 1440e9 / 8, 64e12 / 8),
+        ("gb200", 2500e12, 13.4e12 / 72, 576e12 / 72),
     ],
 )
 def test_figures_of_the_data_sheets(name, peak, memory, bandwidth):

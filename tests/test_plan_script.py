@@ -64,14 +64,16 @@ def test_a_search_is_a_table(run_script):
 @pytest.mark.parametrize(
     "args",
     [
-        *(("--topology", "cpu"), ("--topology", "v5p:5x5x5"), ("--mesh", "q=2"), ("--topology", "v5p-128"), ("--top", "0")),
-        *(
-            ("--timeline", "a.png"),
-            ("--search", "--mesh", "x=1"),
-            ("--kernel-flops", "splash"),
-            ("--kernel-flops", "(=1"),
-            ("--kernel-efficiency", "2"),
-        ),
+        ("--topology", "cpu"),
+        ("--topology", "v5p:5x5x5"),
+        ("--mesh", "q=2"),
+        ("--topology", "v5p-128"),
+        ("--top", "0"),
+        ("--timeline", "a.png"),
+        ("--search", "--mesh", "x=1"),
+        ("--kernel-flops", "splash"),
+        ("--kernel-flops", "(=1"),
+        ("--kernel-efficiency", "2"),
         ("--topology", "v5e:1x1", "model.n_layr=2"),
     ],
 )

@@ -133,8 +133,14 @@ def test_runs_of_other_depth_steps_or_batch_are_other_runs(tmp_path):
 @pytest.mark.parametrize(
     ("first", "final", "status"),
     [
-        *((6.9, 708_088.0, "diverged"), (6.9, 21.0, "diverged"), (6.9, math.inf, "diverged"), (6.9, math.nan, "diverged")),
-        *((6.9, 20.6, "finished"), (6.9, 3.0, "finished"), (0.3, 2.2, "finished"), (0.3, 2.4, "diverged")),
+        (6.9, 708_088.0, "diverged"),
+        (6.9, 21.0, "diverged"),
+        (6.9, math.inf, "diverged"),
+        (6.9, math.nan, "diverged"),
+        (6.9, 20.6, "finished"),
+        (6.9, 3.0, "finished"),
+        (0.3, 2.2, "finished"),
+        (0.3, 2.4, "diverged"),
     ],
 )
 def test_a_run_whose_loss_rose_far_diverged_though_all_is_finite(first: float, final: float, status: str) -> None:

@@ -104,9 +104,19 @@ def test_biases_are_where_they_are_asked_for(where, names):
 def test_every_weight_of_a_model_with_all_of_them():
     config = load(
         [
-            *("model.d_model=48", "model.d_head=8", "model.n_kv_head=2", "model.n_layer=3", "model.ff_multiple=1.5"),
-            *("model.activation=swiglu", "model.biases=true", "model.norm_scale=vector", "model.qk_norm=true"),
-            *("model.embed_norm=true", "model.n_vocab=100", "model.vocab_multiple=64", "mesh.y=2"),
+            "model.d_model=48",
+            "model.d_head=8",
+            "model.n_kv_head=2",
+            "model.n_layer=3",
+            "model.ff_multiple=1.5",
+            "model.activation=swiglu",
+            "model.biases=true",
+            "model.norm_scale=vector",
+            "model.qk_norm=true",
+            "model.embed_norm=true",
+            "model.n_vocab=100",
+            "model.vocab_multiple=64",
+            "mesh.y=2",
         ]
     )
     tree = specs(config)

@@ -38,8 +38,15 @@ from mutransformer.training.run_folder import LOCK, RunFolder
 SCRIPT = "scripts/sweep.py"
 STEPS = 80
 TINY = [
-    *("model.d_model=64", "model.d_base=32", "model.d_head=8", "model.n_layer=1", "model.vocab_multiple=64"),
-    *("data.seq_len=16", "precision.compute=float32", "eval.batches=2", "log.every=10"),
+    "model.d_model=64",
+    "model.d_base=32",
+    "model.d_head=8",
+    "model.n_layer=1",
+    "model.vocab_multiple=64",
+    "data.seq_len=16",
+    "precision.compute=float32",
+    "eval.batches=2",
+    "log.every=10",
 ]
 GRID = ["--widths", "32,64", "--lrs", "2^-8:2^-6:2", "--seeds", "0,1"]
 POINTS = [(2.0**-8, 0), (2.0**-8, 1), (2.0**-6, 0), (2.0**-6, 1)]
@@ -365,8 +372,26 @@ def test_rates() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("x", "", "2^-2:2^-4:1", "2^-4:2^-2:0", "2^-4:2^-2:-1", "2^-4:2^-2:inf", "0:1:1", "2^-4:2^-2", "2^-4:2^-2:1:1"),
-        *("0.1,0.1", "0.5,2^-1", "-0.1", "0", "nan", "inf", "2^9999", "0^-1", "-2^0.5", "2^-4,2^-3:2^-2:1", "0.1,"),
+        "x",
+        "",
+        "2^-2:2^-4:1",
+        "2^-4:2^-2:0",
+        "2^-4:2^-2:-1",
+        "2^-4:2^-2:inf",
+        "0:1:1",
+        "2^-4:2^-2",
+        "2^-4:2^-2:1:1",
+        "0.1,0.1",
+        "0.5,2^-1",
+        "-0.1",
+        "0",
+        "nan",
+        "inf",
+        "2^9999",
+        "0^-1",
+        "-2^0.5",
+        "2^-4,2^-3:2^-2:1",
+        "0.1,",
     ],
 )
 def test_invalid_rates(text: str) -> None:

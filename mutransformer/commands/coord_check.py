@@ -26,8 +26,13 @@ from mutransformer.sharding import processes
 
 KEYS = (*RUN_KEYS, "optim.rule", "optim.lr", "optim.name", "model.d_base", "model.n_layer", "model.n_layer_base")
 PRESET = [
-    *("data.batch_size=16", "data.seq_len=128", "optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=0.00390625"),
-    *("precision.compute=float32", "model.n_layer=2"),
+    "data.batch_size=16",
+    "data.seq_len=128",
+    "optim.schedule=constant",
+    "optim.warmup_steps=0",
+    "optim.lr=0.00390625",
+    "precision.compute=float32",
+    "model.n_layer=2",
 ]
 # The control, without the settings that the rule sp refuses.
 STANDARD = ["optim.rule=sp", "optim.eps_scaling=false"]

@@ -21,10 +21,19 @@ except ImportError:
 STYLE: list[Any] = [
     "default",  # ignores the user's matplotlibrc
     {
-        **{"font.size": 9.5, "axes.titlesize": 10, "legend.fontsize": 9, "legend.frameon": False},
-        **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e8e8e8"},
-        **{"axes.axisbelow": True, "lines.linewidth": 1.6, "figure.constrained_layout.use": True},
-        **{"svg.hashsalt": "mutransformer", "savefig.dpi": 160},
+        "font.size": 9.5,
+        "axes.titlesize": 10,
+        "legend.fontsize": 9,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e8e8e8",
+        "axes.axisbelow": True,
+        "lines.linewidth": 1.6,
+        "figure.constrained_layout.use": True,
+        "svg.hashsalt": "mutransformer",
+        "savefig.dpi": 160,
     },
 ]
 TITLES = {"size": "mean |x|", "change": "mean |change of x since the start|", "update": "mean |update of the weight|"}

@@ -103,7 +103,11 @@ def heat_map(history: History, quantity: str, layout: Layout) -> bytes:
 
 
 _LOOK: dict[str, Any] = {
-    **{"aspect": "auto", "origin": "lower", "interpolation": "nearest", "vmin": -OCTAVES, "vmax": OCTAVES},
+    "aspect": "auto",
+    "origin": "lower",
+    "interpolation": "nearest",
+    "vmin": -OCTAVES,
+    "vmax": OCTAVES,
 }
 
 

@@ -107,7 +107,7 @@ class LayerSizes:
 
         everywhere = replicated(program.mesh)
         kept = (program.state_shardings.params, optimizer.first_moments(program.state_shardings.opt))
-        places = Before({name: everywhere for name in layout.activations}, *kept)
+        places = Before(dict.fromkeys(layout.activations, everywhere), *kept)
         self._before: Any = jax.jit(before, out_shardings=places).lower(state, batch).compile()
         was = jax.tree.map(_abstract, jax.eval_shape(before, state, batch), places)
         metrics = {name: jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere) for name in _METRICS}

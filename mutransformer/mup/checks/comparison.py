@@ -46,7 +46,13 @@ def _compare(subject: Variant, other: Variant, size: int) -> TunedComparison:
     differences = [a[seed] - b[seed] for seed in seeds]
     finite = all(map(math.isfinite, differences))
     return TunedComparison(
-        *(subject.name, other.name, size, rate, ours.losses.get(rate), theirs.best, theirs.best_loss),
+        subject=subject.name,
+        other=other.name,
+        size=size,
+        rate=rate,
+        loss=ours.losses.get(rate),
+        other_rate=theirs.best,
+        other_loss=theirs.best_loss,
         difference=float(np.mean(differences)) if seeds else None,
         stderr=standard_error(differences) if finite else None,
         seeds=len(seeds),

@@ -44,7 +44,10 @@ class Run:
         logged = [*range(every, steps, every), steps]
         means = [float(np.mean(losses[a:b], dtype=np.float64)) for a, b in zip([0, *logged], logged, strict=False)]
         return cls(
-            *(variant, width, lr, seed),
+            variant=variant,
+            width=width,
+            lr=lr,
+            seed=seed,
             status="diverged" if wrong.size or has_diverged(float(losses[0]), final) else "finished",
             steps=steps,
             diverged_at=int(wrong[0]) + 1 if wrong.size else None,

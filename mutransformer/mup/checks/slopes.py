@@ -23,8 +23,20 @@ Kind = Literal["size", "change", "update", "decay"]
 KINDS: tuple[Kind, ...] = ("size", "change", "update", "decay")
 # In the order of the forward pass.
 ACTIVATIONS = (
-    *("residual", "query", "key", "value", "rotated_query", "rotated_key", "attention_logits", "attention_output"),
-    *("attention_branch", "feed_forward_hidden", "feed_forward_activation", "feed_forward_branch", "final", "logits"),
+    "residual",
+    "query",
+    "key",
+    "value",
+    "rotated_query",
+    "rotated_key",
+    "attention_logits",
+    "attention_output",
+    "attention_branch",
+    "feed_forward_hidden",
+    "feed_forward_activation",
+    "feed_forward_branch",
+    "final",
+    "logits",
 )
 # How muP's updates under Adam and Lion scale with a weight's fan-in, by role; 0 for the others. Written down here, not derived
 # from RULES, which are what is checked.

@@ -77,17 +77,25 @@ def target_config(card: Card) -> str:
     major, minor = card.capability
     shared = (164 if major == 8 else 228) << 10  # of a multiprocessor, of which the driver keeps 1 KiB per block
     fields = {
-        **{"threads_per_block_limit": 1024, "threads_per_warp": 32, "threads_per_core_limit": 2048},
-        **{"shared_memory_per_block": 48 << 10, "shared_memory_per_core": shared, "shared_memory_per_block_optin": shared - 1024},
-        **{"registers_per_core_limit": 65536, "registers_per_block_limit": 65536},
-        **{"core_count": card.multiprocessors, "fpus_per_core": 64 if card.capability == (8, 0) else 128},
-        **{"block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 65535, "block_dim_limit_z": 65535},
-        **{"thread_dim_limit_x": 1024, "thread_dim_limit_y": 1024, "thread_dim_limit_z": 64},
-        **{
-            "memory_bandwidth": int(card.hbm_bandwidth),
-            "device_memory_size": int(card.hbm_bytes * DRIVER_REPORTS * MEMORY_FRACTION / XLA_SHARE),
-            "l2_cache_size": card.l2_bytes,
-        },
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "threads_per_core_limit": 2048,
+        "shared_memory_per_block": 48 << 10,
+        "shared_memory_per_core": shared,
+        "shared_memory_per_block_optin": shared - 1024,
+        "registers_per_core_limit": 65536,
+        "registers_per_block_limit": 65536,
+        "core_count": card.multiprocessors,
+        "fpus_per_core": 64 if card.capability == (8, 0) else 128,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65535,
+        "block_dim_limit_z": 65535,
+        "thread_dim_limit_x": 1024,
+        "thread_dim_limit_y": 1024,
+        "thread_dim_limit_z": 64,
+        "memory_bandwidth": int(card.hbm_bandwidth),
+        "device_memory_size": int(card.hbm_bytes * DRIVER_REPORTS * MEMORY_FRACTION / XLA_SHARE),
+        "l2_cache_size": card.l2_bytes,
         "clock_rate_ghz": card.clock / 1e9,
     }
     features = "ACCELERATED_FEATURES" if major >= 9 else "NONE"

@@ -21,8 +21,17 @@ from mutransformer.planning.compiled.hlo import Op, trip_count
 COMPUTE = ("matmul", "kernel", "other", "unestimated")  # kinds of what the core computes
 WAITS = ("wait", "exposed")  # for a memory transfer, for a collective
 _FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
-    *("add-dependency", "opt-barrier", "domain"),
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "add-dependency",
+    "opt-barrier",
+    "domain",
 }
 _MIN_SLICE = 64  # bytes: the results of a slice-start hold flags besides the slice
 

@@ -66,7 +66,7 @@ class Totals:
 
 def totals(schedule: Schedule) -> Totals:
     """The totals of a step's schedule."""
-    by_kind: dict[str, float] = {kind: 0.0 for kind in (*COMPUTE, *WAITS, "transfer")}
+    by_kind: dict[str, float] = dict.fromkeys((*COMPUTE, *WAITS, "transfer"), 0.0)
     by_source: defaultdict[tuple[str, str], float] = defaultdict(float)
     collectives: defaultdict[CollectiveKey, CollectiveTotals] = defaultdict(CollectiveTotals)
     warnings: set[str] = set()

@@ -296,9 +296,16 @@ def _said_of_transfer(result: Mapping[str, Any]) -> str:
 
 
 _BODIES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
-    **{"kernels": _kernels, "throughput": _throughput, "trace": _trace, "sweep": _sweep, "transfer": _transfer},
+    "kernels": _kernels,
+    "throughput": _throughput,
+    "trace": _trace,
+    "sweep": _sweep,
+    "transfer": _transfer,
 }
 _SUMMARIES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    **{"kernels": _said_of_kernels, "throughput": _said_of_throughput, "trace": _said_of_trace},
-    **{"sweep": _said_of_sweep, "transfer": _said_of_transfer},
+    "kernels": _said_of_kernels,
+    "throughput": _said_of_throughput,
+    "trace": _said_of_trace,
+    "sweep": _said_of_sweep,
+    "transfer": _said_of_transfer,
 }

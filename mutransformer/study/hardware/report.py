@@ -50,26 +50,41 @@ _HERE = __name__.rpartition(".")[0]
 DEVICE = Section("device", "devices, versions, environment", f"{_HERE}.device", "describe", lambda sizes: ())
 SECTIONS = (
     Section(
-        *("kernels", "attention forward and backward against the plain formula in float32", f"{_HERE}.kernels", "kernels"),
-        lambda sizes: (sizes.attention,),
+        name="kernels",
+        about="attention forward and backward against the plain formula in float32",
+        module=f"{_HERE}.kernels",
+        function="kernels",
+        arguments=lambda sizes: (sizes.attention,),
     ),
     Section(
-        *("throughput", "tokens per second and MFU of the train step", f"{_HERE}.throughput", "throughput"),
-        lambda sizes: (sizes.steps, sizes.seconds, sizes.repeats),
+        name="throughput",
+        about="tokens per second and MFU of the train step",
+        module=f"{_HERE}.throughput",
+        function="throughput",
+        arguments=lambda sizes: (sizes.steps, sizes.seconds, sizes.repeats),
     ),
     Section(
-        *("trace", "a profiler's trace of some steps", f"{_HERE}.trace", "trace"),
-        lambda sizes: (sizes.traced, sizes.traced_steps),
+        name="trace",
+        about="a profiler's trace of some steps",
+        module=f"{_HERE}.trace",
+        function="trace",
+        arguments=lambda sizes: (sizes.traced, sizes.traced_steps),
     ),
     Section(
-        *("sweep", "several learning rates one after another and at once", f"{_HERE}.sweep_factor", "sweep_factor"),
-        lambda sizes: (sizes.sweep, sizes.n_rates, sizes.seconds, sizes.repeats),
-        "one per core",
+        name="sweep",
+        about="several learning rates one after another and at once",
+        module=f"{_HERE}.sweep_factor",
+        function="sweep_factor",
+        arguments=lambda sizes: (sizes.sweep, sizes.n_rates, sizes.seconds, sizes.repeats),
+        devices="one per core",
     ),
     Section(
-        *("transfer", "the best learning rate at two widths, shortly", f"{_HERE}.short_transfer", "short_transfer"),
-        lambda sizes: (sizes.transfer,),
-        "one per core",
+        name="transfer",
+        about="the best learning rate at two widths, shortly",
+        module=f"{_HERE}.short_transfer",
+        function="short_transfer",
+        arguments=lambda sizes: (sizes.transfer,),
+        devices="one per core",
     ),
 )
 

@@ -18,9 +18,21 @@ FILE = "runs.jsonl"  # in a sweep's folder
 DEFAULTS = flatten(Config())
 _WITHOUT_EFFECT_SECTIONS = ("checkpoint", "distributed", "profile", "watchdog")
 _WITHOUT_EFFECT_KEYS = {
-    *("name", "workdir", "compile_cache", "eval.samples", "eval.prompts", "log.layers", "log.tensorboard", "log.wandb"),
-    *("data.cache_dir", "data.cache_is_shared", "data.local_dir", "data.tokenize_workers"),
-    *("data.threads", "data.workers", "data.prefetch"),
+    "name",
+    "workdir",
+    "compile_cache",
+    "data.cache_dir",
+    "data.cache_is_shared",
+    "data.local_dir",
+    "data.tokenize_workers",
+    "data.threads",
+    "data.workers",
+    "data.prefetch",
+    "eval.samples",
+    "eval.prompts",
+    "log.layers",
+    "log.tensorboard",
+    "log.wandb",
 }
 # Settings that change no loss of a run: where it is, how its data are read, and what watches it.
 WITHOUT_EFFECT = _WITHOUT_EFFECT_KEYS | {key for key in DEFAULTS if key.partition(".")[0] in _WITHOUT_EFFECT_SECTIONS}
