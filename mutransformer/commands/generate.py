@@ -100,7 +100,8 @@ class Screen:
         """The times until the first token, and the rate of those after it, as a line."""
         (end, total), (start, first) = self._last, self._first or self._last
         texts = self._n_prompts * self._n_samples
-        line = f"{texts} text{'s' * (texts > 1)}, {total} token{'s' * (total > 1)}; the first after {start - self._began:.1f} s"
+        counted = ", ".join(f"{n} {noun}" if n == 1 else f"{n} {noun}s" for n, noun in ((texts, "text"), (total, "token")))
+        line = f"{counted}; the first after {start - self._began:.1f} s"
         return line + (f", then {(total - first) / (end - start):,.0f} tokens/s" if total > first else "")
 
 

@@ -242,7 +242,7 @@ def describe(prefix: str = "") -> str:
     for one in found:
         title, text = one.key, one.field.metadata["meaning"]
         if one.field.type is not one.group:
-            about = type_name(one.field.type), limits(one.field.metadata["bounds"]), "free on resume" * one.free
+            about = type_name(one.field.type), limits(one.field.metadata["bounds"]), "free on resume" if one.free else ""
             title, text = f"{title} = {to_text(one.default)}", f"[{', '.join(filter(None, about))}] {text}"
         indent = " " * 4
         lines += [title, textwrap.fill(text, 110, initial_indent=indent, subsequent_indent=indent, break_long_words=False)]

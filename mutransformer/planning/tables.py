@@ -76,7 +76,8 @@ def _work(estimate: Estimate, is_timed: bool) -> Table:
 
 def _traffic(estimate: Estimate, is_timed: bool) -> Table:
     sent = f"sent per {estimate.scenario.topology.noun}"
-    table = table_of("collectives per step", "<kind", "<axis", "<of", "count", "full arrays", sent, *(["at least"] * is_timed))
+    timed = ["at least"] if is_timed else []
+    table = table_of("collectives per step", "<kind", "<axis", "<of", "count", "full arrays", sent, *timed)
     for t in estimate.traffic:
         sizes = (bytes_(t.bytes), bytes_(t.wire_bytes), *([format_seconds(t.seconds)] if is_timed else []))
         table.add_row(t.kind, " ".join(t.axes), t.purpose, str(t.count), *sizes)

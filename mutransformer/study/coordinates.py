@@ -100,8 +100,8 @@ def expected_slopes(config: Config, specs: Transformer[Weight]) -> Expected:
     if optim.name == "muon":
         update |= {path: MUON for path, w in by_path.items() if w.role in ("hidden", "residual")}
     vectors = frozenset(path for path, w in by_path.items() if not w.is_matrix)
-    standard = "sp" in (config.model.unembed_init, *[optim.rule] * (config.model.unembed_init == "rule"))
-    return Expected({} if standard else {"logits": -0.5}, update, vectors=vectors)
+    unembed_init = optim.rule if config.model.unembed_init == "rule" else config.model.unembed_init
+    return Expected({} if unembed_init == "sp" else {"logits": -0.5}, update, vectors=vectors)
 
 
 def measure(

@@ -55,7 +55,7 @@ def _section(variant: Variant) -> str:
     """Losses with each width's lowest marked *, optima as log2, and what tuning on the narrowest width costs."""
     rows = [["width", *(f"2^{rate:.4g}" for rate in variant.rates), "optimum, log2", "loss - lowest at the narrowest's best"]]
     for width, fit in variant.fits.items():
-        losses = [f"{fit.cells[rate]}{'*' * (rate == fit.best)}" if rate in fit.cells else "" for rate in variant.rates]
+        losses = [f"{fit.cells[rate]}{'*' if rate == fit.best else ''}" if rate in fit.cells else "" for rate in variant.rates]
         penalty = fit.penalty(variant.tuned)
         rows.append([str(width), *losses, str(fit.optimum), "unknown" if penalty is None else f"{penalty:.4f}"])
     return "\n".join([variant.title, aligned(rows), drift_in_words(variant)])

@@ -223,7 +223,8 @@ def judge(
     decaying = (fit.name for fit in subjects if fit.kind == "decay" and fit.name in expected.vectors and any(fit.means))
     shrunk = list(dict.fromkeys(decaying))
     decays = f"{subject}: weight decay also shrinks gains and biases: {', '.join(shrunk)}"
-    return [flat, *[Verdict("WARNING", decays)] * bool(shrunk), no_control if control is None else _grows(controls, axis)]
+    warnings = [Verdict("WARNING", decays)] if shrunk else []
+    return [flat, *warnings, no_control if control is None else _grows(controls, axis)]
 
 
 def _as_expected(found: Sequence[Deviation], max_slope: float) -> Verdict:

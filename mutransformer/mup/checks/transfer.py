@@ -104,7 +104,7 @@ class Variant:
 
     @property
     def title(self) -> str:
-        return self.name + " (control)" * self.control
+        return f"{self.name} (control)" if self.control else self.name
 
     @property
     def tuned(self) -> float | None:

@@ -100,13 +100,15 @@ def gaps_in_words(variant: Variant) -> str:
     """How many runs of the grid are missing, and which."""
     n = sum(len(gap.seeds) for gap in variant.missing)
     named = [_gap(variant, gap) for gap in variant.missing[:LISTED]]
-    more = [f"and more at {count(len(variant.missing) - LISTED, 'other rate')}"] * (len(variant.missing) > LISTED)
-    return f"{count(n, 'run')} of the grid missing: {'; '.join(named + more)}"
+    if len(variant.missing) > LISTED:
+        named.append(f"and more at {count(len(variant.missing) - LISTED, 'other rate')}")
+    return f"{count(n, 'run')} of the grid missing: {'; '.join(named)}"
 
 
 def _gap(variant: Variant, gap: Gap) -> str:
     every = gap.seeds == variant.fits[gap.size].seeds
-    seeds = "all seeds" if every else f"seed{'s' * (len(gap.seeds) > 1)} {', '.join(map(str, gap.seeds))}"
+    noun = "seeds" if len(gap.seeds) > 1 else "seed"
+    seeds = "all seeds" if every else f"{noun} {', '.join(map(str, gap.seeds))}"
     return f"{variant.axis.label(gap.size)} at 2^{gap.rate:.4g} ({seeds})"
 
 
@@ -133,7 +135,7 @@ def ordering_in_words(ordering: WidthOrdering) -> str:
         allowed = f"noise allows {nats(2 * pair.noise[pair.worst])}" if pair.seeds > 1 else "one seed allows none above 0"
         where = f"{'worst' if ordering.better is False else 'closest'} at step {pair.steps[pair.worst]}, width {pair}"
         parts.append(f"{where}: {nats(pair.difference[pair.worst])} ({allowed})")
-    return "; ".join(parts + [ordering.why] * bool(ordering.why))
+    return "; ".join([*parts, ordering.why] if ordering.why else parts)
 
 
 def nats(difference: float) -> str:

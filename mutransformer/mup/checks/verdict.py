@@ -34,4 +34,4 @@ def passed(verdicts: Iterable[Verdict]) -> bool:
 
 def count(n: int, noun: str) -> str:
     """ "1 run", "2 runs"."""
-    return f"{n} {noun}" + "s" * (n != 1)
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

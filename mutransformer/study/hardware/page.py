@@ -24,7 +24,8 @@ def page(report: Mapping[str, Any]) -> str:
     for name, section in report["sections"].items():
         lines += [f"## {TITLES.get(name, name)}", ""]
         body = list(_BODIES[name](section["result"])) if section["result"] and name in _BODIES else []
-        lines += [*body, *[""] * bool(body)]
+        if body:
+            lines += [*body, ""]
         if section["error"]:
             lines += [f"**Failed**: {section['error']}", ""]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -201,9 +202,9 @@ def _trace(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sweep(result: Mapping[str, Any]) -> Iterator[str]:
-    n, devices = result["rates"], result["devices"]
+    n, devices = result["rates"], "1 device" if result["devices"] == 1 else f"{result['devices']} devices"
     yield (
-        f"`configs/study.yaml`: {n} learning rates at once on {devices} device{'s' * (devices > 1)}, against {n} times one run "
+        f"`configs/study.yaml`: {n} learning rates at once on {devices}, against {n} times one run "
         f"alone on one; medians of {result['repeats']} repeats in turns, in brackets the range of the factor over pairs."
     )
     yield ""

@@ -188,7 +188,9 @@ def _settings(runs: Sequence[Run], varied: frozenset[str]) -> str:
     hours = sum(run.seconds for run in runs) / 3600
     head = f"{count(len(runs), 'run')} of {steps} steps, {hours:.2f} hours in total, compilation included. "
     parts = [head + "Settings other than the defaults that all runs share:", "\n".join(common or ["- none"])]
-    return "\n\n".join(parts + ["Those that differ:", "\n".join(own)] * bool(differing))
+    if differing:
+        parts += ["Those that differ:", "\n".join(own)]
+    return "\n\n".join(parts)
 
 
 def _error(error: float | None) -> str:
