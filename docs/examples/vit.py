@@ -15,7 +15,8 @@ from mutransformer import mup
 
 BASE, WIDTHS = {"width": 32}, [32, 128]
 CHECKED = [32, 64, 128, 256]  # of the coordinate check
-LRS = [2.0**i for i in range(-11, -3)]
+LRS = [2.0 ** (i / 2) for i in range(-17, -8)]  # half octaves, since the curves are skewed
+STEPS = 100
 SIDE, PATCH, D_HEAD, CLASSES = 16, 4, 8, 8
 # One of its dims grows, as of an unembedding. A position picks a row of it, as a token does of an embedding: an input.
 OVERRIDE: dict[str, mup.LeafRole] = {"positions": "input"}
@@ -53,8 +54,8 @@ class Vit(eqx.Module):
 @jax.jit
 def batch(step: int, seed: int) -> tuple[Array, Array]:
     a, b, c = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
-    y = jax.random.randint(a, (16,), 0, CLASSES)
-    angle, phase = y * jnp.pi / CLASSES, 2 * jnp.pi * jax.random.uniform(b, (16,))
+    y = jax.random.randint(a, (32,), 0, CLASSES)
+    angle, phase = y * jnp.pi / CLASSES, 2 * jnp.pi * jax.random.uniform(b, (32,))
     rows, columns = jnp.mgrid[:SIDE, :SIDE]
     wave = rows[None] * jnp.sin(angle)[:, None, None] + columns[None] * jnp.cos(angle)[:, None, None]
     return jnp.sin(wave + phase[:, None, None]) + 2.0 * jax.random.normal(c, wave.shape), y
@@ -75,7 +76,20 @@ def check() -> mup.CoordinateReport:
 
 
 def transfer() -> mup.TransferReport:
-    runs = mup.sweep(Vit, loss, batch, WIDTHS, LRS, base=BASE, steps=100, seeds=(0, 1), override=OVERRIDE)
+    unseen = [batch(step, 99) for step in range(8)]  # the same for all runs, so that its noise hides no optimum
+    runs = mup.sweep(
+        Vit,
+        loss,
+        batch,
+        WIDTHS,
+        LRS,
+        base=BASE,
+        steps=STEPS,
+        seeds=(0, 1, 2),
+        schedule=lambda step: 1 - step / STEPS,  # a rate that stays high leaves the last losses noisy
+        validation=unseen,
+        override=OVERRIDE,
+    )
     return mup.transfer_report(runs, max_drift=1.0)
 
 
