@@ -76,7 +76,7 @@ def check() -> mup.CoordinateReport:
 
 
 def transfer() -> mup.TransferReport:
-    unseen = [batch(step, 99) for step in range(8)]  # the same for all runs, so that its noise hides no optimum
+    unseen = [batch(step, 99) for step in range(8)]  # the same for all runs: their noise cancels where runs are compared
     runs = mup.sweep(
         Vit,
         loss,
@@ -86,7 +86,7 @@ def transfer() -> mup.TransferReport:
         base=BASE,
         steps=STEPS,
         seeds=(0, 1, 2),
-        schedule=lambda step: 1 - step / STEPS,  # a rate that stays high leaves the last losses noisy
+        schedule=lambda step: 1 - step / STEPS,  # to 0: at a constant rate the last losses are noisy
         validation=unseen,
         override=OVERRIDE,
     )

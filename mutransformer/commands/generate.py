@@ -99,9 +99,10 @@ class Screen:
     def speed(self) -> str:
         """The times until the first token, and the rate of those after it, as a line."""
         (end, total), (start, first) = self._last, self._first or self._last
-        texts = self._n_prompts * self._n_samples
-        counted = ", ".join(f"{n} {noun}" if n == 1 else f"{n} {noun}s" for n, noun in ((texts, "text"), (total, "token")))
-        line = f"{counted}; the first after {start - self._began:.1f} s"
+        n_texts = self._n_prompts * self._n_samples
+        texts = "1 text" if n_texts == 1 else f"{n_texts} texts"
+        tokens = "1 token" if total == 1 else f"{total} tokens"
+        line = f"{texts}, {tokens}; the first after {start - self._began:.1f} s"
         return line + (f", then {(total - first) / (end - start):,.0f} tokens/s" if total > first else "")
 
 

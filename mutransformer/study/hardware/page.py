@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mutransformer.mup.checks.verdict import count
 from mutransformer.study.hardware.device import BUSY
 
 TITLES = {
@@ -202,7 +203,7 @@ def _trace(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sweep(result: Mapping[str, Any]) -> Iterator[str]:
-    n, devices = result["rates"], "1 device" if result["devices"] == 1 else f"{result['devices']} devices"
+    n, devices = result["rates"], count(result["devices"], "device")
     yield (
         f"`configs/study.yaml`: {n} learning rates at once on {devices}, against {n} times one run "
         f"alone on one; medians of {result['repeats']} repeats in turns, in brackets the range of the factor over pairs."
