@@ -63,6 +63,23 @@ def test_files_and_overrides_merge_left_to_right(write):
     assert load(["data.source=text", "data.files=[x,y]", "data.files=[z]"]).data.files == ["z"]
 
 
+def test_the_later_of_two_warmups_has_precedence(write):
+    share = write("optim: {warmup_fraction: 0.1}")
+    steps = write("optim: {warmup_steps: 7}", "steps.yaml")
+    both = write("optim: {warmup_steps: 7, warmup_fraction: 0.1}", "both.yaml")  # as a run's config.yaml has them
+    for args, want in (
+        ([share], 10),
+        ([share, steps], 7),
+        ([share, "optim.warmup_steps=5"], 5),
+        ([share, "optim.lr=0.1"], 10),
+        ([steps, share], 10),
+        (["optim.warmup_steps=5", "optim.warmup_fraction=0.2"], 20),
+        ([both], 10),
+        ([both, "optim.warmup_steps=5"], 5),
+    ):
+        assert load([*args, "steps=100"]).optim.warmup(100) == want, args
+
+
 @pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", ".001"])
 def test_scientific_notation_is_a_number(write, text):
     for config in (load([write(f"optim: {{lr: {text}}}")]), load([f"optim.lr={text}"])):

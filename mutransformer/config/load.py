@@ -55,7 +55,10 @@ def load(args: Sequence[str]) -> Config:
     if first:
         tree["name"] = Path(first).stem
     for arg in args:
-        tree = merge(tree, _read(arg))
+        given = _read(arg)
+        tree = merge(tree, given)
+        if "warmup_steps" in given.get("optim", {}) and "warmup_fraction" not in given["optim"]:
+            tree["optim"]["warmup_fraction"] = None  # of an earlier argument, over which this one has precedence
     for group, kind in ((tree["data"]["sources"], MixedSourceConfig), (tree["eval"]["sets"], FilesConfig)):
         group |= {name: asdict(kind()) | given for name, given in group.items()}
     try:
