@@ -127,15 +127,15 @@ def test_kernels_agree_with_the_plain_formula(results: dict[str, Result]) -> Non
     ids=["scale", "mask", "NaN"],
 )
 def test_a_broken_kernel_fails(broken: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = attention_module._dense
+    right = attention_module.softmax_attention
     given: list[Result] = []
 
-    def wrong(q: Any, k: Any, v: Any, segments: Any, scale: float) -> Any:
+    def wrong(q: Any, k: Any, v: Any, segments: Any, scale: float, layout: Any) -> Any:
         q, k, v, scale, segments = broken(q, k, v, scale, segments)
-        return dense(q, k, v, segments, scale)
+        return right(q, k, v, segments, scale, layout)
 
     with monkeypatch.context() as patch:
-        patch.setattr(attention_module, "_dense", wrong)
+        patch.setattr(attention_module, "softmax_attention", wrong)
         patch.setattr(kernels, "kernels_of", lambda device: ["dense"])
         with pytest.raises(SectionFailed, match=message):
             given.extend(kernels.kernels(Task(tmp_path), ATTENTION))

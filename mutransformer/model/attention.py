@@ -7,11 +7,11 @@ Logits and softmax are float32 whatever the compute dtype. Dims are those of `sh
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
@@ -54,12 +54,13 @@ def attention(
     implementation is that of softmax: the others have one form. A position reads its own segment only; None: a row is one.
     """
     b, T, h, D = q.shape
+    o: Any  # custom_vjp loses the type
     if implementation in ("splash", "splash_interpreted"):
         q, k, v = (varying_as(a, q, k, v) for a in (q, k, v))
         # It takes no scale; scaling fuses with what came before, such as rotary positions.
         q = (scale * q.astype(jnp.float32)).astype(q.dtype)
         q, k, v = _named(*(jnp.transpose(a, (0, 2, 1, 3)) for a in (q, k, v)))
-        o: Any = splash_attention(q, k, v, segments, interpret=implementation == "splash_interpreted")
+        o = splash_attention(q, k, v, segments, interpret=implementation == "splash_interpreted")
         return jnp.transpose(o, (0, 2, 1, 3))
     if implementation == "cudnn":
         q, k, v = (varying_as(a, q, k, v) for a in (q, k, v))
@@ -67,15 +68,20 @@ def attention(
         mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
         o = jax.nn.dot_product_attention(*_named(q, k, v), mask=mask, scale=scale, is_causal=True, implementation="cudnn")
         return checkpoint_name(o, "attended")
-    if implementation == "dense" and activation == "softmax":
-        return checkpoint_name(_dense(*_named(q, k, v), segments, scale), "attended")
     n_kv = k.shape[2]
+    if implementation == "dense" and activation == "softmax":
+        q, k, v = _named(q, k, v)
+        if h == n_kv:  # a group dim of size 1 would keep XLA:TPU from reading q in place
+            return softmax_attention(q, k, v, segments, scale, Layout("bqkd", "bskd", blocks=False))
+        q = q.reshape(b, T, n_kv, h // n_kv, D)
+        o = softmax_attention(q, k, v, segments, scale, Layout("bqkgd", "bskd", blocks=False))
+        return o.reshape(b, T, h, D)
     q = jnp.transpose(q.reshape(b, T, n_kv, h // n_kv, D), (0, 2, 3, 1, 4))
     q, k, v = _named(q, *(jnp.transpose(a, (0, 2, 1, 3)) for a in (k, v)))
     if activation == "softmax":
-        o = blockwise_attention(q, k, v, scale, segments)
+        o = softmax_attention(q, k, v, segments, scale, Layout("bkgqd", "bksd", blocks=True))
     else:
-        logits = _block_logits(q, k, scale, segments, 0, T)
+        logits = _block_logits(q, k, segments, scale, Layout("bkgqd", "bksd", blocks=False), 0, T)
         weights = ATTENTION_ACTIVATIONS[activation](logits, eps).astype(v.dtype)
         o = checkpoint_name(contract("bkgqs,bksd->bkgqd", weights, v).astype(v.dtype), "attended")
     return jnp.transpose(o, (0, 3, 1, 2, 4)).reshape(b, T, h, D)
@@ -104,22 +110,6 @@ def contract(equation: str, a: Array, b: Array) -> Array:
     return product(a, b)
 
 
-@partial(jax.checkpoint, static_argnums=4, prevent_cse=False)
-def _dense(
-    q: Float[Array, "b T h D"], k: Float[Array, "b T k D"], v: Float[Array, "b T k D"], segments: Segments, scale: float
-) -> Float[Array, "b T h D"]:
-    """Softmax attention in the form that suits XLA:TPU: all logits at once, which it fuses with their softmax, and dims in the
-    order of the projections. Saves its arguments only. For use in a loop: see prevent_cse of jax.checkpoint."""
-    b, T, h, D = q.shape
-    n_kv = k.shape[2]
-    g = "" if h == n_kv else "g"  # a group dim of size 1 would keep XLA from reading q in place
-    q = q.reshape(b, T, n_kv, h // n_kv, D) if g else q
-    logits = scale * jnp.einsum(f"bqk{g}d,bskd->bk{g}qs", q, k, preferred_element_type=jnp.float32)
-    readable = _readable(0, T, T, segments)
-    weights = jax.nn.softmax(jnp.where(readable if g else readable[:, 0], logits, MASKED), axis=-1).astype(v.dtype)
-    return jnp.einsum(f"bk{g}qs,bskd->bqk{g}d", weights, v).reshape(b, T, h, D)
-
-
 def _readable(first: int, n: int, m: int, segments: Segments) -> Bool[Array, "_ 1 1 n m"]:
     """Which of keys 0 ... m - 1 the queries first ... first + n - 1 may read: no later ones, and only of their own segment."""
     causal = (first + jnp.arange(n)[:, None] >= jnp.arange(m)[None])[None, None, None]
@@ -139,51 +129,93 @@ def _query_blocks(T: int) -> list[tuple[int, int]]:
     return [(i * T // n, (i + 1) * T // n) for i in range(n)]
 
 
-def _softmax_forward(q: Array, k: Array, v: Array, scale: float, segments: Array | None) -> tuple[Array, tuple[Any, ...]]:
-    outs, norms = [], []
-    for first, last in _query_blocks(q.shape[3]):
-        logits = _block_logits(q, k, scale, segments, first, last)
+class Layout(NamedTuple):
+    """The order of the dims of softmax attention's arrays, a letter each: b rows, k key/value heads, g query heads of each, if
+    that is a dim, q positions of queries, s positions of keys, d features of a head."""
+
+    q: str  # of queries and the output
+    kv: str  # of keys and values
+    blocks: bool  # queries in `_query_blocks`; False: all logits at once, which XLA:TPU fuses with their softmax
+
+    @property
+    def logits(self) -> str:
+        return "bkgqs" if "g" in self.q else "bkqs"
+
+    def queries(self, x: Array, first: int, last: int) -> Array:
+        """Positions first ... last - 1 of an array in the order of queries."""
+        return lax.slice_in_dim(x, first, last, axis=self.q.index("q"))
+
+    def keys(self, x: Array, last: int) -> Array:
+        """Positions 0 ... last - 1 of keys or values."""
+        return lax.slice_in_dim(x, 0, last, axis=self.kv.index("s"))
+
+    def of_queries(self, x: Array) -> Array:
+        """An array with the dims of logits whose last one has size 1, in the order of queries."""
+        return jnp.transpose(x, [self.logits.replace("s", "d").index(letter) for letter in self.q])
+
+    def of_logits(self, x: Array) -> Array:
+        """The inverse of `of_queries`."""
+        return jnp.transpose(x, [self.q.index(letter) for letter in self.logits.replace("s", "d")])
+
+    def query_blocks(self, n: int) -> list[tuple[int, int]]:
+        return _query_blocks(n) if self.blocks else [(0, n)]
+
+
+def _softmax_forward(
+    q: Array, k: Array, v: Array, segments: Segments, scale: float, layout: Layout
+) -> tuple[Array, tuple[Any, ...]]:
+    outs, norms, axis = [], [], layout.q.index("q")
+    for first, last in layout.query_blocks(q.shape[axis]):
+        logits = _block_logits(q, k, segments, scale, layout, first, last)
         top = jnp.max(logits, axis=-1, keepdims=True)
         power = jnp.exp(logits - top)
         total = jnp.sum(power, axis=-1, keepdims=True)
-        o = contract("bkgqs,bksd->bkgqd", power.astype(v.dtype), v[:, :, :last])
-        outs.append((o / total).astype(v.dtype))
+        o = contract(f"{layout.logits},{layout.kv}->{layout.q}", power.astype(v.dtype), layout.keys(v, last))
+        outs.append((o / layout.of_queries(total)).astype(v.dtype))
         norms.append(top + jnp.log(total))
-    o, norm = (checkpoint_name(jnp.concatenate(parts, axis=3), "attended") for parts in (outs, norms))
+    o, norm = jnp.concatenate(outs, axis), jnp.concatenate(norms, axis=-2)
+    o, norm = checkpoint_name(o, "attended"), checkpoint_name(norm, "attended")
     return o, (q, k, v, segments, o, norm)
 
 
-def _softmax_backward(scale: float, saved: tuple[Any, ...], grad: Array) -> tuple[Array, Array, Array, None]:
+def _softmax_backward(scale: float, layout: Layout, saved: tuple[Any, ...], grad: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, segments, o, norm = saved
-    inner = jnp.sum(grad.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
+    query_axis, key_axis = layout.q.index("q"), layout.kv.index("s")
+    n = q.shape[query_axis]
+    inner = layout.of_logits(jnp.sum(grad.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True))
     grads_q, grad_k, grad_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for first, last in _query_blocks(q.shape[3]):
-        rows = slice(first, last)
-        p = jnp.exp(_block_logits(q, k, scale, segments, first, last) - norm[:, :, :, rows])
-        grad_p = contract("bkgqd,bksd->bkgqs", grad[:, :, :, rows], v[:, :, :last])
-        grad_s = (scale * p * (grad_p - inner[:, :, :, rows])).astype(q.dtype)
-        grads_q.append(contract("bkgqs,bksd->bkgqd", grad_s, k[:, :, :last]).astype(q.dtype))
-        later = ((0, 0), (0, 0), (0, q.shape[3] - last), (0, 0))
-        grad_k += jnp.pad(contract("bkgqs,bkgqd->bksd", grad_s, q[:, :, :, rows]), later)
-        grad_v += jnp.pad(contract("bkgqs,bkgqd->bksd", p.astype(v.dtype), grad[:, :, :, rows]), later)
-    return jnp.concatenate(grads_q, axis=3), grad_k.astype(k.dtype), grad_v.astype(v.dtype), None
+    for first, last in layout.query_blocks(n):
+        q_rows, grad_rows = layout.queries(q, first, last), layout.queries(grad, first, last)
+        p = jnp.exp(_block_logits(q, k, segments, scale, layout, first, last) - norm[..., first:last, :])
+        grad_p = contract(f"{layout.q},{layout.kv}->{layout.logits}", grad_rows, layout.keys(v, last))
+        grad_s = (scale * p * (grad_p - inner[..., first:last, :])).astype(q.dtype)
+        grads_q.append(contract(f"{layout.logits},{layout.kv}->{layout.q}", grad_s, layout.keys(k, last)).astype(q.dtype))
+        later = [(0, n - last if axis == key_axis else 0) for axis in range(k.ndim)]
+        grad_k += jnp.pad(contract(f"{layout.logits},{layout.q}->{layout.kv}", grad_s, q_rows), later)
+        grad_v += jnp.pad(contract(f"{layout.logits},{layout.q}->{layout.kv}", p.astype(v.dtype), grad_rows), later)
+    return jnp.concatenate(grads_q, query_axis), grad_k.astype(k.dtype), grad_v.astype(v.dtype), None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def blockwise_attention(
-    q: Float[Array, "b k g T D"], k: Float[Array, "b k T D"], v: Float[Array, "b k T D"], scale: float, segments: Segments
-) -> Float[Array, "b k g T D"]:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def softmax_attention(
+    q: Float[Array, "..."], k: Float[Array, "..."], v: Float[Array, "..."], segments: Segments, scale: float, layout: Layout
+) -> Float[Array, "..."]:
     """Causal softmax attention whose backward pass recomputes the weights from their log-normalizer, as in FlashAttention
-    (Dao et al., arXiv 2205.14135): nothing of size T x T is saved."""
-    return _softmax_forward(q, k, v, scale, segments)[0]
+    (Dao et al., arXiv 2205.14135): nothing of size T x T is saved. Dims are those of the layout."""
+    return _softmax_forward(q, k, v, segments, scale, layout)[0]
 
 
-blockwise_attention.defvjp(_softmax_forward, _softmax_backward)
+softmax_attention.defvjp(_softmax_forward, _softmax_backward)
 
 
-def _block_logits(q: Array, k: Array, scale: float, segments: Array | None, first: int, last: int) -> Float[Array, "b k g n m"]:
-    logits = scale * contract("bkgqd,bksd->bkgqs", q[:, :, :, first:last], k[:, :, :last])
-    return jnp.where(_readable(first, last - first, last, segments), logits, MASKED)
+def _block_logits(
+    q: Array, k: Array, segments: Segments, scale: float, layout: Layout, first: int, last: int
+) -> Float[Array, "..."]:
+    """Logits of queries first ... last - 1 and keys 0 ... last - 1."""
+    queries, keys = layout.queries(q, first, last), layout.keys(k, last)
+    logits = scale * contract(f"{layout.q},{layout.kv}->{layout.logits}", queries, keys)
+    readable = _readable(first, last - first, last, segments)
+    return jnp.where(readable if "g" in layout.q else readable[:, 0], logits, MASKED)
 
 
 def _splash_forward(q: Array, k: Array, v: Array, segments: Array | None, interpret: bool) -> tuple[Array, Callable[..., Any]]:
