@@ -20,7 +20,7 @@ from mutransformer.sharding.mesh import AnyMesh, first_device
 Attention = Literal["splash", "splash_interpreted", "cudnn", "dense", "blockwise"]
 
 # The values that a layer keeps for its backward pass by name, besides its input; the rest is recomputed. "attended" is all that
-# attention's gradient needs of its result. At 64 x 1: attention 0.434 and 13.5 GB a chip, dots 0.388 and 19.5 GB.
+# attention's gradient needs of its result. At 64 x 1: attention 0.427 and 13.3 GB a chip, dots 0.381 and 19.3 GB.
 SAVED_NAMES = {
     "full": (),
     "outputs": ("attended", "middle"),  # recomputes only the products that lead to attention and to the activation
@@ -121,10 +121,10 @@ def resolve(config: Config, mesh: AnyMesh) -> Execution:
     """The settings of a step on the devices of a mesh. Raises ConfigError if they lack model.attention_kernel."""
     device, m, y = first_device(mesh), config.model, mesh.shape["y"]
     tuned = tuning(device.device_kind)
-    # Two groups with y > 1 (0.641 -> 0.538 at 16 x 4; results/scale_gpu: 3.049 -> 2.839 on 2 x 4 H100), but only where the
+    # Two groups with y > 1 (0.638 -> 0.535 at 16 x 4; results/scale_gpu: 3.049 -> 2.839 on 2 x 4 H100), but only where the
     # backward pass recomputes layers: without, each group would gather the layer's weights again there.
     groups = config.mesh.overlap_groups or (2 if y > 1 and m.remat != "none" else 1)
-    via_all_to_all = config.mesh.reduce_scatter_via_all_to_all  # 0.575 -> 0.538 at 16 x 4
+    via_all_to_all = config.mesh.reduce_scatter_via_all_to_all  # 0.572 -> 0.535 at 16 x 4
     quick = quick_compilation(device.platform) if config.xla_tuned else {}
     options = {**quick, **(tuned.options if config.xla_tuned else {})}
     return Execution(
