@@ -58,7 +58,7 @@ def load(args: Sequence[str]) -> Config:
         given = _read(arg)
         tree = merge(tree, given)
         if "warmup_steps" in given.get("optim", {}) and "warmup_fraction" not in given["optim"]:
-            tree["optim"]["warmup_fraction"] = None  # of an earlier argument, over which this one has precedence
+            tree["optim"]["warmup_fraction"] = None  # it would count, though it was set earlier
     for group, kind in ((tree["data"]["sources"], MixedSourceConfig), (tree["eval"]["sets"], FilesConfig)):
         group |= {name: asdict(kind()) | given for name, given in group.items()}
     try:

@@ -55,7 +55,9 @@ class OptimConfig:
     clip_norm: float = setting(1.0, "global norm to which the gradient is clipped; 0: no clipping", min=0)
     schedule: Literal["linear", "cosine", "constant"] = setting("linear", "after the warm-up, down to min_lr_ratio")
     warmup_steps: int = setting(100, "linear warm-up from min_lr_ratio to 1; a shorter run ends within it", min=0)
-    warmup_fraction: Optional[float] = setting(None, "warm-up as a share of the run, in place of warmup_steps", min=0, below=1)
+    warmup_fraction: Optional[float] = setting(
+        None, "warm-up as a share of the run, in place of warmup_steps, unless that is set later", min=0, below=1
+    )
     min_lr_ratio: float = setting(1e-4, "where the schedule starts and ends, relative to lr", min=0, max=1)
     grad_accumulation_steps: int = setting(1, "microbatches per batch, computed one after another", min=1, resume="free")
     grad_sync: Literal["microbatch", "step"] = setting(

@@ -38,6 +38,51 @@ ATTENTION_ACTIVATIONS: dict[str, Callable[[Array, float], Array]] = {
 }
 
 
+class Layout(NamedTuple):
+    """The order of the dims of softmax attention's arrays, as in einsum: b rows, k key/value heads, g query heads of each, q
+    positions of queries, s positions of keys, d features of a head. g is missing where each key/value head has one query head."""
+
+    q: str  # of queries and the output
+    kv: str  # of keys and values
+    blocks: bool  # compute the queries in `_query_blocks`; False: all at once
+
+    @property
+    def logits(self) -> str:
+        return "bkgqs" if "g" in self.q else "bkqs"
+
+    @property
+    def products(self) -> tuple[str, str, str]:
+        """Equations of queries by keys to logits, of logits by keys to queries, and of logits by queries to keys."""
+        q, kv, logits = self.q, self.kv, self.logits
+        return f"{q},{kv}->{logits}", f"{logits},{kv}->{q}", f"{logits},{q}->{kv}"
+
+    def queries(self, x: Array, first: int, last: int) -> Array:
+        """Positions first ... last - 1 of an array in the order of queries."""
+        return lax.slice_in_dim(x, first, last, axis=self.q.index("q"))
+
+    def keys(self, x: Array, last: int) -> Array:
+        """Positions 0 ... last - 1 of keys or values."""
+        return lax.slice_in_dim(x, 0, last, axis=self.kv.index("s"))
+
+    def as_queries(self, x: Array) -> Array:
+        """A number for each query, in the order of logits with a last dim of size 1, in the order of queries."""
+        return jnp.transpose(x, [self.logits.replace("s", "d").index(letter) for letter in self.q])
+
+    def as_logits(self, x: Array) -> Array:
+        """The inverse of `as_queries`."""
+        return jnp.transpose(x, [self.q.index(letter) for letter in self.logits.replace("s", "d")])
+
+    def query_blocks(self, n: int) -> list[tuple[int, int]]:
+        """Bounds of the blocks in which n queries are computed."""
+        return _query_blocks(n) if self.blocks else [(0, n)]
+
+
+HEADS_FIRST = Layout("bkgqd", "bksd", blocks=True)
+# The order of the projections, which XLA:TPU then reads in place; and all logits at once, which it fuses with their softmax.
+POSITIONS_FIRST = Layout("bqkd", "bskd", blocks=False)
+POSITIONS_FIRST_GROUPED = Layout("bqkgd", "bskd", blocks=False)
+
+
 def attention(
     q: Float[Array, "b T h D"],
     k: Float[Array, "b T k D"],
@@ -72,16 +117,16 @@ def attention(
     if implementation == "dense" and activation == "softmax":
         q, k, v = _named(q, k, v)
         if h == n_kv:  # a group dim of size 1 would keep XLA:TPU from reading q in place
-            return softmax_attention(q, k, v, segments, scale, Layout("bqkd", "bskd", blocks=False))
+            return softmax_attention(q, k, v, segments, scale, POSITIONS_FIRST)
         q = q.reshape(b, T, n_kv, h // n_kv, D)
-        o = softmax_attention(q, k, v, segments, scale, Layout("bqkgd", "bskd", blocks=False))
+        o = softmax_attention(q, k, v, segments, scale, POSITIONS_FIRST_GROUPED)
         return o.reshape(b, T, h, D)
     q = jnp.transpose(q.reshape(b, T, n_kv, h // n_kv, D), (0, 2, 3, 1, 4))
     q, k, v = _named(q, *(jnp.transpose(a, (0, 2, 1, 3)) for a in (k, v)))
     if activation == "softmax":
-        o = softmax_attention(q, k, v, segments, scale, Layout("bkgqd", "bksd", blocks=True))
+        o = softmax_attention(q, k, v, segments, scale, HEADS_FIRST)
     else:
-        logits = _block_logits(q, k, segments, scale, Layout("bkgqd", "bksd", blocks=False), 0, T)
+        logits = _block_logits(q, k, segments, scale, HEADS_FIRST, 0, T)
         weights = ATTENTION_ACTIVATIONS[activation](logits, eps).astype(v.dtype)
         o = checkpoint_name(contract("bkgqs,bksd->bkgqd", weights, v).astype(v.dtype), "attended")
     return jnp.transpose(o, (0, 3, 1, 2, 4)).reshape(b, T, h, D)
@@ -129,49 +174,18 @@ def _query_blocks(T: int) -> list[tuple[int, int]]:
     return [(i * T // n, (i + 1) * T // n) for i in range(n)]
 
 
-class Layout(NamedTuple):
-    """The order of the dims of softmax attention's arrays, a letter each: b rows, k key/value heads, g query heads of each, if
-    that is a dim, q positions of queries, s positions of keys, d features of a head."""
-
-    q: str  # of queries and the output
-    kv: str  # of keys and values
-    blocks: bool  # queries in `_query_blocks`; False: all logits at once, which XLA:TPU fuses with their softmax
-
-    @property
-    def logits(self) -> str:
-        return "bkgqs" if "g" in self.q else "bkqs"
-
-    def queries(self, x: Array, first: int, last: int) -> Array:
-        """Positions first ... last - 1 of an array in the order of queries."""
-        return lax.slice_in_dim(x, first, last, axis=self.q.index("q"))
-
-    def keys(self, x: Array, last: int) -> Array:
-        """Positions 0 ... last - 1 of keys or values."""
-        return lax.slice_in_dim(x, 0, last, axis=self.kv.index("s"))
-
-    def of_queries(self, x: Array) -> Array:
-        """An array with the dims of logits whose last one has size 1, in the order of queries."""
-        return jnp.transpose(x, [self.logits.replace("s", "d").index(letter) for letter in self.q])
-
-    def of_logits(self, x: Array) -> Array:
-        """The inverse of `of_queries`."""
-        return jnp.transpose(x, [self.q.index(letter) for letter in self.logits.replace("s", "d")])
-
-    def query_blocks(self, n: int) -> list[tuple[int, int]]:
-        return _query_blocks(n) if self.blocks else [(0, n)]
-
-
 def _softmax_forward(
     q: Array, k: Array, v: Array, segments: Segments, scale: float, layout: Layout
 ) -> tuple[Array, tuple[Any, ...]]:
     outs, norms, axis = [], [], layout.q.index("q")
+    _, to_queries, _ = layout.products
     for first, last in layout.query_blocks(q.shape[axis]):
         logits = _block_logits(q, k, segments, scale, layout, first, last)
         top = jnp.max(logits, axis=-1, keepdims=True)
         power = jnp.exp(logits - top)
         total = jnp.sum(power, axis=-1, keepdims=True)
-        o = contract(f"{layout.logits},{layout.kv}->{layout.q}", power.astype(v.dtype), layout.keys(v, last))
-        outs.append((o / layout.of_queries(total)).astype(v.dtype))
+        o = contract(to_queries, power.astype(v.dtype), layout.keys(v, last))
+        outs.append((o / layout.as_queries(total)).astype(v.dtype))
         norms.append(top + jnp.log(total))
     o, norm = jnp.concatenate(outs, axis), jnp.concatenate(norms, axis=-2)
     o, norm = checkpoint_name(o, "attended"), checkpoint_name(norm, "attended")
@@ -182,17 +196,18 @@ def _softmax_backward(scale: float, layout: Layout, saved: tuple[Any, ...], grad
     q, k, v, segments, o, norm = saved
     query_axis, key_axis = layout.q.index("q"), layout.kv.index("s")
     n = q.shape[query_axis]
-    inner = layout.of_logits(jnp.sum(grad.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True))
+    to_logits, to_queries, to_keys = layout.products
+    inner = layout.as_logits(jnp.sum(grad.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True))
     grads_q, grad_k, grad_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for first, last in layout.query_blocks(n):
         q_rows, grad_rows = layout.queries(q, first, last), layout.queries(grad, first, last)
         p = jnp.exp(_block_logits(q, k, segments, scale, layout, first, last) - norm[..., first:last, :])
-        grad_p = contract(f"{layout.q},{layout.kv}->{layout.logits}", grad_rows, layout.keys(v, last))
+        grad_p = contract(to_logits, grad_rows, layout.keys(v, last))
         grad_s = (scale * p * (grad_p - inner[..., first:last, :])).astype(q.dtype)
-        grads_q.append(contract(f"{layout.logits},{layout.kv}->{layout.q}", grad_s, layout.keys(k, last)).astype(q.dtype))
+        grads_q.append(contract(to_queries, grad_s, layout.keys(k, last)).astype(q.dtype))
         later = [(0, n - last if axis == key_axis else 0) for axis in range(k.ndim)]
-        grad_k += jnp.pad(contract(f"{layout.logits},{layout.q}->{layout.kv}", grad_s, q_rows), later)
-        grad_v += jnp.pad(contract(f"{layout.logits},{layout.q}->{layout.kv}", p.astype(v.dtype), grad_rows), later)
+        grad_k += jnp.pad(contract(to_keys, grad_s, q_rows), later)
+        grad_v += jnp.pad(contract(to_keys, p.astype(v.dtype), grad_rows), later)
     return jnp.concatenate(grads_q, query_axis), grad_k.astype(k.dtype), grad_v.astype(v.dtype), None
 
 
@@ -201,7 +216,9 @@ def softmax_attention(
     q: Float[Array, "..."], k: Float[Array, "..."], v: Float[Array, "..."], segments: Segments, scale: float, layout: Layout
 ) -> Float[Array, "..."]:
     """Causal softmax attention whose backward pass recomputes the weights from their log-normalizer, as in FlashAttention
-    (Dao et al., arXiv 2205.14135): nothing of size T x T is saved. Dims are those of the layout."""
+    (Dao et al., arXiv 2205.14135): nothing of size T x T is saved.
+
+    q and the result have the dims layout.q, k and v the dims layout.kv; segments are [b T]."""
     return _softmax_forward(q, k, v, segments, scale, layout)[0]
 
 
@@ -213,7 +230,7 @@ def _block_logits(
 ) -> Float[Array, "..."]:
     """Logits of queries first ... last - 1 and keys 0 ... last - 1."""
     queries, keys = layout.queries(q, first, last), layout.keys(k, last)
-    logits = scale * contract(f"{layout.q},{layout.kv}->{layout.logits}", queries, keys)
+    logits = scale * contract(layout.products[0], queries, keys)
     readable = _readable(first, last - first, last, segments)
     return jnp.where(readable if "g" in layout.q else readable[:, 0], logits, MASKED)
 
