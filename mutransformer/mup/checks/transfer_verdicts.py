@@ -133,7 +133,10 @@ def ordering_in_words(ordering: WidthOrdering) -> str:
     if compared := [pair for pair in ordering.pairs if pair.steps]:
         pair = max(compared, key=lambda pair: float((pair.difference - 2 * pair.noise).max()))
         allowed = f"noise allows {nats(2 * pair.noise[pair.worst])}" if pair.seeds > 1 else "one seed allows none above 0"
-        where = f"{'worst' if ordering.better is False else 'closest'} at step {pair.steps[pair.worst]}, width {pair}"
+        if ordering.better is None and ordering.held < ordering.compared:
+            chance = pair.beyond_chance(ordering.compared)[pair.worst]
+            allowed += f", chance explains {nats(chance) if pair.seeds > 1 else 'any'}: add seeds"
+        where = f"{'worst' if ordering.held < ordering.compared else 'closest'} at step {pair.steps[pair.worst]}, width {pair}"
         parts.append(f"{where}: {nats(pair.difference[pair.worst])} ({allowed})")
     return "; ".join([*parts, ordering.why] if ordering.why else parts)
 

@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 from mutransformer.mup.checks.runs import Run
 
 # Logged steps whose variances over seeds are averaged. One alone would be estimated from a few seeds; all together would hide
 # that the noise is up to ten times as large where the loss falls fast, as the warm-up ends, as it is at the beginning or end.
 WINDOW = 3
+# So many independent steps the WINDOW is worth: differences at adjacent logged steps correlate by about 0.9.
+INDEPENDENT = 2
+CHANCE = 0.05  # at most, that a comparison of equal widths calls the wider worse
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,15 @@ class WidthPair:
     def worst(self) -> int:
         """The index of the step at which the wider is worst relative to the noise."""
         return int(np.argmax(self.difference - 2 * self.noise))
+
+    def beyond_chance(self, compared: int) -> np.ndarray:
+        """By step, in nats: how much worse chance makes the wider look somewhere in `compared` comparisons of equal widths.
+
+        Student's quantile at CHANCE / compared (Bonferroni), times the noise; infinite for one seed.
+        """
+        if self.seeds < 2:
+            return np.full(len(self.steps), math.inf)
+        return float(stdtrit(INDEPENDENT * (self.seeds - 1), 1 - CHANCE / compared)) * self.noise
 
     def __str__(self) -> str:
         return f"{self.wide} minus {self.narrow}"
@@ -58,8 +71,15 @@ class WidthOrdering:
 
     @property
     def better(self) -> bool | None:
-        """Whether wider is better at every logged step, for every pair; None if it is wherever there was something to compare."""
-        return False if self.held < self.compared else None if self.why else True
+        """Whether wider is better at every logged step, for every pair; None if the runs do not determine it.
+
+        True only if it holds in every comparison and none is missing; False only if the wider diverged, or is worse by more than
+        chance explains.
+        """
+        for pair in self.pairs:
+            if np.any((pair.difference > pair.beyond_chance(self.compared)) | np.isposinf(pair.difference)):
+                return False
+        return None if self.why or self.held < self.compared else True
 
 
 def compare_widths(runs: Sequence[Run], widths: Sequence[int], rate: float | None) -> WidthOrdering:

@@ -136,8 +136,8 @@ def loss_against_step(variants: Sequence[Variant]) -> Figure:
         lower.set_ylabel("wider minus narrower")
     remove([*uppers[len(variants) :], *lowers[len(variants) :]])
     marks = [Line2D([], [], linestyle=":", color="#555555", linewidth=1.0, label="2 × seed noise")]
-    if any(_ordering(variant).better is False for variant in variants):
-        marks.append(Line2D([], [], **WRONG, label="wider is worse"))
+    if any(_ordering(variant).held < _ordering(variant).compared for variant in variants):
+        marks.append(Line2D([], [], **WRONG, label="wider is worse, beyond that"))
     _legend(figure, variants, colors, marks)
     return figure
 

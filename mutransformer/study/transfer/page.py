@@ -11,6 +11,7 @@ from mutransformer.mup.checks.runs import Run, setting_values, short
 from mutransformer.mup.checks.transfer import Variant
 from mutransformer.mup.checks.transfer_verdicts import MIN_RATES, drift_in_words, nats, ordering_in_words, transfers
 from mutransformer.mup.checks.verdict import Verdict, count
+from mutransformer.mup.checks.width_ordering import CHANCE, INDEPENDENT
 
 TRANSFER_FIGURE, RATE_FIGURE, STEP_FIGURE = "transfer", "loss_against_rate", "loss_against_step"
 
@@ -45,7 +46,10 @@ WIDER = """\
   learning rate and seed, mean over seeds, is at most twice its noise. The noise is the standard deviation of that
   difference over seeds, of the step and its two neighbors together, divided by the square root of the number of seeds: it is
   largest where the loss falls fast, as the warm-up ends. With one seed there is no estimate of noise, and the difference must
-  not be above 0.
+  not be above 0. *Wider is not always better*: it diverged, or a difference is more than chance explains: the noise times
+  Student's quantile at {chance:g} / (number of comparisons), with {independent} (seeds - 1) degrees of freedom. Between the two
+  bounds the runs do not determine it: UNKNOWN, and more seeds decide. Among dozens of comparisons, one beyond twice the noise
+  is common by chance.
 """
 FOLLOWS = """\
 - **Exponent**: the slope p of log2(optimum) against log2({axis}), by least squares. ± seeds is the larger of two standard
@@ -79,7 +83,8 @@ def page(variants: Sequence[Variant], runs: Sequence[Run], verdicts: Sequence[Ve
         parts += _comparison(comparisons, variants)
     for variant in variants:
         parts += _section(variant)
-    filled = definitions.format(max_drift=max_drift, min_rates=MIN_RATES, least=LEAST, axis=axis.name)
+    bounds = {"max_drift": max_drift, "min_rates": MIN_RATES, "least": LEAST, "chance": CHANCE, "independent": INDEPENDENT}
+    filled = definitions.format(axis=axis.name, **bounds)
     return "\n\n".join([*parts, "## Runs", _settings(runs, axis.settings), "## Definitions", filled])
 
 
