@@ -30,22 +30,25 @@ ROOT = Path(__file__).parents[1]
 CASES, UNFINISHED, STATE = "cases.yaml", "unfinished", "state"
 PAGES = ("results/README.md", "docs/performance.md")
 HEADS = ("case | slice, mesh", "case | GPUs, mesh")  # how the tables of this script begin, of TPUs and of GPUs
-# Rows of docs/performance.md by their first cell: the cases of the columns "here, full remat without flags" and "here".
+# Rows of docs/performance.md by their first cell: the cases of the columns "here, full remat without flags", "here" and "here,
+# unrolled".
 ROWS = {
-    "v5p 4x4x4, 64 x 1, 256": ("untuned-v5p-64x1-t256", "v5p-64x1-t256"),
-    "v5p 4x4x4, 16 x 4, 256": ("untuned-v5p-16x4-t256", "v5p-16x4-t256"),
-    "v5p 4x4x4, 64 x 1, 2048": ("untuned-v5p-64x1-t2048", "v5p-64x1-t2048"),
-    "v5p 4x4x4, 16 x 4, 2048": ("untuned-v5p-16x4-t2048", "v5p-16x4-t2048"),
-    "v5p 8x8x8, 64 x 8, 256, width 8192 (10 G)": (None, "v5p-wide-64x8"),
-    "v5e 8x8, 64 x 1, 256": (None, "v5e-64x1-t256"),
-    "v5e 8x8, 8 x 8, 256": (None, "v5e-8x8-t256"),
+    "v5p 4x4x4, 64 x 1, 256": ("untuned-v5p-64x1-t256", "v5p-64x1-t256", "unrolled-v5p-64x1-t256"),
+    "v5p 4x4x4, 16 x 4, 256": ("untuned-v5p-16x4-t256", "v5p-16x4-t256", "unrolled-v5p-16x4-t256"),
+    "v5p 4x4x4, 64 x 1, 2048": ("untuned-v5p-64x1-t2048", "v5p-64x1-t2048", "unrolled-v5p-64x1-t2048"),
+    "v5p 4x4x4, 16 x 4, 2048": ("untuned-v5p-16x4-t2048", "v5p-16x4-t2048", None),
+    "v5p 8x8x8, 64 x 8, 256, width 8192 (10 G)": (None, "v5p-wide-64x8", None),
+    "v5e 8x8, 64 x 1, 256": (None, "v5e-64x1-t256", None),
+    "v5e 8x8, 8 x 8, 256": (None, "v5e-8x8-t256", None),
 }
 # Rows of "What each setting changes" in results/README.md, by their first cell.
 SETTINGS = {
     "defaults: `dots`, 64 x 1": "v5p-64x1-t256",
+    "`model.unroll_layers=true`, 64 x 1": "unrolled-v5p-64x1-t256",
     "`model.remat=attention`": "remat-attention-v5p-64x1-t256",
     "full remat, no XLA flags": "untuned-v5p-64x1-t256",
     "defaults: `dots`, 2 overlap groups, reduce-scatter via all-to-all, 16 x 4": "v5p-16x4-t256",
+    "`model.unroll_layers=true`, 16 x 4": "unrolled-v5p-16x4-t256",
     "plain reduce-scatters": "reduce-scatter-v5p-16x4-t256",
     "1 overlap group": "one-group-v5p-16x4-t256",
     "full remat, no XLA flags, 1 overlap group, plain reduce-scatters": "untuned-v5p-16x4-t256",
@@ -186,6 +189,11 @@ def _seconds(plan: Plan) -> float:
     return _quoted(plan)["step_seconds"]
 
 
+def _with_mfu(plan: Plan) -> str:
+    quoted = _quoted(plan)
+    return f"{quoted['step_seconds']:.3f} ({100 * quoted['mfu_6n']:.0f} %)"
+
+
 def rewrite(text: str, plans: Mapping[str, Plan], made: str) -> str:
     """A page with the numbers of these plans: the table that this script makes, and the rows of ROWS and SETTINGS."""
     head = made.splitlines()[0]
@@ -194,11 +202,11 @@ def rewrite(text: str, plans: Mapping[str, Plan], made: str) -> str:
     for i, line in enumerate(lines):
         cells = line.strip("|").split(" | ")
         first = cells[0].strip()
-        if first in ROWS and ROWS[first][1] in plans and len(cells) == 6:
-            without, here = ROWS[first]
-            quoted = _quoted(plans[here])
-            cells[4] = f"**{quoted['step_seconds']:.3f}** ({100 * quoted['mfu_6n']:.0f} %)"
+        if first in ROWS and ROWS[first][1] in plans and len(cells) == 7:
+            without, here, unrolled = ROWS[first]
             cells[3] = cells[3] if without is None else f"{_seconds(plans[without]):.3f}"
+            cells[4] = _with_mfu(plans[here])
+            cells[5] = cells[5] if unrolled is None else _with_mfu(plans[unrolled])
             lines[i] = f"| {' | '.join(cell.strip() for cell in cells)} |"
         elif first in SETTINGS and SETTINGS[first] in plans and len(cells) == 4:
             plan, quoted = plans[SETTINGS[first]], _quoted(plans[SETTINGS[first]])

@@ -137,7 +137,7 @@ def test_the_numbers_of_the_pages_are_those_of_the_plans() -> None:
     }
     assert len(rows["docs/performance.md"]) == len(script["ROWS"])
     assert len(rows["results/README.md"]) == len(plans) + len(script["SETTINGS"])
-    assert any("**1.381** (77 %)" in row for row in rows["docs/performance.md"])
+    assert any("1.381 (77 %)" in row for row in rows["docs/performance.md"])
 
 
 def test_a_failed_plan_is_one_line(tmp_path: Path, capsys: Any) -> None:
