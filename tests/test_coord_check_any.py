@@ -186,7 +186,7 @@ def test_products_of_a_loss(function: Any) -> None:
     model, x = weights(), jax.random.normal(jax.random.key(9), (N, D))
     loss, expected = partial(function, by_hand=False), function(model, x, by_hand=True)
     value, listed = jax.jit(partial(products, loss))(model, x)
-    assert value == jax.jit(loss)(model, x)
+    assert value == pytest.approx(float(jax.jit(loss)(model, x)), rel=1e-6)  # with JAX 0.12 one differs in its last digit
     found = {each.name: each for each in listed}
     assert list(found) == list(expected)
     for name, array in expected.items():

@@ -158,8 +158,17 @@ def _join(values: Sequence[_Value]) -> Source:
     return None if None in sources else frozenset().union(*(s for s in sources if s is not None))
 
 
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
+
+
 def _scan(eqn: JaxprEqn, args: list[_Value], found: list[Product]) -> list[_Value]:
-    n_consts, n_carry, body = eqn.params["num_consts"], eqn.params["num_carry"], eqn.params["jaxpr"]
+    closed: ClosedJaxpr | Jaxpr = eqn.params["jaxpr"]
+    body = closed.jaxpr if isinstance(closed, ClosedJaxpr) else closed
+    # What is sliced or stacked has one dim less inside. JAX 0.12 no longer states how many constants and carries there are.
+    n_stacked = sum(_shape(out) != _shape(inside) for out, inside in zip(eqn.invars, body.invars, strict=True))
+    n_carry = sum(_shape(out) == _shape(inside) for out, inside in zip(eqn.outvars, body.outvars, strict=True))
+    n_consts = len(args) - n_carry - n_stacked
     consts = [_Value(v.array, v.source) for v in args[:n_consts]]
     carry, stacked = args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
 
@@ -167,11 +176,12 @@ def _scan(eqn: JaxprEqn, args: list[_Value], found: list[Product]) -> list[_Valu
         inner: list[Product] = []
         carried = [_Value(array, source) for array, source in zip(arrays, sources, strict=True)]
         sliced = [_Value(array, v.source) for array, v in zip(slices, stacked, strict=True)]
-        outs = _evaluate(body, [*consts, *carried, *sliced], inner)
+        outs = _evaluate(closed, [*consts, *carried, *sliced], inner)
         return [_Value(v.array, v.source) for v in outs], inner
 
     # What an iteration puts into the carry depends on what it finds there: repeated until nothing is added.
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in body.jaxpr.invars[n_consts:]]
+    avals: list[Any] = [v.aval for v in body.invars[n_consts:]]
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
     sources = [v.source for v in carry]
     while True:
         outs, _ = jax.eval_shape(lambda *a, s=sources: iteration(s, *a), shapes[:n_carry], shapes[n_carry:])
