@@ -250,7 +250,7 @@ def test_one_crossing_at_one_step_is_caught(seeds, found):
     runs = trained(crossing, seeds)
     assert "PASS    mup: wider" in verdicts(trained(falling, seeds))
     assert re.search(found + r" .*: in 59 of 60 .* step 51, width 256 minus 128: \+0.1\d+ nats", verdicts(runs))
-    assert ("chance explains any: add seeds" in verdicts(runs)) == (len(seeds) == 1)
+    assert ("one seed allows none above 0: add seeds" in verdicts(runs)) == (len(seeds) == 1)
 
 
 def test_twice_the_noise_is_the_bound():
@@ -278,7 +278,9 @@ def test_equal_widths_are_seldom_called_worse():
     assert sum(each.better is False for each in found) <= 20  # 12 at 0.06; 20 or more at 0.06 have a chance of 1 %
     assert sum(each.held < each.compared for each in found) >= 80
     unsure = next(each for each in found if each.better is None)
-    assert re.search(r"undetermined .* \(noise allows .*, chance explains \+0.\d+ nats: add seeds\)", ordering_in_words(unsure))
+    assert re.search(
+        r"undetermined .* \(noise allows .*, chance explains up to \+0.\d+ nats: add seeds\)", ordering_in_words(unsure)
+    )
 
 
 def test_what_noise_explains_is_no_crossing():
@@ -341,6 +343,12 @@ def test_the_rate_to_compare_at_can_be_chosen():
     assert re.search(r"FAIL    mup: wider is not always better .*; no run at width 256", verdicts(worse, rate=-8.0))
     apart = [run for run in sweep() if run.seed == (run.width == 64)]
     assert "widths 64 and 128 share no seed and step" in verdicts(apart)
+    early, late = LOGGED[:2], LOGGED[2:]
+    no_step = [make_run("mup", width, -6, seed, 5.0) for width in (64, 128) for seed in (0, 1)]
+    no_step = [replace(run, logged=early if run.width == 64 else late) for run in no_step]
+    no_step = [replace(run, train_loss=[5.0] * len(run.logged)) for run in no_step]
+    found = compare_widths(no_step, (64, 128), -6.0)
+    assert found.better is None and found.compared == 0 and "share no seed and step" in found.why
 
 
 # The page

@@ -135,7 +135,7 @@ def ordering_in_words(ordering: WidthOrdering) -> str:
         allowed = f"noise allows {nats(2 * pair.noise[pair.worst])}" if pair.seeds > 1 else "one seed allows none above 0"
         if ordering.better is None and ordering.held < ordering.compared:
             chance = pair.beyond_chance(ordering.compared)[pair.worst]
-            allowed += f", chance explains {nats(chance) if pair.seeds > 1 else 'any'}: add seeds"
+            allowed += f", chance explains up to {nats(chance)}: add seeds" if pair.seeds > 1 else ": add seeds"
         where = f"{'worst' if ordering.held < ordering.compared else 'closest'} at step {pair.steps[pair.worst]}, width {pair}"
         parts.append(f"{where}: {nats(pair.difference[pair.worst])} ({allowed})")
     return "; ".join([*parts, ordering.why] if ordering.why else parts)

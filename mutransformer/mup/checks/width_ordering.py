@@ -13,9 +13,10 @@ from mutransformer.mup.checks.runs import Run
 # Logged steps whose variances over seeds are averaged. One alone would be estimated from a few seeds; all together would hide
 # that the noise is up to ten times as large where the loss falls fast, as the warm-up ends, as it is at the beginning or end.
 WINDOW = 3
-# So many independent steps the WINDOW is worth: differences at adjacent logged steps correlate by about 0.9.
+# Degrees of freedom of the noise for each seed beyond the first. It would be WINDOW if steps were independent, but differences at
+# adjacent logged steps correlate by about 0.9. With 2, between 2 and 7 of 100 reports on equal widths fail (results/README.md).
 INDEPENDENT = 2
-CHANCE = 0.05  # at most, that a comparison of equal widths calls the wider worse
+CHANCE = 0.05  # nominal probability that a report on equal widths fails
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class WidthPair:
         return int(np.argmax(self.difference - 2 * self.noise))
 
     def beyond_chance(self, compared: int) -> np.ndarray:
-        """By step, in nats: how much worse chance makes the wider look somewhere in `compared` comparisons of equal widths.
+        """The difference in nats, by step, up to which chance explains that the wider is worse in one of `compared` comparisons.
 
-        Student's quantile at CHANCE / compared (Bonferroni), times the noise; infinite for one seed.
+        It is the noise times Student's quantile at CHANCE / compared (Bonferroni's correction), and infinite for one seed.
         """
-        if self.seeds < 2:
+        if self.seeds < 2 or not self.steps:
             return np.full(len(self.steps), math.inf)
         return float(stdtrit(INDEPENDENT * (self.seeds - 1), 1 - CHANCE / compared)) * self.noise
 
