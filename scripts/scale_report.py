@@ -37,8 +37,8 @@ ROWS = {
     "v5p 4x4x4, 16 x 4, 256": ("untuned-v5p-16x4-t256", "v5p-16x4-t256", "unrolled-v5p-16x4-t256"),
     "v5p 4x4x4, 64 x 1, 2048": ("untuned-v5p-64x1-t2048", "v5p-64x1-t2048", "unrolled-v5p-64x1-t2048"),
     "v5p 4x4x4, 16 x 4, 2048": ("untuned-v5p-16x4-t2048", "v5p-16x4-t2048", "unrolled-v5p-16x4-t2048"),
-    "v5p 8x8x8, 64 x 8, 256, width 8192 (10 G)": (None, "v5p-wide-64x8", None),
-    "v5e 8x8, 64 x 1, 256": (None, "v5e-64x1-t256", None),
+    "v5p 8x8x8, 64 x 8, 256, width 8192 (10 G)": (None, "v5p-wide-64x8", "unrolled-v5p-wide-64x8"),
+    "v5e 8x8, 64 x 1, 256": (None, "v5e-64x1-t256", "unrolled-v5e-64x1-t256"),
     "v5e 8x8, 8 x 8, 256": (None, "v5e-8x8-t256", None),
 }
 # Rows of "What each setting changes" in results/README.md, by their first cell.

@@ -146,7 +146,14 @@ def test_layers_are_unrolled_on_one_cpu_device() -> None:
 
     assert unrolled("model.n_layer=12") and unrolled("model.n_layer=13", "model.unroll_layers=true")
     assert not any((unrolled("model.n_layer=13"), unrolled("model.remat=dots"), unrolled("model.unroll_layers=false")))
-    assert not any((unrolled(devices=2), unrolled(device=GPU), unrolled(device=TPU)))
+    assert not any((unrolled(devices=2), unrolled(device=TPU)))
+
+
+def test_layers_are_unrolled_on_gpus_that_gather_no_activations() -> None:
+    deepest, deeper = ([f"model.n_layer={n}", "model.remat=dots"] for n in (72, 73))
+    assert resolved(GPU, *deepest).unroll_layers and not resolved(GPU, *deeper).unroll_layers
+    assert resolved(GPU).unroll_layers and not resolved(GPU, y=2).unroll_layers
+    assert not any(resolved(GPU, setting).unroll_layers for setting in ("model.unroll_layers=false", "model.remat=full"))
 
 
 @pytest.mark.parametrize("unroll", ["false", "true"])

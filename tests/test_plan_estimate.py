@@ -194,3 +194,9 @@ def test_remat_policies_are_compared():
     assert by_policy["full"] is found and {"none", "full"} < set(by_policy) == set(remat_policies())
     assert by_policy["none"].memory["kept"] > found.memory["kept"]
     assert by_policy["none"].memory["parameters"] == found.memory["parameters"]
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_unrolled_layers_are_the_same_work(remat: str) -> None:
+    loop, unrolled = (estimated(f"model.remat={remat}", f"model.unroll_layers={value}") for value in ("false", "true"))
+    assert (unrolled.memory, unrolled.flops, unrolled.hbm_bytes) == (loop.memory, loop.flops, loop.hbm_bytes)

@@ -101,7 +101,8 @@ class ModelConfig:
     )
     unroll_layers: Optional[bool] = setting(
         None,
-        "layers one after another in the program, not in a loop; null: on one CPU device, for at most 12 layers without remat",
+        "layers one after another in the program, not in a loop; null: on one CPU device, for at most 12 layers without remat; "
+        "on GPUs with mesh.y=1, for at most 72 without full remat",
         resume="free",
     )
     remat: Remat = setting("none", "what a layer recomputes in the backward pass; full: all but its input", resume="free")

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -76,7 +76,12 @@ def abstract_batch(config: Config) -> Batch:
 
 
 def count_step(program: Program, kernels: KernelFlops) -> Work:
-    """Loss and gradients of one step on one device, without the optimizer's update."""
+    """Loss and gradients of one step on one device, without the optimizer's update.
+
+    Layers count as a loop even where they are unrolled. That is the same work, and what a loop keeps for the backward pass shows
+    in its jaxpr; without it the residual stream would count as fused into its readers, down to the first layer.
+    """
+    program = replace(program, forward=replace(program.forward, execution=replace(program.execution, unroll_layers=False)))
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), program.state.params)
     # JAX asks for the version of cuDNN before it traces cuDNN's attention, which needs no cuDNN to be traced and counted.
     with mock.patch.object(cudnn, "check_cudnn_version", lambda: _CUDNN_VERSION):
