@@ -74,6 +74,7 @@ OPTIONS = {
         ["mesh.overlap_groups=2", "mesh.reduce_scatter_via_all_to_all=true", "model.remat=dots"],
     ),
     "unrolled layers": ("all options", ["model.unroll_layers=true"]),
+    "unrolled layers, rematerialized": ("relu", ["model.unroll_layers=true", "model.remat=dots"]),
     "remat=outputs": ("relu", ["model.remat=outputs"]),
     "remat=attention": ("all options", ["model.remat=attention", "mesh.reduce_scatter_via_all_to_all=true"]),
     "remat=dots": ("relu", ["model.remat=dots"]),
@@ -166,6 +167,7 @@ FEW_OPTIONS = [
     ("overlap groups and all-to-all", 4, 2),
     ("remat=attention", 4, 2),
     ("replicas, microbatches, overlapping", 2, 2),
+    ("unrolled layers, rematerialized", 8, 1),  # the default on GPUs
 ]
 ALL_OPTIONS = [(option, *mesh) for option in OPTIONS for mesh in meshes_of(option)]
 
