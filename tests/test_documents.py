@@ -40,7 +40,7 @@ def setting(case: str, x: int = 1, y: int = 1) -> Config:
 def rows(case: str) -> tuple[Batch, Batch]:
     """Documents, of which a few targets do not count: several in a row, twice over, and each in a row alone, filled with eos."""
     rng = np.random.default_rng(0)
-    times = setting(case).optim.grad_accumulation_steps
+    times = setting(case).optim.grad_accumulation_steps or 1
     lengths = LENGTHS * times
     tokens = rng.integers(3, 250, (len(lengths), T), dtype=np.int32)
     mask = rng.random(tokens.shape) < 0.9
@@ -83,7 +83,7 @@ def far(ours: tuple[Any, Any, np.ndarray], case: str) -> dict[str, float]:
     """How far from documents alone: the loss, the gradient that is farthest, the logits that are farthest."""
     metrics, grads, logits = ours
     want, want_grads, want_logits = alone(case)
-    want_logits = in_rows(want_logits, LENGTHS * setting(case).optim.grad_accumulation_steps)
+    want_logits = in_rows(want_logits, LENGTHS * (setting(case).optim.grad_accumulation_steps or 1))
     return {
         "loss": abs(metrics["loss"] / want["loss"] - 1),
         "gradient": worst(grads, want_grads),

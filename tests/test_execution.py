@@ -149,6 +149,32 @@ def test_layers_are_unrolled_on_one_cpu_device() -> None:
     assert not any((unrolled(devices=2), unrolled(device=TPU)))
 
 
+def test_a_cpu_device_computes_1024_tokens_at_a_time() -> None:
+    """Unless told otherwise, or memory matters more."""
+
+    def microbatches(rows: int, length: int, *args: str, device: tuple[str, str] = CPU, devices: int = 1) -> int:
+        return resolved(device, f"data.batch_size={rows}", f"data.seq_len={length}", *args, devices=devices).microbatches
+
+    sizes = {(16, 256): 4, (16, 128): 2, (16, 64): 1, (15, 256): 1, (12, 256): 2, (24, 128): 2, (4, 2048): 4, (1, 4096): 1}
+    assert {size: microbatches(*size) for size in sizes} == sizes
+    assert microbatches(16, 256, "optim.grad_accumulation_steps=1") == 1 == microbatches(16, 256, "model.remat=dots")
+    assert microbatches(16, 256, "optim.grad_accumulation_steps=8") == 8 == microbatches(16, 256, "mesh.overlap_groups=2") * 2
+    assert microbatches(6, 1024, "mesh.overlap_groups=3") == 2 and microbatches(16, 256, "mesh.overlap_groups=16") == 1
+    assert microbatches(16, 256, devices=2) == microbatches(16, 256, device=GPU, devices=1) == 1
+
+
+def test_the_microbatches_that_are_chosen_are_those_of_the_step() -> None:
+    """A step traced with the number that is chosen is the one traced without a choice, and not the one of a whole batch."""
+
+    def traced(*args: str) -> str:
+        built = program(load([*TINY, "data.seq_len=256", "mesh.x=1", *args]), jax.devices()[:1])
+        rows = jax.ShapeDtypeStruct((8, 256), jnp.int32), jax.ShapeDtypeStruct((8, 256), jnp.bool_)
+        assert f"{built.execution.microbatches} microbatch(es)" in str(built)
+        return make_train_step(built).lower(built.state, Batch(*rows)).as_text()
+
+    assert traced() == traced("optim.grad_accumulation_steps=2") != traced("optim.grad_accumulation_steps=1")
+
+
 def test_layers_are_unrolled_on_gpus_that_gather_no_activations() -> None:
     deepest, deeper = ([f"model.n_layer={n}", "model.remat=dots"] for n in (72, 73))
     assert resolved(GPU, *deepest).unroll_layers and not resolved(GPU, *deeper).unroll_layers

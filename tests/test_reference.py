@@ -46,7 +46,7 @@ def distances(ours: object, theirs: object) -> dict[str, float]:
 
 def batches(case: Case) -> list[Batch]:
     """One batch an update: of as many of the case's batches as an update accumulates."""
-    k = case.config.optim.grad_accumulation_steps
+    k = case.config.optim.grad_accumulation_steps or 1
     o = case.options
     merged = case.tokens.reshape(-1, k * case.tokens.shape[1], case.tokens.shape[2])
     return [Batch(t, np.asarray(loss_mask(t, o["eos_token_id"], o["pad_token_id"]))) for t in merged]
@@ -84,7 +84,7 @@ def test_gradients_with_what_makes_a_step_fast(case: Case) -> None:
 
 def test_updates(case: Case) -> None:
     mesh = make_mesh(case.config.mesh, jax.devices()[:1])
-    k = case.config.optim.grad_accumulation_steps
+    k = case.config.optim.grad_accumulation_steps or 1
     tx = program(case.config, jax.devices()[:1]).optimizer.transformation()
     params = jax.tree.map(jnp.asarray, case.init)
     state = jax.device_put(

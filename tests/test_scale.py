@@ -58,7 +58,7 @@ def test_the_cases_are_those_of_the_plans(folder: str, monkeypatch: pytest.Monke
         args = cli.command_parser("plan").parse_intermixed_args(arguments)
         config = load(args.settings)
         x, y = (int(size.partition("=")[2]) for size in args.mesh.split(",")) if args.mesh else (1, 1)
-        asked = config.name, config.model.remat, config.tokens_per_step, config.optim.grad_accumulation_steps, x, y
+        asked = config.name, config.model.remat, config.tokens_per_step, config.optim.grad_accumulation_steps or 1, x, y
         assert args.compile and args.json and (*asked, args.topology.partition(":")[0]) == said[name], name
     assert len(set(map(tuple, cases.values()))) == len(cases)
 

@@ -59,10 +59,15 @@ class OptimConfig:
         None, "warm-up as a share of the run, in place of warmup_steps, unless that is set later", min=0, below=1
     )
     min_lr_ratio: float = setting(1e-4, "where the schedule starts and ends, relative to lr", min=0, max=1)
-    grad_accumulation_steps: int = setting(1, "microbatches per batch, computed one after another", min=1, resume="free")
+    grad_accumulation_steps: Optional[int] = setting(
+        None,
+        "microbatches per batch, computed one after another; null: 1, or on one CPU device without remat those of 1024 tokens",
+        min=1,
+        resume="free",
+    )
     grad_sync: Literal["microbatch", "step"] = setting(
         "microbatch",
-        "with grad_accumulation_steps > 1: sum gradients over devices after each microbatch, or once per step, which keeps "
+        "with several microbatches: sum gradients over devices after each microbatch, or once per step, which keeps "
         "weights and gradients unsharded along x meanwhile",
         resume="free",
     )

@@ -207,7 +207,7 @@ class Config:
             why = "must hold no access token or password, which the name of a folder would show"
             check(redact(text) == text, f"{key} = {text}: {why}")
         model, data, optim = self.model, self.data, self.optim
-        n = optim.grad_accumulation_steps
+        n = optim.grad_accumulation_steps or 1
         check(data.batch_size % n == 0, f"optim.grad_accumulation_steps = {n}: must divide data.batch_size = {data.batch_size}")
         why = f"the rule {optim.rule} does not scale with depth; use optim.rule={' or '.join(DEPTH_RULES)}"
         check(model.n_layer_base is None or optim.rule in DEPTH_RULES, f"model.n_layer_base = {model.n_layer_base}: {why}")

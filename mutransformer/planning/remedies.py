@@ -47,7 +47,7 @@ def remedies(found: Estimate, by_remat: Mapping[str, Estimate], kernels: KernelF
 
 
 def _steps(each: Estimate) -> str:
-    return f"optim.grad_accumulation_steps={each.scenario.config.optim.grad_accumulation_steps}"
+    return f"optim.grad_accumulation_steps={each.scenario.program.execution.microbatches}"
 
 
 def _first_that_fits(tried: Iterator[Estimate], limit: float) -> Estimate | None:
@@ -58,7 +58,7 @@ def _first_that_fits(tried: Iterator[Estimate], limit: float) -> Estimate | None
 
 
 def _accumulated(config: Config, topology: Topology, kernels: KernelFlops) -> Iterator[Estimate]:
-    n = config.optim.grad_accumulation_steps
+    n = config.optim.grad_accumulation_steps or 1
     for _ in range(TRIES):
         n *= 2
         if config.data.batch_size % n:

@@ -70,7 +70,7 @@ class Plan(_Shown):
             "chips": scenario.topology.size,
             "mesh": scenario.mesh_sizes,
             "remat": c.model.remat,
-            "grad_accumulation_steps": c.optim.grad_accumulation_steps,
+            "grad_accumulation_steps": e.microbatches,
             "execution": {
                 **_pick(e, "attention", "head_chunk", "overlap_groups", "via_all_to_all"),
                 "xla_options": dict(e.compiler_options),

@@ -140,7 +140,7 @@ def _mean_squares(program: Program, params: Transformer[Array], batch: Batch) ->
         inputs = shift_right(rows.tokens, program.bos_id, rows.segments)
         return program.forward.mean_squares(params, inputs, rows.segments)
 
-    n = program.config.optim.grad_accumulation_steps
+    n = program.execution.microbatches
     microbatches = jax.tree.map(lambda a: a.reshape(n, -1, *a.shape[1:]), batch)
     found = of_rows(batch) if n == 1 else jax.tree.map(lambda a: jnp.mean(a, axis=0), lax.map(of_rows, microbatches))
     return jax.tree.map(mean_devices, found)

@@ -106,7 +106,7 @@ class Program:
             "devices": f"{self.mesh.size} x {e.device_kind}, mesh {shape}",
             "model": f"width {c.model.d_model}, {c.model.n_layer} layers, {self.n_params:,} parameters ({in_layers:,} in layers)",
             "rule": f"{c.optim.rule}, {c.optim.name}, learning rate {c.optim.lr:g} at width {c.model.d_base}",
-            "batch": f"{c.data.batch_size} rows of {c.data.seq_len} tokens, {c.optim.grad_accumulation_steps} microbatch(es)",
+            "batch": f"{c.data.batch_size} rows of {c.data.seq_len} tokens, {e.microbatches} microbatch(es)",
             "precision": f"compute {c.precision.compute}, gradient sums {c.precision.grad_reduce_dtype}, weights float32",
             "execution": f"attention {e.attention}, remat {e.remat}, head chunk {e.head_chunk}, overlap groups {e.overlap_groups}"
             + (", all-to-all over y" if e.via_all_to_all else "")
@@ -226,7 +226,7 @@ def scaling_of(config: Config) -> mup.Scaling:
 
 def _check_divides(config: Config, mesh: AnyMesh) -> None:
     """Raises ConfigError, naming the key and what would fit, if the mesh cannot divide the model or the batch."""
-    m, d, steps = config.model, config.data, config.optim.grad_accumulation_steps
+    m, d, steps = config.model, config.data, config.optim.grad_accumulation_steps or 1
     x, y, groups = mesh.shape["x"], mesh.shape["y"], n_row_groups(mesh)
     batch = f"data.batch_size = {d.batch_size} / optim.grad_accumulation_steps = {steps}: rows at a time"
     at_a_time = d.batch_size // steps

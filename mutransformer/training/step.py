@@ -25,7 +25,7 @@ Metrics = dict[str, Array]
 def device_grads(program: Program, params: Transformer[Array], batch: Batch) -> tuple[Metrics, Any]:
     """As make_loss_and_grads, for one device inside shard_map: of its shards of the params and its rows."""
     optim, forward = program.config.optim, program.forward
-    n = optim.grad_accumulation_steps
+    n = program.execution.microbatches
     once_per_step = n > 1 and optim.grad_sync == "step"  # weights stay gathered over x, and gradients are reduced once
     model = forward.for_gathered_weights() if once_per_step else forward
     count = jnp.maximum(1, sum_rows(jnp.sum(batch.mask, dtype=jnp.float32)))

@@ -58,8 +58,9 @@ class Scenario:
     @property
     def settings(self) -> str:
         """Mesh, rematerialization and accumulation as command-line arguments."""
-        c, mesh = self.config, " ".join(f"mesh.{axis}={size}" for axis, size in self.mesh_sizes.items())
-        return f"{mesh} model.remat={c.model.remat} optim.grad_accumulation_steps={c.optim.grad_accumulation_steps}"
+        remat, microbatches = self.config.model.remat, self.program.execution.microbatches
+        mesh = " ".join(f"mesh.{axis}={size}" for axis, size in self.mesh_sizes.items())
+        return f"{mesh} model.remat={remat} optim.grad_accumulation_steps={microbatches}"
 
 
 def make_scenario(config: Config, topology: Topology) -> Scenario:
