@@ -172,11 +172,11 @@ def test_a_search_ranks_what_fits(two_policies):
 def test_a_search_accumulates_as_often_as_memory_requires(two_policies):
     config = load([*MODEL, "data.batch_size=64"])
     roomy = search(config, small(16), KernelFlops())
-    assert all(each.scenario.config.optim.grad_accumulation_steps == 1 for each in roomy)
+    assert all(each.scenario.program.execution.microbatches == 1 for each in roomy)
     limit = 0.8 * min(each.peak_bytes for each in roomy)
     tight = search(config, small(limit / 1e9), KernelFlops())
     assert {each.scenario.config.model.remat for each in tight} == set(two_policies)
-    assert all(each.peak_bytes <= limit and each.scenario.config.optim.grad_accumulation_steps > 1 for each in tight)
+    assert all(each.peak_bytes <= limit and each.scenario.program.execution.microbatches > 1 for each in tight)
     one_row = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=1))
     with pytest.raises(ConfigError, match="nothing fits on v5e:1x1: the smallest needs"):
         search(one_row, small(0.001), KernelFlops())
