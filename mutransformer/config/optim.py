@@ -61,7 +61,8 @@ class OptimConfig:
     min_lr_ratio: float = setting(1e-4, "where the schedule starts and ends, relative to lr", min=0, max=1)
     grad_accumulation_steps: Optional[int] = setting(
         None,
-        "microbatches per batch, computed one after another; null: 1, or on one CPU device without remat those of 1024 tokens",
+        "microbatches per batch, computed one after another; null: on one CPU device without remat as many as have 1024 tokens "
+        "or more, otherwise 1",
         min=1,
         resume="free",
     )

@@ -58,7 +58,7 @@ def call_without_signals(action: Callable[[], T]) -> T:
     def run() -> None:
         try:
             outcome.set_result(action())
-        except BaseException as error:  # SystemExit included: result() raises it, and would wait forever without an outcome
+        except BaseException as error:  # of every kind, SystemExit too: without an outcome result() would wait forever
             outcome.set_exception(error)
 
     # Not an executor, whose threads hold up the end of the program.

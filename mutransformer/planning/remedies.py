@@ -58,7 +58,7 @@ def _first_that_fits(tried: Iterator[Estimate], limit: float) -> Estimate | None
 
 
 def _accumulated(config: Config, topology: Topology, kernels: KernelFlops) -> Iterator[Estimate]:
-    n = config.optim.grad_accumulation_steps or 1
+    n = make_scenario(config, topology).program.execution.microbatches
     for _ in range(TRIES):
         n *= 2
         if config.data.batch_size % n:
